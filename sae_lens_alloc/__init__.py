@@ -1,0 +1,66 @@
+"""SAELens architectures that treat sparsity as a budget to be allocated (arXiv 2411.02124)."""
+
+from sae_lens.registry import (
+    SAE_TRAINING_CLASS_REGISTRY,
+    register_sae_training_class,
+)
+
+from sae_lens_alloc.allocation.feature_choice import select_feature_choice
+from sae_lens_alloc.allocation.mutual_choice import select_mutual_choice
+from sae_lens_alloc.allocation.sparse_activations import SparseActivations
+from sae_lens_alloc.allocation.zipf import ZipfLaw
+from sae_lens_alloc.config import load_runner_config
+from sae_lens_alloc.evaluation.calibration import (
+    CalibrationReport,
+    calibrate_thresholds,
+)
+from sae_lens_alloc.saes.feature_choice_sae import (
+    FeatureChoiceTrainingSAE,
+    FeatureChoiceTrainingSAEConfig,
+)
+from sae_lens_alloc.saes.mutual_choice_sae import (
+    MutualChoiceTrainingSAE,
+    MutualChoiceTrainingSAEConfig,
+)
+from sae_lens_alloc.training.runner import AllocSAETrainingRunner
+from sae_lens_alloc.training.trainer import AllocSAETrainer
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "AllocSAETrainer",
+    "AllocSAETrainingRunner",
+    "CalibrationReport",
+    "FeatureChoiceTrainingSAE",
+    "FeatureChoiceTrainingSAEConfig",
+    "MutualChoiceTrainingSAE",
+    "MutualChoiceTrainingSAEConfig",
+    "SparseActivations",
+    "ZipfLaw",
+    "calibrate_thresholds",
+    "load_runner_config",
+    "select_feature_choice",
+    "select_mutual_choice",
+]
+
+
+def _register() -> None:
+    """Registers our architectures with SAELens; importing or reloading twice is harmless."""
+    for sae_class, config_class in (
+        (MutualChoiceTrainingSAE, MutualChoiceTrainingSAEConfig),
+        (FeatureChoiceTrainingSAE, FeatureChoiceTrainingSAEConfig),
+    ):
+        name = config_class.architecture()
+        registered = SAE_TRAINING_CLASS_REGISTRY.get(name)
+        if registered == (sae_class, config_class):
+            continue
+        if registered is not None:
+            raise ImportError(
+                f"sae_lens_alloc cannot register the SAE architecture {name!r}: "
+                f"{registered[0].__module__}.{registered[0].__qualname__} already took that "
+                "name. Import only one of the two packages in a process."
+            )
+        register_sae_training_class(name, sae_class, config_class)
+
+
+_register()

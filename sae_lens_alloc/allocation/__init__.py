@@ -1,0 +1,1 @@
+"""Who gets the budget: pure functions of tensors, without SAELens."""

@@ -1,0 +1,100 @@
+"""Feature Choice (arXiv 2411.02124, section 3): every feature takes its best tokens."""
+
+from dataclasses import dataclass
+
+import torch
+
+from sae_lens_alloc.allocation.candidates import candidate_positions
+from sae_lens_alloc.allocation.mutual_choice import require_no_nan_or_inf
+from sae_lens_alloc.allocation.sparse_activations import SparseActivations
+
+
+def select_feature_choice(
+    affinities: torch.Tensor, quotas: torch.Tensor
+) -> SparseActivations:
+    """
+    Selects for each feature its largest positive affinities, up to its quota.
+
+    Feature j gets exactly min(quotas[j], number of its positive affinities) tokens. Of
+    equal affinities the lower token index goes first.
+
+    Args:
+        affinities: Token-feature affinities of shape (B, F).
+        quotas: Integer number of tokens for each feature, shape (F,).
+
+    Returns:
+        The selected pairs with their affinities as values.
+
+    Raises:
+        ValueError: if an affinity is NaN or infinite, or the quotas are not F integers >= 0.
+    """
+    n_tokens, n_features = affinities.shape
+    if quotas.shape != (n_features,) or quotas.is_floating_point():
+        raise ValueError(
+            f"quotas must be {n_features} integers, one a feature, got "
+            f"{quotas.dtype} of shape {tuple(quotas.shape)}."
+        )
+    if (quotas < 0).any():
+        raise ValueError("quotas must be >= 0.")
+    require_no_nan_or_inf(affinities)
+    tokens, features = candidate_positions(affinities, 0.0)
+    ranked = rank_candidates(tokens, features, affinities[tokens, features], n_features)
+    return ranked.best(quotas).in_row_order((n_tokens, n_features))
+
+
+@dataclass(frozen=True)
+class RankedCandidates:
+    """
+    Candidate pairs ordered by feature, and for each feature from its best token on.
+
+    Args:
+        tokens: int64 of shape (n,).
+        features: int64 of shape (n,).
+        values: Affinities, shape (n,).
+        ranks: Rank of each pair among its feature's tokens, from 0, shape (n,).
+    """
+
+    tokens: torch.Tensor
+    features: torch.Tensor
+    values: torch.Tensor
+    ranks: torch.Tensor
+
+    def best(self, quotas: torch.Tensor) -> "RankedCandidates":
+        """The first `quotas[j]` candidates of each feature j."""
+        return self.where(self.ranks < quotas[self.features])
+
+    def where(self, mask: torch.Tensor) -> "RankedCandidates":
+        """The candidates at which a mask of shape (n,) is true."""
+        return RankedCandidates(
+            self.tokens[mask], self.features[mask], self.values[mask], self.ranks[mask]
+        )
+
+    def in_row_order(self, shape: tuple[int, int]) -> SparseActivations:
+        """The candidates as the active pairs of a batch of shape (B, F)."""
+        return SparseActivations.from_unordered(
+            self.tokens, self.features, self.values, shape
+        )
+
+
+def rank_candidates(
+    tokens: torch.Tensor,
+    features: torch.Tensor,
+    values: torch.Tensor,
+    n_features: int,
+) -> RankedCandidates:
+    """
+    Ranks the candidate tokens of each feature from the largest affinity on.
+
+    Args:
+        tokens: int64 of shape (n,), ascending for each feature, which settles ties.
+        features: int64 of shape (n,), below `n_features`.
+        values: Affinities, shape (n,).
+        n_features: Number of features.
+    """
+    by_value = values.argsort(descending=True, stable=True)
+    order = by_value[features[by_value].argsort(stable=True)]
+    features = features[order]
+    counts = torch.bincount(features, minlength=n_features)
+    starts = counts.cumsum(0) - counts
+    ranks = torch.arange(len(order), device=order.device) - starts[features]
+    return RankedCandidates(tokens[order], features, values[order], ranks)

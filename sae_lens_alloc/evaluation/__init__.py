@@ -1,0 +1,1 @@
+"""Calibration, evaluation of saved SAEs, and the report page."""

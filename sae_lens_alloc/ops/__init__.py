@@ -1,0 +1,1 @@
+"""How an allocation runs fast: blocked encode-and-select, sparse decode and their gradients."""

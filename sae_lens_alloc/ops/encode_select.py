@@ -1,0 +1,313 @@
+"""Encoding block by block, so that no dense tokens x features matrix outlives a block."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+
+from sae_lens_alloc.allocation.candidates import candidate_positions
+from sae_lens_alloc.allocation.feature_choice import RankedCandidates, rank_candidates
+from sae_lens_alloc.allocation.mutual_choice import MutualChoiceCollector
+from sae_lens_alloc.allocation.sparse_activations import SparseActivations
+
+# Elements of a block of affinities: small enough for the caches of a CPU, large enough to
+# fill a GPU.
+_BLOCK_ELEMENTS = {"cpu": 2**20, "cuda": 2**26}
+# A batch's cut is within a few percent of the last one: this share of it is a safe bound.
+_BOUND_SHARE = 0.9
+
+
+@dataclass(frozen=True)
+class Encoder:
+    """
+    What turns inputs into affinities: a_ij = (x_i W_enc + b_enc)_j * scale_j.
+
+    Args:
+        W_enc: Shape (d_in, F).
+        b_enc: Shape (F,).
+        scale: Decoder norms of shape (F,), or None where affinities are pre-activations.
+    """
+
+    W_enc: torch.Tensor
+    b_enc: torch.Tensor
+    scale: torch.Tensor | None
+
+    @property
+    def n_features(self) -> int:
+        return self.W_enc.shape[1]
+
+    def part(self, features: slice | torch.Tensor) -> "Encoder":
+        """The encoder of some of the features."""
+        scale = None if self.scale is None else self.scale[features]
+        return Encoder(self.W_enc[:, features], self.b_enc[features], scale)
+
+    def candidates(
+        self, x: torch.Tensor, bound: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """
+        Positive affinities that reach a bound (some that barely miss it may be among them),
+        by token and then by feature.
+
+        Args:
+            x: Encoder inputs of shape (B, d_in).
+            bound: Lower bound, scalar or of shape (F,), or None for 0.
+
+        Returns:
+            Tokens, features and affinities, all of shape (n,).
+        """
+        products = x @ self.W_enc
+        b_enc = self.b_enc.to(_precise(products))
+        limits = -b_enc
+        if bound is not None:
+            # One comparison of the bare products, instead of a pass each for the bias and
+            # the scale. The slack covers that these round differently.
+            slack = 8 * torch.finfo(products.dtype).eps
+            scaled = bound if self.scale is None else bound / self.scale
+            limits = scaled.to(limits) * (1 - slack) - b_enc
+            limits = torch.maximum(limits - slack * b_enc.abs(), -b_enc)
+        tokens, features = candidate_positions(products, limits)
+        values = products[tokens, features].to(b_enc.dtype) + b_enc[features]
+        if self.scale is not None:
+            values *= self.scale[features]
+        return tokens, features, values
+
+    def affinities(self, x: torch.Tensor) -> torch.Tensor:
+        """All affinities, of shape (B, F)."""
+        products = x @ self.W_enc
+        affinities = products.to(_precise(products)) + self.b_enc
+        return affinities if self.scale is None else affinities * self.scale
+
+    def blocks(self, n_tokens: int) -> Iterator[slice]:
+        """The features in blocks, such that a block of affinities stays small."""
+        width = block_width(n_tokens, self.W_enc.device)
+        for start in range(0, self.n_features, width):
+            yield slice(start, min(start + width, self.n_features))
+
+    def pre_acts(self, pairs: SparseActivations) -> torch.Tensor:
+        """Pre-activations of pairs whose values are affinities, shape (N,)."""
+        if self.scale is None:
+            return pairs.values
+        return pairs.values / self.scale[pairs.feature_indices]
+
+
+@dataclass(frozen=True)
+class KnownAffinities:
+    """Stands in for an Encoder where the affinities, of shape (B, F), exist already."""
+
+    known: torch.Tensor
+
+    @property
+    def n_features(self) -> int:
+        return self.known.shape[1]
+
+    def part(self, features: slice | torch.Tensor) -> "KnownAffinities":
+        return KnownAffinities(self.known[:, features])
+
+    def candidates(
+        self, x: torch.Tensor, bound: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        tokens, features = candidate_positions(self.known, 0.0)
+        return tokens, features, self.known[tokens, features]
+
+    def blocks(self, n_tokens: int) -> Iterator[slice]:
+        yield slice(0, self.n_features)
+
+
+def block_width(n_tokens: int, device: torch.device) -> int:
+    """Features per block, a multiple of 64."""
+    elements = _BLOCK_ELEMENTS.get(device.type, _BLOCK_ELEMENTS["cpu"])
+    return max(64, elements // max(n_tokens, 1) // 64 * 64)
+
+
+@torch.no_grad()
+def encode_mutual_choice(
+    encoder: Encoder | KnownAffinities,
+    x: torch.Tensor,
+    budget: int,
+    cut: torch.Tensor | None,
+) -> SparseActivations:
+    """
+    Selects the `budget` largest positive affinities of the tokens x: all of them where
+    there are fewer, and always the same whatever `cut` is.
+
+    Args:
+        encoder: The encoder.
+        x: Encoder inputs of shape (B, d_in).
+        budget: Number of pairs M.
+        cut: Cut of the last steps, scalar tensor, or None if there was none. A good guess
+            makes the selection fast; a bad one costs a second pass.
+    """
+    bound = None if cut is None else cut * _BOUND_SHARE
+    collector = MutualChoiceCollector((len(x), encoder.n_features), budget, bound)
+    for block in encoder.blocks(len(x)):
+        tokens, features, values = encoder.part(block).candidates(x, collector.bound)
+        collector.add(tokens, features + block.start, values)
+    if cut is not None and collector.n_candidates < budget:
+        return encode_mutual_choice(encoder, x, budget, None)
+    return collector.finish()
+
+
+@dataclass(frozen=True)
+class FeatureChoiceSelection:
+    """
+    Args:
+        pairs: The selected pairs.
+        demand: Tokens on which each feature's affinity exceeds the cut, shape (F,).
+        above: Tokens on which each feature's affinity exceeds its threshold, as far down as
+            the candidates reach, shape (F,).
+        bounds: Bounds for the next batch, shape (F,).
+    """
+
+    pairs: SparseActivations
+    demand: torch.Tensor
+    above: torch.Tensor
+    bounds: torch.Tensor
+
+
+@torch.no_grad()
+def encode_feature_choice(
+    encoder: Encoder | KnownAffinities,
+    x: torch.Tensor,
+    quotas: torch.Tensor,
+    thresholds: torch.Tensor,
+    cut: torch.Tensor,
+    bounds: torch.Tensor,
+) -> FeatureChoiceSelection:
+    """
+    Selects for each feature its `quotas[j]` largest positive affinities among the tokens x,
+    and counts what the statistics need in the same pass.
+
+    Args:
+        encoder: The encoder.
+        x: Encoder inputs of shape (B, d_in).
+        quotas: Integer quotas of shape (F,).
+        thresholds: Inference thresholds of shape (F,).
+        cut: Running cut of Mutual Choice, scalar tensor.
+        bounds: Guesses of a lower bound of each feature's cut, shape (F,), 0 for none. They
+            make the selection fast and do not change it.
+    """
+    kept: list[RankedCandidates] = []
+    demand = torch.zeros_like(quotas)
+    above = torch.zeros_like(quotas)
+    next_bounds = torch.empty_like(bounds)
+    for block in encoder.blocks(len(x)):
+        candidates = _feature_candidates(
+            encoder.part(block), x, quotas[block], torch.minimum(bounds[block], cut)
+        )
+        found, values = candidates.features, candidates.values
+        n_block = block.stop - block.start
+        demand[block] = torch.bincount(found[values > cut], minlength=n_block)
+        above[block] = torch.bincount(
+            found[values > thresholds[block][found]], minlength=n_block
+        )
+        next_bounds[block] = _next_bounds(bounds[block], candidates, quotas[block])
+        best = candidates.best(quotas[block])
+        kept.append(
+            RankedCandidates(
+                best.tokens, best.features + block.start, best.values, best.ranks
+            )
+        )
+    pairs = SparseActivations.from_unordered(
+        torch.cat([part.tokens for part in kept]),
+        torch.cat([part.features for part in kept]),
+        torch.cat([part.values for part in kept]),
+        (len(x), encoder.n_features),
+    )
+    return FeatureChoiceSelection(pairs, demand, above, next_bounds)
+
+
+def _feature_candidates(
+    encoder: Encoder | KnownAffinities,
+    x: torch.Tensor,
+    quotas: torch.Tensor,
+    bounds: torch.Tensor,
+) -> RankedCandidates:
+    """
+    Ranked candidates of a block of features: the tokens that reach a feature's bound, and
+    all its positive affinities where these are fewer than its quota.
+    """
+    tokens, features, values = encoder.candidates(x, bounds)
+    counts = torch.bincount(features, minlength=len(quotas))
+    short = ((counts < quotas) & (bounds > 0)).nonzero().squeeze(1)
+    if len(short) > 0:
+        is_short = torch.zeros_like(quotas, dtype=torch.bool)
+        is_short[short] = True
+        others = ~is_short[features]
+        more_tokens, more_features, more_values = encoder.part(short).candidates(
+            x, None
+        )
+        tokens = torch.cat([tokens[others], more_tokens])
+        features = torch.cat([features[others], short[more_features]])
+        values = torch.cat([values[others], more_values])
+    return rank_candidates(tokens, features, values, len(quotas))
+
+
+def _next_bounds(
+    bounds: torch.Tensor, candidates: RankedCandidates, quotas: torch.Tensor
+) -> torch.Tensor:
+    """Moves each bound towards one that lets about twice the feature's quota pass."""
+    at_wanted = candidates.where(
+        candidates.ranks == 2 * quotas[candidates.features] + 3
+    )
+    next_bounds = bounds * _BOUND_SHARE
+    old = bounds[at_wanted.features]
+    values = at_wanted.values.to(bounds.dtype)
+    next_bounds[at_wanted.features] = torch.where(old == 0, values, (old + values) / 2)
+    return next_bounds
+
+
+@torch.no_grad()
+def encode_thresholds(
+    encoder: Encoder, x: torch.Tensor, thresholds: torch.Tensor
+) -> SparseActivations:
+    """Selects the positive affinities of the tokens x above their feature's threshold, (F,)."""
+    tokens, features, values = [], [], []
+    for block in encoder.blocks(len(x)):
+        block_tokens, block_features, block_values = encoder.part(block).candidates(
+            x, thresholds[block]
+        )
+        above = block_values > thresholds[block][block_features]
+        tokens.append(block_tokens[above])
+        features.append(block_features[above] + block.start)
+        values.append(block_values[above])
+    return SparseActivations.from_unordered(
+        torch.cat(tokens),
+        torch.cat(features),
+        torch.cat(values),
+        (len(x), encoder.n_features),
+    )
+
+
+@torch.no_grad()
+def encode_auxiliary(
+    encoder: Encoder, x: torch.Tensor, features: torch.Tensor, k_aux: int
+) -> SparseActivations:
+    """
+    Selects for each token its `k_aux` largest affinities within some of the features,
+    negative ones too.
+
+    Args:
+        encoder: The encoder.
+        x: Encoder inputs of shape (B, d_in).
+        features: Ascending indices of the features to choose from, int64 of shape (U,).
+        k_aux: Features per token; all of them if there are fewer.
+    """
+    k_aux = min(k_aux, len(features))
+    part = encoder.part(features)
+    chosen, values = [], []
+    # Blocks of tokens, so that tokens x features of U is held no longer than a block either.
+    for chunk in x.split(block_width(len(features), x.device)):
+        top = part.affinities(chunk).topk(k_aux, dim=1, sorted=False)
+        ascending, order = top.indices.sort(dim=1)
+        chosen.append(features[ascending])
+        values.append(top.values.gather(1, order))
+    return SparseActivations(
+        torch.arange(len(x), device=x.device).repeat_interleave(k_aux),
+        torch.cat(chosen).flatten(),
+        torch.cat(values).flatten(),
+        (len(x), encoder.n_features),
+    )
+
+
+def _precise(tensor: torch.Tensor) -> torch.dtype:
+    return torch.promote_types(tensor.dtype, torch.float32)

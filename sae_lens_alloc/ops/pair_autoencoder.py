@@ -1,0 +1,147 @@
+"""Reconstruction from the selected pairs alone, with the gradient of every weight."""
+
+from typing import Any
+
+import torch
+from torch.autograd.function import once_differentiable
+
+from sae_lens_alloc.ops.sparse import (
+    row_offsets,
+    sampled_products,
+    sparse_times_dense,
+    sparse_times_dense_transposed,
+)
+
+
+def reconstruct_pairs(
+    x: torch.Tensor,
+    W_enc: torch.Tensor,
+    b_enc: torch.Tensor,
+    W_dec: torch.Tensor,
+    rows: torch.Tensor,
+    features: torch.Tensor,
+    pre_acts: torch.Tensor,
+    n_sets: int = 1,
+    subtracted: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """
+    Decodes the pre-activations of the given pairs, and carries the gradient back to all
+    weights through these pairs alone.
+
+    Rows 0 ... B-1 are the tokens of x; rows B ... 2B-1, 2B ... are the same tokens again,
+    so that several sets of pairs (those of the budget, those of the auxiliary loss) share
+    one forward and one backward.
+
+    Dense equivalent, for one set of pairs: `(mask * (x @ W_enc + b_enc)) @ W_dec` with
+    `mask` of shape (B, F) one at (`rows`, `features`).
+
+    Args:
+        x: Encoder inputs of shape (B, d_in).
+        W_enc: Encoder weights of shape (d_in, F).
+        b_enc: Encoder bias of shape (F,).
+        W_dec: Decoder weights of shape (F, d_in).
+        rows: int64 of shape (N,), ascending.
+        features: int64 of shape (N,), ascending within a row.
+        pre_acts: `(x @ W_enc + b_enc)[rows % B, features]` of shape (N,), as the selection
+            found them. Not differentiated: the gradient goes to x, W_enc and b_enc.
+        n_sets: Number of sets of pairs.
+        subtracted: Vector of shape (d_in,) that was subtracted from every row of x and gets
+            its gradient here. That costs one matrix-vector product; through x it would cost
+            the gradient of all of x.
+
+    Returns:
+        float32 (float64 for float64 weights) tensor of shape (n_sets, B, d_in), without
+        b_dec.
+    """
+    return _ReconstructPairs.apply(
+        x, W_enc, b_enc, W_dec, subtracted, rows, features, pre_acts, n_sets
+    )
+
+
+class _ReconstructPairs(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: torch.Tensor,
+        W_enc: torch.Tensor,
+        b_enc: torch.Tensor,
+        W_dec: torch.Tensor,
+        subtracted: torch.Tensor | None,
+        rows: torch.Tensor,
+        features: torch.Tensor,
+        pre_acts: torch.Tensor,
+        n_sets: int,
+    ) -> torch.Tensor:
+        dtype = _accumulation_dtype(W_dec)
+        pre_acts = pre_acts.to(dtype)
+        with torch.autocast(x.device.type, enabled=False):
+            out = sparse_times_dense(
+                rows, features, pre_acts, n_sets * len(x), W_dec.to(dtype)
+            )
+        ctx.save_for_backward(x, W_enc, W_dec, rows, features, pre_acts)
+        ctx.b_enc_dtype = b_enc.dtype
+        ctx.subtracted_dtype = None if subtracted is None else subtracted.dtype
+        return out.view(n_sets, *x.shape)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_out: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # type: ignore[override]
+        x, W_enc, W_dec, rows, features, pre_acts = ctx.saved_tensors
+        n_features = len(W_dec)
+        with torch.autocast(x.device.type, enabled=False):
+            grad_rows = grad_out.to(pre_acts.dtype).flatten(0, 1)
+            grad_pre = sampled_products(
+                rows, features, grad_rows, W_dec.to(pre_acts.dtype)
+            )
+            by_feature = features.argsort(stable=True)
+            sorted_features = features[by_feature]
+            grad_pre_by_feature = grad_pre[by_feature]
+            grad_W_dec = sparse_times_dense(
+                sorted_features,
+                rows[by_feature],
+                pre_acts[by_feature],
+                n_features,
+                grad_rows,
+            )
+            grad_W_enc = sparse_times_dense_transposed(
+                sorted_features,
+                rows[by_feature] % len(x),
+                grad_pre_by_feature,
+                n_features,
+                x.to(pre_acts.dtype),
+            )
+            grad_b_enc = torch.segment_reduce(
+                grad_pre_by_feature,
+                "sum",
+                offsets=row_offsets(sorted_features, n_features),
+                initial=0,
+            )
+            grad_x = None
+            if ctx.needs_input_grad[0]:
+                grad_x = sparse_times_dense(
+                    rows,
+                    features,
+                    grad_pre,
+                    len(grad_rows),
+                    W_enc.T.to(pre_acts.dtype),
+                )
+                grad_x = grad_x.view(-1, *x.shape).sum(0).to(x.dtype)
+            grad_subtracted = None
+            if ctx.subtracted_dtype is not None:
+                grad_subtracted = -(W_enc.to(pre_acts.dtype) @ grad_b_enc)
+                grad_subtracted = grad_subtracted.to(ctx.subtracted_dtype)
+        return (
+            grad_x,
+            grad_W_enc.to(W_enc.dtype),
+            grad_b_enc.to(ctx.b_enc_dtype),
+            grad_W_dec.to(W_dec.dtype),
+            grad_subtracted,
+            None,
+            None,
+            None,
+            None,
+        )
+
+
+def _accumulation_dtype(weights: torch.Tensor) -> torch.dtype:
+    return torch.promote_types(weights.dtype, torch.float32)

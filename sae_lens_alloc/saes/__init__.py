@@ -1,0 +1,1 @@
+"""The SAELens architectures, one a file."""

@@ -1,0 +1,455 @@
+"""What Mutual Choice and Feature Choice share: a training step in the sparse currency."""
+
+import math
+from abc import abstractmethod
+from collections.abc import Callable
+from functools import cache
+from typing import Any, TypeVar
+
+import torch
+from sae_lens.saes.sae import (
+    TrainCoefficientConfig,
+    TrainingSAE,
+    TrainStepInput,
+    TrainStepOutput,
+)
+from torch import nn
+from transformer_lens.hook_points import HookPoint
+from typing_extensions import override
+
+from sae_lens_alloc.allocation.mutual_choice import budget_for, require_no_nan_or_inf
+from sae_lens_alloc.allocation.schedule import aux_loss_fade, budget_per_token
+from sae_lens_alloc.allocation.sparse_activations import SparseActivations
+from sae_lens_alloc.ops.encode_select import (
+    Encoder,
+    KnownAffinities,
+    encode_auxiliary,
+    encode_thresholds,
+)
+from sae_lens_alloc.ops.pair_autoencoder import reconstruct_pairs
+from sae_lens_alloc.saes.allocation_sae_config import AllocationTrainingSAEConfig
+from sae_lens_alloc.saes.allocation_state import AllocationState, Rule
+
+T_CONFIG = TypeVar("T_CONFIG", bound=AllocationTrainingSAEConfig)
+
+# Densities move slowly, and looking at them from the host stalls a GPU: once in so many steps.
+STEPS_BETWEEN_FLAGS = 10
+
+
+class AllocationTrainingSAE(TrainingSAE[T_CONFIG]):
+    """
+    Training SAE whose batch shares one budget of token-feature pairs.
+
+    In training mode (`sae.train()`) a batch is allocated by the architecture's rule. In
+    evaluation mode (`sae.eval()`) each feature has a threshold, so that the output for a
+    token does not depend on the batch it came in. It is saved as a stock JumpReLU SAE.
+    """
+
+    b_enc: nn.Parameter
+
+    def __init__(self, cfg: T_CONFIG, use_error_term: bool = False):
+        super().__init__(cfg, use_error_term)
+        self.allocation = AllocationState(
+            cfg.d_sae,
+            cfg.density_window_tokens,
+            cfg.max_density,
+            cfg.min_tokens_per_feature,
+            self.W_dec.device,
+        )
+        self._step = 0
+        self.setup()
+
+    @abstractmethod
+    def rule_at(self, step: int) -> Rule:
+        """The rule that allocates the batch of a training step."""
+
+    @override
+    def initialize_weights(self) -> None:
+        super().initialize_weights()
+        self.b_enc = nn.Parameter(
+            torch.zeros(self.cfg.d_sae, dtype=self.dtype, device=self.device)
+        )
+
+    @override
+    def get_coefficients(self) -> dict[str, float | TrainCoefficientConfig]:
+        return {}
+
+    @override
+    def encode_with_hidden_pre(
+        self, x: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """
+        Dense feature activations and affinities, both of shape (..., d_sae): the thresholded
+        ones in evaluation mode, the allocation of x as one batch in training mode. Does not
+        change any statistics.
+
+        Raises:
+            ValueError: in training mode, if x leads to NaN or infinite affinities.
+        """
+        affinities = self._dense_affinities(self.process_sae_in(x))
+        if not self.training:
+            mask = (affinities > self.allocation.threshold) & (affinities > 0)
+        else:
+            flat = affinities.detach().reshape(-1, self.cfg.d_sae)
+            require_no_nan_or_inf(flat)
+            pairs = self._preview(KnownAffinities(flat), flat)
+            mask = _mask_of(pairs).view(affinities.shape)
+        return self.hook_sae_acts_post(affinities * mask), affinities
+
+    def _dense_affinities(self, sae_in: torch.Tensor) -> torch.Tensor:
+        hidden_pre = self.hook_sae_acts_pre(sae_in @ self.W_enc + self.b_enc)
+        scale = self._affinity_scale()
+        return hidden_pre if scale is None else hidden_pre * scale.to(hidden_pre.dtype)
+
+    def _preview(
+        self, encoder: Encoder | KnownAffinities, x: torch.Tensor
+    ) -> SparseActivations:
+        return self.allocation.preview(
+            encoder, x, self._budget(len(x), self._step), self.rule_at(self._step)
+        )
+
+    @torch.no_grad()
+    def autoencode_pairs(
+        self, x: torch.Tensor, by_threshold: bool
+    ) -> tuple[SparseActivations, torch.Tensor]:
+        """
+        Active pairs and reconstruction of tokens x of shape (B, d_in), without a dense
+        activation matrix and without hooks on the activations.
+
+        Args:
+            x: Activations as the SAE takes them.
+            by_threshold: By the thresholds, as inference does, rather than as one training
+                batch.
+        """
+        encoder = self.encoder()
+        inputs = self.process_sae_in(x)
+        if by_threshold:
+            pairs = encode_thresholds(encoder, inputs, self.allocation.threshold)
+        else:
+            pairs = self._preview(encoder, inputs)
+        return pairs, self._finish_decode(self._reconstruct(encoder, inputs, [pairs])[0])
+
+    def _budget(self, n_tokens: int, step: int) -> int:
+        k = budget_per_token(
+            step, self.cfg.k, self.cfg.k_start, self.cfg.k_decay_steps
+        )
+        return budget_for(k, n_tokens)
+
+    @override
+    def decode(self, feature_acts: torch.Tensor) -> torch.Tensor:
+        """Reconstruction of shape (..., d_in) from dense or sparse feature activations."""
+        return self._finish_decode(self._decode_dense(feature_acts))
+
+    def _decode_dense(self, feature_acts: torch.Tensor) -> torch.Tensor:
+        if feature_acts.is_sparse:
+            feature_acts = feature_acts.to_dense()
+        scale = self._affinity_scale()
+        if scale is not None:
+            feature_acts = feature_acts / scale.to(feature_acts.dtype)
+        return feature_acts @ self.W_dec
+
+    def _finish_decode(self, without_bias: torch.Tensor) -> torch.Tensor:
+        sae_out_pre = self.hook_sae_recons(without_bias + self.b_dec)
+        sae_out_pre = self.run_time_activation_norm_fn_out(sae_out_pre)
+        return self.reshape_fn_out(sae_out_pre, self.d_head)
+
+    def _affinity_scale(self) -> torch.Tensor | None:
+        """
+        Decoder norms in at least float32, or None where features compete with their bare
+        pre-activation. No gradient: the norm cancels in the reconstruction.
+        """
+        if not self.cfg.rescale_acts_by_decoder_norm:
+            return None
+        weights = self.W_dec.detach()
+        weights = weights.to(torch.promote_types(weights.dtype, torch.float32))
+        return weights.norm(dim=-1).clamp(min=1e-8)
+
+    def encoder(self) -> Encoder:
+        """The encoder by blocks of features, detached from the graph."""
+        return Encoder(
+            self.W_enc.detach(), self.b_enc.detach(), self._affinity_scale()
+        )
+
+    # The number of pairs differs from batch to batch, which torch.compile would answer with
+    # a recompilation per step; `compile_sae` therefore leaves this step as it is.
+    @override
+    @torch.compiler.disable
+    def training_forward_pass(self, step_input: TrainStepInput) -> TrainStepOutput:
+        """
+        One training step: allocate the batch, reconstruct from the selected pairs, and
+        update densities and thresholds.
+
+        Returns:
+            SAELens' output, with feature_acts and hidden_pre (the selected affinities) as
+            sparse COO tensors of shape (..., d_sae).
+
+        Raises:
+            ValueError: if the loss is not finite, naming the step.
+        """
+        sae_in = step_input.sae_in
+        self._step = step = step_input.n_training_steps
+        inputs = self.process_sae_in(sae_in)
+        x = inputs.reshape(-1, self.cfg.d_in)
+        acts_are_hooked = _has_hooks(self.hook_sae_acts_pre) or _has_hooks(
+            self.hook_sae_acts_post
+        )
+        if not (
+            acts_are_hooked or sae_in.requires_grad or _has_hooks(self.hook_sae_input)
+        ):
+            # x depends on the weights through b_dec alone, whose gradient
+            # reconstruct_pairs gives at the cost of a matrix-vector product
+            x = x.detach()
+        encoder = self.encoder()
+        aux_pairs = self._auxiliary_pairs(step_input, encoder, x)
+        budget = self._budget(len(x), step)
+        rule, previous = self.rule_at(step), self.rule_at(step - 1) if step else None
+
+        if acts_are_hooked:
+            affinities = self._dense_affinities(x)
+            pairs = self.allocation.allocate(
+                KnownAffinities(affinities.detach()), x, budget, rule, previous
+            )
+            feature_acts = self.hook_sae_acts_post(affinities * _mask_of(pairs))
+            recons = self._decode_dense(feature_acts)
+            feature_acts = feature_acts.view(*sae_in.shape[:-1], self.cfg.d_sae)
+            aux_recons = (
+                None
+                if aux_pairs is None
+                else self._reconstruct(encoder, x, [aux_pairs])[0]
+            )
+        else:
+            pairs = self.allocation.allocate(encoder, x, budget, rule, previous)
+            feature_acts = pairs.to_coo(sae_in.shape[:-1])
+            sets = [pairs] if aux_pairs is None else [pairs, aux_pairs]
+            recons, *aux = self._reconstruct(encoder, x, sets)
+            aux_recons = aux[0] if aux else None
+
+        sae_out, aux_out = self._outputs(recons, aux_recons, inputs.shape)
+        mse_loss = self.mse_loss_fn(sae_out, sae_in).sum(dim=-1).mean()
+        _require_finite(mse_loss, sae_in, step)
+        losses = {"mse_loss": mse_loss}
+        if aux_out is not None:
+            residual = (sae_in - sae_out).detach()
+            losses["auxiliary_reconstruction_loss"] = self._auxiliary_coefficient(
+                step
+            ) * self.mse_loss_fn(aux_out, residual).sum(dim=-1).mean()
+        return TrainStepOutput(
+            sae_in=sae_in,
+            sae_out=sae_out,
+            feature_acts=feature_acts,
+            hidden_pre=feature_acts,
+            loss=torch.stack(list(losses.values())).sum(),
+            losses=losses,
+            metrics=self._metrics(pairs, x.detach()),
+        )
+
+    def _reconstruct(
+        self, encoder: Encoder, x: torch.Tensor, sets: list[SparseActivations]
+    ) -> torch.Tensor:
+        """Reconstructions of shape (number of sets, B, d_in) without b_dec."""
+        return reconstruct_pairs(
+            x,
+            self.W_enc,
+            self.b_enc,
+            self.W_dec,
+            rows=torch.cat(
+                [pairs.token_indices + i * len(x) for i, pairs in enumerate(sets)]
+            ),
+            features=torch.cat([pairs.feature_indices for pairs in sets]),
+            pre_acts=torch.cat([encoder.pre_acts(pairs) for pairs in sets]),
+            n_sets=len(sets),
+            subtracted=self.b_dec if self._subtracts_b_dec(x) else None,
+        )
+
+    def _subtracts_b_dec(self, x: torch.Tensor) -> bool:
+        return self.cfg.apply_b_dec_to_input and not x.requires_grad
+
+    def _outputs(
+        self,
+        recons: torch.Tensor,
+        aux_recons: torch.Tensor | None,
+        shape: torch.Size,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """
+        The reconstruction, and the auxiliary one in the space the reconstruction lives in:
+        without b_dec, and without the mean that layer_norm adds back (SAELens #666).
+        """
+        recons = (recons.view(shape) + self.b_dec).to(recons.dtype)
+        recons = self.hook_sae_recons(recons)
+        if aux_recons is None:
+            return self._norm_out(recons), None
+        # The output normalization is affine and works once per input, so it is applied to
+        # both at once, and their difference is its linear part.
+        sae_out, with_aux = self._norm_out(
+            torch.stack([recons, recons.detach() + aux_recons.view(shape)])
+        )
+        return sae_out, with_aux - sae_out.detach()
+
+    def _norm_out(self, recons: torch.Tensor) -> torch.Tensor:
+        return self.reshape_fn_out(
+            self.run_time_activation_norm_fn_out(recons), self.d_head
+        )
+
+    def _auxiliary_pairs(
+        self, step_input: TrainStepInput, encoder: Encoder, x: torch.Tensor
+    ) -> SparseActivations | None:
+        """Pairs of the auxiliary loss, None where it is off or no feature needs it."""
+        step = step_input.n_training_steps
+        if self.cfg.aux_loss == "none" or not self._aux_weight(step):
+            return None
+        if step % STEPS_BETWEEN_FLAGS == 0:
+            dead = step_input.dead_neuron_mask
+            self.allocation.flag_underused(
+                torch.zeros_like(self.allocation.underused) if dead is None else dead,
+                self.cfg.underuse_fraction if self.cfg.aux_loss == "aux_zipf" else None,
+                len(x),
+            )
+        flagged = self.allocation.underused_indices
+        if len(flagged) == 0:
+            return None
+        return encode_auxiliary(encoder, x.detach(), flagged, self._k_aux())
+
+    def _k_aux(self) -> int:
+        if self.cfg.k_aux is not None:
+            return self.cfg.k_aux
+        if self.cfg.aux_loss == "aux_k":
+            return self.cfg.d_in // 2
+        return math.ceil(self.cfg.k)
+
+    def _aux_weight(self, step: int) -> float:
+        return self.cfg.aux_loss_coefficient * aux_loss_fade(
+            step, self.cfg.aux_loss_decay_start
+        )
+
+    def _auxiliary_coefficient(self, step: int) -> float:
+        """Weight of the auxiliary loss, smaller where few features are flagged."""
+        share = len(self.allocation.underused_indices) / self._k_aux()
+        return self._aux_weight(step) * min(share, 1.0)
+
+    def _metrics(
+        self, pairs: SparseActivations, x: torch.Tensor
+    ) -> dict[str, torch.Tensor | float | int | Callable[[], torch.Tensor | float]]:
+        """What SAELens' logger shows; functions run only when a step is logged."""
+        n_tokens = len(x)
+        allocation = self.allocation
+        law = cache(lambda: allocation.fit_law(n_tokens))
+
+        def of_law(name: str) -> Callable[[], float]:
+            return lambda: getattr(law(), name, float("nan"))
+
+        return {
+            "threshold_l0": lambda: len(
+                encode_thresholds(self.encoder(), x, allocation.threshold).values
+            )
+            / n_tokens,
+            "mean_threshold": lambda: allocation.threshold.mean(),
+            "cut": lambda: allocation.cut,
+            "underused_features": lambda: allocation.underused.sum(),
+            "zipf_alpha": of_law("alpha"),
+            "zipf_beta": of_law("beta"),
+            "zipf_r2": of_law("r2"),
+            "zipf_r2_middle": of_law("r2_middle"),
+            "top_1pct_tokens_budget_share": lambda: _top_tokens_share(pairs),
+        }
+
+    @override
+    def calculate_aux_loss(
+        self,
+        step_input: TrainStepInput,
+        feature_acts: torch.Tensor,
+        hidden_pre: torch.Tensor,
+        sae_out: torch.Tensor,
+    ) -> dict[str, torch.Tensor]:
+        raise NotImplementedError(
+            "The auxiliary loss shares its backward with the reconstruction: call "
+            "training_forward_pass, which returns it in `losses`."
+        )
+
+    @override
+    @torch.no_grad()
+    def fold_W_dec_norm(self) -> None:
+        if not self.cfg.rescale_acts_by_decoder_norm:
+            raise NotImplementedError(
+                "Folding W_dec_norm is not safe when rescale_acts_by_decoder_norm is "
+                "False, as this would change which pairs are selected."
+            )
+        super().fold_W_dec_norm()
+
+    @override
+    @torch.no_grad()
+    def fold_activation_norm_scaling_factor(self, scaling_factor: float) -> None:
+        super().fold_activation_norm_scaling_factor(scaling_factor)
+        if self.cfg.rescale_acts_by_decoder_norm:
+            # affinities are in units of the decoder norm, which was just divided (#763)
+            self.allocation.threshold /= scaling_factor
+            self.allocation.cut /= scaling_factor
+
+    @override
+    @torch.no_grad()
+    def fold_activation_whitening(
+        self,
+        mean: torch.Tensor,
+        whitening_matrix: torch.Tensor,
+        unwhitening_matrix: torch.Tensor,
+    ) -> None:
+        if self.cfg.rescale_acts_by_decoder_norm:
+            # Unwhitening changes the decoder norms and with them the affinities. With the
+            # norms folded first, affinities are pre-activations, which it does not change.
+            self.fold_W_dec_norm()
+            self.cfg.rescale_acts_by_decoder_norm = False
+        super().fold_activation_whitening(mean, whitening_matrix, unwhitening_matrix)
+
+    @override
+    def process_state_dict_for_saving_inference(
+        self, state_dict: dict[str, Any]
+    ) -> None:
+        super().process_state_dict_for_saving_inference(state_dict)
+        for name in [name for name in state_dict if name.startswith("allocation.")]:
+            del state_dict[name]
+        scale = self._affinity_scale()
+        if scale is not None:
+            state_dict["W_enc"] = (state_dict["W_enc"] * scale).to(self.dtype)
+            state_dict["b_enc"] = (state_dict["b_enc"] * scale).to(self.dtype)
+            state_dict["W_dec"] = (state_dict["W_dec"] / scale[:, None]).to(self.dtype)
+        state_dict["threshold"] = self.allocation.threshold.clamp(min=0.0).clone()
+
+    @override
+    def process_state_dict_for_loading(self, state_dict: dict[str, Any]) -> None:
+        super().process_state_dict_for_loading(state_dict)
+        # SAELens' disk loader casts everything to the dtype of the weights.
+        for name, buffer in self.allocation.named_buffers():
+            key = f"allocation.{name}"
+            if key in state_dict:
+                state_dict[key] = state_dict[key].to(buffer.dtype)
+
+
+def _has_hooks(hook: HookPoint) -> bool:
+    return len(hook._forward_hooks) > 0 or len(hook._backward_hooks) > 0
+
+
+def _mask_of(pairs: SparseActivations) -> torch.Tensor:
+    """Boolean matrix of shape (B, F), true at the pairs."""
+    mask = torch.zeros(pairs.shape, dtype=torch.bool, device=pairs.values.device)
+    mask[pairs.token_indices, pairs.feature_indices] = True
+    return mask
+
+
+def _top_tokens_share(pairs: SparseActivations) -> torch.Tensor:
+    """Share of the budget that the 1% of tokens with the most features take."""
+    counts = pairs.token_counts()
+    n_top = math.ceil(len(counts) / 100)
+    return counts.topk(n_top).values.sum() / counts.sum().clamp(min=1)
+
+
+def _require_finite(mse_loss: torch.Tensor, sae_in: torch.Tensor, step: int) -> None:
+    if torch.isfinite(mse_loss):
+        return
+    if not torch.isfinite(sae_in).all():
+        raise ValueError(
+            f"The activations of training step {step} contain NaN or Inf: check the "
+            "language model and its dtype; nothing was learned from this batch."
+        )
+    raise ValueError(
+        f"The reconstruction loss became {mse_loss.item()} at training step {step}: the "
+        "weights have diverged; lower the learning rate or add warm-up steps."
+    )

@@ -1,0 +1,264 @@
+"""The running statistics of an allocation, and the allocation of each training batch."""
+
+from typing import Any, Literal
+
+import torch
+from torch import nn
+from typing_extensions import override
+
+from sae_lens_alloc.allocation.density import (
+    density_ranks,
+    fit_floor,
+    underused_features,
+    update_density,
+)
+from sae_lens_alloc.allocation.quotas import take_whole_quotas
+from sae_lens_alloc.allocation.sparse_activations import SparseActivations
+from sae_lens_alloc.allocation.thresholds import follow_cut, track_threshold
+from sae_lens_alloc.allocation.zipf import ZipfLaw, zipf_quotas
+from sae_lens_alloc.ops.encode_select import (
+    Encoder,
+    KnownAffinities,
+    encode_feature_choice,
+    encode_mutual_choice,
+)
+
+Rule = Literal["mutual", "feature"]
+
+# Law of the quotas where no Mutual Choice came before. Densities that Mutual Choice finds by
+# itself are flat for about 16 ranks and then fall with an exponent of about 1.
+NATURAL_LAW = ZipfLaw(alpha=1.0, beta=16.0, scale=1.0)
+
+
+class AllocationState(nn.Module):
+    """
+    Thresholds, densities and quota remainders: everything that a checkpoint needs besides
+    the weights. All of it stays float32 whatever the dtype of the SAE.
+
+    Args:
+        d_sae: Number of features F.
+        density_window_tokens: Averaging window of the densities in tokens.
+        max_density: Largest share of a batch's tokens for one feature.
+        min_tokens_per_feature: Smallest quota of a feature in tokens per batch.
+        device: Device of the buffers.
+    """
+
+    threshold: torch.Tensor  # (F,) inference threshold of each feature
+    cut: torch.Tensor  # () running cut of Mutual Choice, 0 before the first batch
+    density: torch.Tensor  # (F,) running demand: rate at which affinities exceed the cut
+    density_tokens: torch.Tensor  # () tokens in the running densities
+    quota_carry: torch.Tensor  # (F,) remainders of the fractional quotas
+    quota_law: torch.Tensor  # (2,) alpha and beta of the law that sets the quotas
+    underused: torch.Tensor  # (F,) features that the auxiliary loss trains
+
+    def __init__(
+        self,
+        d_sae: int,
+        density_window_tokens: int,
+        max_density: float,
+        min_tokens_per_feature: float,
+        device: torch.device,
+    ) -> None:
+        super().__init__()
+        self.density_window_tokens = density_window_tokens
+        self.max_density = max_density
+        self.min_tokens_per_feature = min_tokens_per_feature
+        for name in ("threshold", "density"):
+            self.register_buffer(name, torch.zeros(d_sae, device=device))
+        for name in ("cut", "density_tokens"):
+            self.register_buffer(name, torch.zeros((), device=device))
+        # random, or all rare features would be paid out in the same batch
+        self.register_buffer("quota_carry", torch.rand(d_sae, device=device))
+        self.register_buffer(
+            "quota_law",
+            torch.tensor([NATURAL_LAW.alpha, NATURAL_LAW.beta], device=device),
+        )
+        self.register_buffer(
+            "underused", torch.zeros(d_sae, dtype=torch.bool, device=device)
+        )
+        self._forget_derived()
+        self.register_load_state_dict_post_hook(
+            lambda module, _: module._forget_derived()
+        )
+
+    def _forget_derived(self) -> None:
+        """Drops what is derived from the buffers, or only makes the selection faster."""
+        self._cut_is_known: bool | None = None
+        self._underused_indices: torch.Tensor | None = None
+        self._rank_quotas: tuple[int, int, torch.Tensor] | None = None
+        self._bounds: torch.Tensor | None = None
+
+    @override
+    def _apply(self, *args: Any, **kwargs: Any) -> "AllocationState":
+        super()._apply(*args, **kwargs)
+        # nn.Module.to(dtype) casts every float buffer; thresholds in bfloat16 would change
+        # which features fire (SAELens #728).
+        for name, buffer in self.named_buffers():
+            if buffer.is_floating_point() and buffer.dtype != torch.float32:
+                setattr(self, name, buffer.float())
+        self._forget_derived()
+        return self
+
+    @torch.no_grad()
+    def allocate(
+        self,
+        encoder: Encoder | KnownAffinities,
+        x: torch.Tensor,
+        budget: int,
+        rule: Rule,
+        previous_rule: Rule | None,
+    ) -> SparseActivations:
+        """
+        Allocates the budget of a training batch and updates the statistics.
+
+        Args:
+            encoder: What gives the affinities.
+            x: Encoder inputs of shape (B, d_in).
+            budget: Number of pairs M.
+            rule: Rule of this step.
+            previous_rule: Rule of the step before, None at the first step.
+
+        Raises:
+            ValueError: if min_tokens_per_feature does not fit into the budget.
+        """
+        if rule == "mutual":
+            return self._allocate_mutual(encoder, x, budget)
+        if previous_rule == "mutual":
+            self._anchor_quota_law(len(x))
+        return self._allocate_feature(encoder, x, budget, rule != previous_rule)
+
+    def _allocate_mutual(
+        self, encoder: Encoder | KnownAffinities, x: torch.Tensor, budget: int
+    ) -> SparseActivations:
+        cut = self.cut if self._knows_cut() else None
+        pairs = encode_mutual_choice(encoder, x, budget, cut)
+        self._track_cut(pairs)
+        self.threshold.copy_(self.cut.expand_as(self.threshold))
+        self._update_density(pairs.feature_counts(), len(x))
+        return pairs
+
+    def _allocate_feature(
+        self,
+        encoder: Encoder | KnownAffinities,
+        x: torch.Tensor,
+        budget: int,
+        is_first: bool,
+    ) -> SparseActivations:
+        if not self._knows_cut():
+            self._track_cut(encode_mutual_choice(encoder, x, budget, None))
+        if is_first:
+            self.threshold.copy_(self.cut.expand_as(self.threshold))
+        if self._bounds is None:
+            self._bounds = torch.zeros_like(self.threshold)
+        quotas = self._quotas(len(x), budget)
+        selection = encode_feature_choice(
+            encoder,
+            x,
+            take_whole_quotas(quotas, self.quota_carry),
+            self.threshold,
+            self.cut,
+            self._bounds,
+        )
+        self._bounds = selection.bounds
+        self.threshold.copy_(track_threshold(self.threshold, selection.above, quotas))
+        self.cut.copy_(track_threshold(self.cut, selection.demand.sum(), budget))
+        self._update_density(selection.demand, len(x))
+        return selection.pairs
+
+    @torch.no_grad()
+    def preview(
+        self,
+        encoder: Encoder | KnownAffinities,
+        x: torch.Tensor,
+        budget: int,
+        rule: Rule,
+    ) -> SparseActivations:
+        """The allocation that a batch would get, without any change of the statistics."""
+        if rule == "mutual":
+            cut = self.cut if self._knows_cut() else None
+            return encode_mutual_choice(encoder, x, budget, cut)
+        quotas = self._quotas(len(x), budget)
+        return encode_feature_choice(
+            encoder,
+            x,
+            take_whole_quotas(quotas, self.quota_carry.clone()),
+            self.threshold,
+            self.cut,
+            torch.zeros_like(self.threshold),
+        ).pairs
+
+    def _quotas(self, n_tokens: int, budget: int) -> torch.Tensor:
+        """Fractional quotas m_j of shape (F,): the law at the rank of each feature's demand."""
+        if self._rank_quotas is None or self._rank_quotas[:2] != (n_tokens, budget):
+            alpha, beta = self.quota_law.tolist()
+            by_rank = zipf_quotas(
+                ZipfLaw(alpha, beta, scale=1.0),
+                len(self.density),
+                budget,
+                self.max_density * n_tokens,
+                self.min_tokens_per_feature,
+            )
+            self._rank_quotas = (n_tokens, budget, by_rank.to(self.density))
+        return self._rank_quotas[2][density_ranks(self.density)]
+
+    def fit_law(self, n_tokens: int) -> ZipfLaw | None:
+        """
+        Zipf law of the running densities, None where too few features have fired.
+
+        Args:
+            n_tokens: Tokens per batch, which sets the density below which a rate is noise.
+        """
+        floor = fit_floor(n_tokens)
+        if int((self.density > floor).sum()) < 3:
+            return None
+        return ZipfLaw.fit(self.density, floor)
+
+    def _anchor_quota_law(self, n_tokens: int) -> None:
+        """Takes the law of the quotas from what Mutual Choice found, once and for all."""
+        law = self.fit_law(n_tokens)
+        if law is not None:
+            self.quota_law.copy_(torch.tensor([law.alpha, law.beta]))
+            self._rank_quotas = None
+
+    def flag_underused(
+        self, dead: torch.Tensor, fraction: float | None, n_tokens: int
+    ) -> None:
+        """
+        Flags the features that the auxiliary loss trains: those below `fraction` of the law
+        and the dead ones, or the dead ones only where `fraction` is None.
+        """
+        law = None if fraction is None else self.fit_law(n_tokens)
+        self.underused.copy_(
+            underused_features(self.density, dead, law, fraction or 0.0)
+        )
+        self._underused_indices = None
+
+    @property
+    def underused_indices(self) -> torch.Tensor:
+        """Ascending indices of the flagged features, int64 of shape (U,)."""
+        if self._underused_indices is None:
+            self._underused_indices = self.underused.nonzero().squeeze(1)
+        return self._underused_indices
+
+    def _knows_cut(self) -> bool:
+        if not self._cut_is_known:
+            self._cut_is_known = bool(self.cut > 0)
+        return self._cut_is_known
+
+    def _track_cut(self, pairs: SparseActivations) -> None:
+        """Moves the running cut towards the batch's own, its smallest selected affinity."""
+        if len(pairs.values) == 0:
+            return
+        batch_cut = pairs.values.min().float()
+        if self._knows_cut():
+            batch_cut = follow_cut(self.cut, batch_cut)
+        self.cut.copy_(batch_cut)
+
+    def _update_density(self, counts: torch.Tensor, n_tokens: int) -> None:
+        update_density(
+            self.density,
+            self.density_tokens,
+            counts,
+            n_tokens,
+            self.density_window_tokens,
+        )

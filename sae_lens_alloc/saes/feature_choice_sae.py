@@ -1,0 +1,57 @@
+"""Feature Choice: feature j is active on its best m_j tokens of a batch."""
+
+from dataclasses import dataclass
+
+from typing_extensions import override
+
+from sae_lens_alloc.saes.allocation_sae import AllocationTrainingSAE, Rule
+from sae_lens_alloc.saes.allocation_sae_config import (
+    AllocationTrainingSAEConfig,
+    require,
+)
+
+
+@dataclass
+class FeatureChoiceTrainingSAEConfig(AllocationTrainingSAEConfig):
+    """
+    Configuration class for training a FeatureChoiceTrainingSAE.
+
+    Args:
+        mutual_choice_steps (int): Number of first training steps that allocate by Mutual
+            Choice instead: the order of the paper, whose Zipf law is then fitted to the
+            densities found by Mutual Choice. 0 uses Feature Choice from the start. A YAML
+            config may give a share of the training steps, such as "50%".
+        k (float): Average number of active features per token. The other fields are
+            described in AllocationTrainingSAEConfig.
+    """
+
+    mutual_choice_steps: int = 0
+
+    @override
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(
+            self.mutual_choice_steps >= 0,
+            "mutual_choice_steps",
+            self.mutual_choice_steps,
+            ">= 0",
+        )
+
+    @override
+    @classmethod
+    def architecture(cls) -> str:
+        return "feature_choice"
+
+
+class FeatureChoiceTrainingSAE(AllocationTrainingSAE[FeatureChoiceTrainingSAEConfig]):
+    """
+    Feature Choice SAE (arXiv 2411.02124): feature j is active on its n_j best tokens of a
+    batch, where the quotas n_j follow a Zipf law over the features' demand and sum to
+    k * B on average.
+
+    Inference uses one threshold per feature, and the SAE is saved as a JumpReLU SAE.
+    """
+
+    @override
+    def rule_at(self, step: int) -> Rule:
+        return "mutual" if step < self.cfg.mutual_choice_steps else "feature"

@@ -1,0 +1,1 @@
+"""Trainer and runner on top of SAELens' own."""

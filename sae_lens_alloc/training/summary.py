@@ -1,0 +1,126 @@
+"""What a run is about to do, in words, and about how much memory it needs."""
+
+import math
+from typing import Any
+
+import torch
+from sae_lens.config import LanguageModelSAERunnerConfig
+from sae_lens.saes.sae import TrainingSAEConfig
+from sae_lens.util import str_to_dtype
+
+from sae_lens_alloc.ops.encode_select import block_width
+from sae_lens_alloc.saes.allocation_sae_config import AllocationTrainingSAEConfig
+from sae_lens_alloc.saes.feature_choice_sae import FeatureChoiceTrainingSAEConfig
+from sae_lens_alloc.saes.mutual_choice_sae import MutualChoiceTrainingSAEConfig
+
+# SAELens keeps buffered activations in float32, whatever `dtype` says.
+BUFFER_ITEM_SIZE = 4
+
+
+def describe_run(cfg: LanguageModelSAERunnerConfig[Any]) -> str:
+    """What will be trained, on what, for how long, with how much memory, and where it goes."""
+    sae = cfg.sae
+    steps = cfg.total_training_steps
+    memory = estimate_memory(cfg)
+    parts = ", ".join(f"{name} {_bytes(size)}" for name, size in memory.items())
+    lines = {
+        "SAE": f"{sae.architecture()}, {sae.d_in} -> {sae.d_sae} features "
+        f"({sae.d_sae / sae.d_in:g}x){_sparsity(sae)}, {sae.dtype} on {cfg.device}",
+        "schedule": _schedule(sae, steps),
+        "model": f"{cfg.model_name} at {cfg.hook_name}, contexts of {cfg.context_size} "
+        f"tokens, on {cfg.llm_device}",
+        "dataset": cfg.dataset_path or "(none)",
+        "training": f"{cfg.training_tokens:,} tokens = {steps:,} steps of "
+        f"{cfg.train_batch_size_tokens:,}; {_learning_rate(cfg)}",
+        "memory": f"about {_bytes(sum(memory.values()))} ({parts}) "
+        "beside the language model",
+        "output": cfg.output_path or "not saved",
+        "checkpoints": _checkpoints(cfg),
+    }
+    return "\n".join(f"{name:<12}{text}" for name, text in lines.items() if text)
+
+
+def estimate_memory(cfg: LanguageModelSAERunnerConfig[Any]) -> dict[str, int]:
+    """
+    Estimates the bytes that training the SAE takes, apart from the language model.
+
+    With P = 2 * d_in * d_sae + d_sae + d_in parameters of s bytes each, B tokens a step:
+
+    - parameters, gradients: P * s each; Adam: 2 * P * s;
+    - activation buffer: 2 * (buffered tokens + one batch of contexts) * d_in * 4 bytes,
+      twice because shuffling copies it;
+    - step: for Mutual and Feature Choice, 8 matrices of B x d_in, 64 bytes for each of the
+      k * B selected pairs and for each auxiliary one, 4 blocks of affinities, and the
+      encoder's gradient once more, which is transposed; for other architectures, which work
+      on dense matrices, 8 matrices of B x d_sae. All in float32.
+    """
+    sae, n_tokens = cfg.sae, cfg.train_batch_size_tokens
+    parameters = 2 * sae.d_in * sae.d_sae + sae.d_sae + sae.d_in
+    parameters *= str_to_dtype(sae.dtype).itemsize
+    tokens_per_context = len(range(cfg.context_size)[slice(*cfg.seqpos_slice)])
+    buffered_contexts = cfg.n_batches_in_buffer + cfg.store_batch_size_prompts
+    buffer = 2 * buffered_contexts * tokens_per_context * sae.d_in * BUFFER_ITEM_SIZE
+    return {
+        "parameters": parameters,
+        "gradients": parameters,
+        "Adam": 2 * parameters,
+        "activation buffer": buffer,
+        "step": _step_bytes(sae, n_tokens, torch.device(cfg.device)),
+    }
+
+
+def _step_bytes(sae: TrainingSAEConfig, n_tokens: int, device: torch.device) -> int:
+    if not isinstance(sae, AllocationTrainingSAEConfig):
+        return 8 * n_tokens * sae.d_sae * 4
+    k = sae.k if sae.k_start is None else sae.k_start
+    k_aux = sae.k_aux or (sae.d_in // 2 if sae.aux_loss == "aux_k" else sae.k)
+    pairs = n_tokens * (k if sae.aux_loss == "none" else k + k_aux)
+    block = n_tokens * min(block_width(n_tokens, device), sae.d_sae)
+    elements = 8 * n_tokens * sae.d_in + 4 * block + sae.d_in * sae.d_sae
+    return 4 * elements + 64 * math.ceil(pairs)
+
+
+def _sparsity(sae: TrainingSAEConfig) -> str:
+    k = getattr(sae, "k", None)
+    if k is None:
+        return ""
+    start = getattr(sae, "k_start", None)
+    return f", k {k:g}" if start is None else f", k {start:g} falling to {k:g}"
+
+
+def _schedule(sae: TrainingSAEConfig, steps: int) -> str:
+    """Who allocates when; nothing for stock architectures."""
+    if not isinstance(sae, AllocationTrainingSAEConfig):
+        return ""
+    if isinstance(sae, MutualChoiceTrainingSAEConfig) and sae.feature_choice_steps:
+        text = f"Feature Choice for {sae.feature_choice_steps:,} steps, then Mutual Choice"
+    elif isinstance(sae, FeatureChoiceTrainingSAEConfig) and sae.mutual_choice_steps:
+        text = f"Mutual Choice for {sae.mutual_choice_steps:,} steps, then Feature Choice"
+    else:
+        text = "one rule throughout"
+    if sae.aux_loss == "none":
+        return f"{text}; no auxiliary loss"
+    if sae.aux_loss_decay_start is None or sae.aux_loss_decay_start >= steps:
+        return f"{text}; {sae.aux_loss} to the end"
+    return f"{text}; {sae.aux_loss} until step {sae.aux_loss_decay_start:,}"
+
+
+def _learning_rate(cfg: LanguageModelSAERunnerConfig[Any]) -> str:
+    text = f"lr {cfg.lr:g} {cfg.lr_scheduler_name}"
+    if cfg.lr_warm_up_steps:
+        text += f", warming up over {cfg.lr_warm_up_steps:,} steps"
+    if cfg.lr_decay_steps:
+        text += f", falling to 0 over the last {cfg.lr_decay_steps:,}"
+    return text
+
+
+def _checkpoints(cfg: LanguageModelSAERunnerConfig[Any]) -> str:
+    if cfg.checkpoint_path is None:
+        return "none"
+    if cfg.n_checkpoints == 0:
+        return f"{cfg.checkpoint_path}, only if the run is interrupted"
+    return f"{cfg.checkpoint_path}, {cfg.n_checkpoints} on the way"
+
+
+def _bytes(size: int) -> str:
+    return f"{size / 1e9:.1f} GB" if size >= 1e9 else f"{size / 1e6:.0f} MB"

@@ -1,0 +1,37 @@
+"""SAELens' trainer with a fused optimizer and metrics in a file."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from sae_lens.saes.sae import TrainStepOutput
+from sae_lens.training.sae_trainer import SAETrainer
+from typing_extensions import override
+
+
+class AllocSAETrainer(SAETrainer[Any, Any]):
+    """
+    SAELens' `SAETrainer` that uses fused Adam where the device has it and, where
+    `metrics_path` is set, appends the metrics that SAELens logs to W&B to that file as JSON
+    lines. Trains any architecture.
+    """
+
+    metrics_path: Path | None = None
+
+    @override
+    def fit(self) -> Any:
+        if torch.device(self.cfg.device).type in ("cpu", "cuda"):
+            for group in self.optimizer.param_groups:
+                group["fused"] = True
+        return super().fit()
+
+    @override
+    def step(self, batch: torch.Tensor) -> TrainStepOutput:
+        output = super().step(batch)
+        every = self.cfg.logger.wandb_log_frequency
+        if self.metrics_path is not None and (self.n_training_steps + 1) % every == 0:
+            metrics = self.build_train_step_log_dict(output, self.n_training_samples)
+            with self.metrics_path.open("a") as file:
+                file.write(json.dumps({"step": self.n_training_steps, **metrics}) + "\n")
+        return output
