@@ -32,9 +32,7 @@ class SparseActivations:
     ) -> "SparseActivations":
         """Sorts pairs, given in any order and each at most once, into row order."""
         order = (token_indices * shape[1] + feature_indices).argsort()
-        return cls(
-            token_indices[order], feature_indices[order], values[order], shape
-        )
+        return cls(token_indices[order], feature_indices[order], values[order], shape)
 
     def token_counts(self) -> torch.Tensor:
         """Active features of each token, int64 of shape (B,)."""
@@ -66,4 +64,5 @@ class SparseActivations:
             self.values,
             (*leading_shape, self.shape[1]),
             is_coalesced=True,
+            check_invariants=False,
         )

@@ -78,7 +78,11 @@ class ZipfLaw:
 def _fit_line(x: np.ndarray, y: np.ndarray) -> tuple[float, float, float]:
     """Slope, intercept and sum of squared residuals of the least-squares line."""
     slope, intercept = np.polyfit(x, y, 1)
-    return float(slope), float(intercept), float(np.sum((y - intercept - slope * x) ** 2))
+    return (
+        float(slope),
+        float(intercept),
+        float(np.sum((y - intercept - slope * x) ** 2)),
+    )
 
 
 def _r2(actual: np.ndarray, predicted: np.ndarray) -> float:

@@ -66,22 +66,24 @@ def calibrate_thresholds(
         ValueError: if there are no activations of the SAE's d_in, or too few positive
             affinities for the wanted L0.
     """
-    target_l0 = sae.cfg.k if target_l0 is None else target_l0
+    wanted: float = sae.cfg.k if target_l0 is None else target_l0
     if activations.ndim != 2 or activations.shape[1] != sae.cfg.d_in:
         raise ValueError(
             f"activations must have shape (tokens, {sae.cfg.d_in}), got "
             f"{tuple(activations.shape)}."
         )
-    budget = budget_for(target_l0, len(activations))
+    budget = budget_for(wanted, len(activations))
     if budget == 0:
         raise ValueError(
-            f"{len(activations)} tokens are too few to calibrate an L0 of {target_l0}."
+            f"{len(activations)} tokens are too few to calibrate an L0 of {wanted}."
         )
     training_l0, training_ev = _l0_and_ev(sae, activations, batch_size, False)
     l0_before, ev_before = _l0_and_ev(sae, activations, batch_size, True)
 
     state = sae.allocation
-    thresholds = state.threshold.where(state.threshold > 0, torch.ones(()).to(state.threshold))
+    thresholds = state.threshold.where(
+        state.threshold > 0, torch.ones(()).to(state.threshold)
+    )
     encoder = sae.encoder()
     scale = torch.ones_like(thresholds) if encoder.scale is None else encoder.scale
     relative = Encoder(encoder.W_enc, encoder.b_enc, scale / thresholds)
@@ -91,7 +93,7 @@ def calibrate_thresholds(
     if len(pairs.values) < budget:
         raise ValueError(
             f"only {len(pairs.values) / len(activations):.3g} affinities per token are "
-            f"positive, so no threshold gives an L0 of {target_l0}."
+            f"positive, so no threshold gives an L0 of {wanted}."
         )
     # a pair is active where its affinity exceeds the threshold, and the last one must be
     factor = pairs.values.min().float() * (1 - 1e-6)
@@ -99,7 +101,7 @@ def calibrate_thresholds(
 
     l0, ev = _l0_and_ev(sae, activations, batch_size, True)
     report = CalibrationReport(
-        target_l0=target_l0,
+        target_l0=wanted,
         training_l0=training_l0,
         l0_before=l0_before,
         l0=l0,
@@ -124,5 +126,7 @@ def _l0_and_ev(
         pairs, sae_out = sae.autoencode_pairs(batch, by_threshold)
         n_pairs += len(pairs.values)
         squared_error += float((sae_out - batch).pow(2).sum(dtype=torch.float64))
-    variance = float((activations - activations.mean(0)).pow(2).sum(dtype=torch.float64))
+    variance = float(
+        (activations - activations.mean(0)).pow(2).sum(dtype=torch.float64)
+    )
     return n_pairs / len(activations), 1 - squared_error / variance

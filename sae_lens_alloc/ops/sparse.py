@@ -1,6 +1,11 @@
 """Products of ragged pairs with dense matrices: torch's CSR kernels, or a plain reference."""
 
+import warnings
+
 import torch
+
+# torch says so at the first CSR tensor of a process; nothing a user of SAEs can act on
+warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta state")
 
 # Elements gathered at a time by the reference, so that it never holds pairs x d_in at once.
 _REFERENCE_CHUNK = 2**22

@@ -127,12 +127,12 @@ class AllocationTrainingSAE(TrainingSAE[T_CONFIG]):
             pairs = encode_thresholds(encoder, inputs, self.allocation.threshold)
         else:
             pairs = self._preview(encoder, inputs)
-        return pairs, self._finish_decode(self._reconstruct(encoder, inputs, [pairs])[0])
+        return pairs, self._finish_decode(
+            self._reconstruct(encoder, inputs, [pairs])[0]
+        )
 
     def _budget(self, n_tokens: int, step: int) -> int:
-        k = budget_per_token(
-            step, self.cfg.k, self.cfg.k_start, self.cfg.k_decay_steps
-        )
+        k = budget_per_token(step, self.cfg.k, self.cfg.k_start, self.cfg.k_decay_steps)
         return budget_for(k, n_tokens)
 
     @override
@@ -166,14 +166,9 @@ class AllocationTrainingSAE(TrainingSAE[T_CONFIG]):
 
     def encoder(self) -> Encoder:
         """The encoder by blocks of features, detached from the graph."""
-        return Encoder(
-            self.W_enc.detach(), self.b_enc.detach(), self._affinity_scale()
-        )
+        return Encoder(self.W_enc.detach(), self.b_enc.detach(), self._affinity_scale())
 
-    # The number of pairs differs from batch to batch, which torch.compile would answer with
-    # a recompilation per step; `compile_sae` therefore leaves this step as it is.
     @override
-    @torch.compiler.disable
     def training_forward_pass(self, step_input: TrainStepInput) -> TrainStepOutput:
         """
         One training step: allocate the batch, reconstruct from the selected pairs, and
@@ -186,6 +181,12 @@ class AllocationTrainingSAE(TrainingSAE[T_CONFIG]):
         Raises:
             ValueError: if the loss is not finite, naming the step.
         """
+        return self._training_step(step_input)
+
+    # The number of pairs differs from batch to batch, which torch.compile would answer with
+    # a recompilation per step; `compile_sae` therefore leaves this step as it is.
+    @torch.compiler.disable
+    def _training_step(self, step_input: TrainStepInput) -> TrainStepOutput:
         sae_in = step_input.sae_in
         self._step = step = step_input.n_training_steps
         inputs = self.process_sae_in(sae_in)
@@ -230,9 +231,10 @@ class AllocationTrainingSAE(TrainingSAE[T_CONFIG]):
         losses = {"mse_loss": mse_loss}
         if aux_out is not None:
             residual = (sae_in - sae_out).detach()
-            losses["auxiliary_reconstruction_loss"] = self._auxiliary_coefficient(
-                step
-            ) * self.mse_loss_fn(aux_out, residual).sum(dim=-1).mean()
+            losses["auxiliary_reconstruction_loss"] = (
+                self._auxiliary_coefficient(step)
+                * self.mse_loss_fn(aux_out, residual).sum(dim=-1).mean()
+            )
         return TrainStepOutput(
             sae_in=sae_in,
             sae_out=sae_out,
@@ -307,14 +309,9 @@ class AllocationTrainingSAE(TrainingSAE[T_CONFIG]):
         flagged = self.allocation.underused_indices
         if len(flagged) == 0:
             return None
-        return encode_auxiliary(encoder, x.detach(), flagged, self._k_aux())
-
-    def _k_aux(self) -> int:
-        if self.cfg.k_aux is not None:
-            return self.cfg.k_aux
-        if self.cfg.aux_loss == "aux_k":
-            return self.cfg.d_in // 2
-        return math.ceil(self.cfg.k)
+        return encode_auxiliary(
+            encoder, x.detach(), flagged, self.cfg.features_per_token_in_aux_loss()
+        )
 
     def _aux_weight(self, step: int) -> float:
         return self.cfg.aux_loss_coefficient * aux_loss_fade(
@@ -323,7 +320,10 @@ class AllocationTrainingSAE(TrainingSAE[T_CONFIG]):
 
     def _auxiliary_coefficient(self, step: int) -> float:
         """Weight of the auxiliary loss, smaller where few features are flagged."""
-        share = len(self.allocation.underused_indices) / self._k_aux()
+        share = (
+            len(self.allocation.underused_indices)
+            / self.cfg.features_per_token_in_aux_loss()
+        )
         return self._aux_weight(step) * min(share, 1.0)
 
     def _metrics(
@@ -338,10 +338,10 @@ class AllocationTrainingSAE(TrainingSAE[T_CONFIG]):
             return lambda: getattr(law(), name, float("nan"))
 
         return {
-            "threshold_l0": lambda: len(
-                encode_thresholds(self.encoder(), x, allocation.threshold).values
-            )
-            / n_tokens,
+            "threshold_l0": lambda: (
+                len(encode_thresholds(self.encoder(), x, allocation.threshold).values)
+                / n_tokens
+            ),
             "mean_threshold": lambda: allocation.threshold.mean(),
             "cut": lambda: allocation.cut,
             "underused_features": lambda: allocation.underused.sum(),

@@ -1,5 +1,6 @@
 """Configuration shared by every architecture that allocates one budget over a batch."""
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -129,6 +130,12 @@ class AllocationTrainingSAEConfig(TrainingSAEConfig):
             self.min_tokens_per_feature,
             ">= 0",
         )
+
+    def features_per_token_in_aux_loss(self) -> int:
+        """k_aux, or what it means where it is None."""
+        if self.k_aux is not None:
+            return self.k_aux
+        return self.d_in // 2 if self.aux_loss == "aux_k" else math.ceil(self.k)
 
     @override
     def get_inference_config_class(self) -> type[SAEConfig]:

@@ -45,7 +45,9 @@ class AllocationState(nn.Module):
 
     threshold: torch.Tensor  # (F,) inference threshold of each feature
     cut: torch.Tensor  # () running cut of Mutual Choice, 0 before the first batch
-    density: torch.Tensor  # (F,) running demand: rate at which affinities exceed the cut
+    density: (
+        torch.Tensor
+    )  # (F,) running demand: rate at which affinities exceed the cut
     density_tokens: torch.Tensor  # () tokens in the running densities
     quota_carry: torch.Tensor  # (F,) remainders of the fractional quotas
     quota_law: torch.Tensor  # (2,) alpha and beta of the law that sets the quotas
@@ -77,9 +79,7 @@ class AllocationState(nn.Module):
             "underused", torch.zeros(d_sae, dtype=torch.bool, device=device)
         )
         self._forget_derived()
-        self.register_load_state_dict_post_hook(
-            lambda module, _: module._forget_derived()
-        )
+        self.register_load_state_dict_post_hook(_forget_derived_after_loading)
 
     def _forget_derived(self) -> None:
         """Drops what is derived from the buffers, or only makes the selection faster."""
@@ -262,3 +262,7 @@ class AllocationState(nn.Module):
             n_tokens,
             self.density_window_tokens,
         )
+
+
+def _forget_derived_after_loading(state: AllocationState, _: Any) -> None:
+    state._forget_derived()

@@ -73,7 +73,7 @@ def _step_bytes(sae: TrainingSAEConfig, n_tokens: int, device: torch.device) -> 
     if not isinstance(sae, AllocationTrainingSAEConfig):
         return 8 * n_tokens * sae.d_sae * 4
     k = sae.k if sae.k_start is None else sae.k_start
-    k_aux = sae.k_aux or (sae.d_in // 2 if sae.aux_loss == "aux_k" else sae.k)
+    k_aux = sae.features_per_token_in_aux_loss()
     pairs = n_tokens * (k if sae.aux_loss == "none" else k + k_aux)
     block = n_tokens * min(block_width(n_tokens, device), sae.d_sae)
     elements = 8 * n_tokens * sae.d_in + 4 * block + sae.d_in * sae.d_sae
@@ -93,9 +93,13 @@ def _schedule(sae: TrainingSAEConfig, steps: int) -> str:
     if not isinstance(sae, AllocationTrainingSAEConfig):
         return ""
     if isinstance(sae, MutualChoiceTrainingSAEConfig) and sae.feature_choice_steps:
-        text = f"Feature Choice for {sae.feature_choice_steps:,} steps, then Mutual Choice"
+        text = (
+            f"Feature Choice for {sae.feature_choice_steps:,} steps, then Mutual Choice"
+        )
     elif isinstance(sae, FeatureChoiceTrainingSAEConfig) and sae.mutual_choice_steps:
-        text = f"Mutual Choice for {sae.mutual_choice_steps:,} steps, then Feature Choice"
+        text = (
+            f"Mutual Choice for {sae.mutual_choice_steps:,} steps, then Feature Choice"
+        )
     else:
         text = "one rule throughout"
     if sae.aux_loss == "none":

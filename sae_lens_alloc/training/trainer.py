@@ -33,5 +33,7 @@ class AllocSAETrainer(SAETrainer[Any, Any]):
         if self.metrics_path is not None and (self.n_training_steps + 1) % every == 0:
             metrics = self.build_train_step_log_dict(output, self.n_training_samples)
             with self.metrics_path.open("a") as file:
-                file.write(json.dumps({"step": self.n_training_steps, **metrics}) + "\n")
+                file.write(
+                    json.dumps({"step": self.n_training_steps, **metrics}) + "\n"
+                )
         return output

@@ -1,0 +1,156 @@
+"""
+Writes what the documents take from code and from result files, so that no figure is typed.
+
+    python docs/render.py           rewrites docs/config.md and the marked parts of README.md
+    python docs/render.py --check   exits with 1 if they are not up to date
+"""
+
+import dataclasses
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from docstring_parser import parse
+
+from sae_lens_alloc.saes.allocation_sae_config import AllocationTrainingSAEConfig
+from sae_lens_alloc.saes.feature_choice_sae import FeatureChoiceTrainingSAEConfig
+from sae_lens_alloc.saes.mutual_choice_sae import MutualChoiceTrainingSAEConfig
+
+DOCS = Path(__file__).parent
+README = DOCS.parent / "README.md"
+RESULTS = DOCS / "results"
+
+
+def config_reference() -> str:
+    """The page of all config fields, from the dataclasses and their docstrings."""
+    own = {
+        field.name
+        for config_class in (
+            MutualChoiceTrainingSAEConfig,
+            FeatureChoiceTrainingSAEConfig,
+        )
+        for field in dataclasses.fields(config_class)
+    }
+    shared = {field.name for field in dataclasses.fields(AllocationTrainingSAEConfig)}
+    sections = [
+        "# Config reference\n",
+        "Fields under `sae:` of a YAML config, or of the config classes in Python. Written by "
+        "`python docs/render.py` from the docstrings. The keys outside `sae:` are those of "
+        "SAELens' `LanguageModelSAERunnerConfig`.\n",
+        "## Both architectures\n",
+        _field_table(AllocationTrainingSAEConfig, shared),
+        "## `mutual_choice`\n",
+        _field_table(MutualChoiceTrainingSAEConfig, own - shared),
+        "## `feature_choice`\n",
+        _field_table(FeatureChoiceTrainingSAEConfig, own - shared),
+    ]
+    return "\n".join(sections)
+
+
+def _field_table(config_class: type[Any], names: set[str]) -> str:
+    described = {
+        param.arg_name: " ".join((param.description or "").split())
+        for param in parse(config_class.__doc__ or "").params
+    }
+    rows = ["| field | type | default | |", "|---|---|---|---|"]
+    for field in dataclasses.fields(config_class):
+        if field.name in names:
+            rows.append(
+                f"| `{field.name}` | {_type_name(field)} | {_default(field)} "
+                f"| {described[field.name]} |"
+            )
+    return "\n".join(rows) + "\n"
+
+
+def _type_name(field: dataclasses.Field[Any]) -> str:
+    name = field.type if isinstance(field.type, str) else str(field.type)
+    name = name.replace("typing.", "").replace("<class '", "").replace("'>", "")
+    return name.split(".")[-1].replace("|", "\\|")
+
+
+def _default(field: dataclasses.Field[Any]) -> str:
+    if field.default is not dataclasses.MISSING:
+        return f"`{field.default!r}`"
+    return "" if field.default_factory is not dataclasses.MISSING else "required"
+
+
+def step_table() -> str:
+    """The table of step times, from the file that benchmarks/step.py wrote."""
+    report = json.loads((RESULTS / "step_cpu.json").read_text())
+    shape, versions = report["shape"], report["versions"]
+    rows = [
+        f"d_in {shape['d_in']} → d_sae {shape['d_sae']}, k {shape['k']}, B {shape['batch']}, "
+        f"float32, {report['machine']}; torch {versions['torch']}, sae-lens "
+        f"{versions['sae_lens']}; median of {shape['rounds']} rounds in turn "
+        f"(`{report['command']}`):\n",
+        "| training step | seconds | × floor | `batchtopk` / this | tokens/s | working memory |",
+        "|---|---|---|---|---|---|",
+    ]
+    for row in report["rows"]:
+        rows.append(
+            f"| {row['contender']} | {row['seconds']:.2f} "
+            f"({row['seconds_min']:.2f}–{row['seconds_max']:.2f}) "
+            f"| {row['times_floor']:.2f} | {row['batchtopk_over_this']:.1f} "
+            f"| {row['tokens_per_second']:,.0f} "
+            f"| {row['working_memory_bytes'] / 1e6:,.0f} MB |"
+        )
+    return "\n".join(rows)
+
+
+def demo_table() -> str:
+    """The table of the demo, from the results.json that `make demo` wrote."""
+    results = json.loads((RESULTS / "demo.json").read_text())
+    versions, runs = results["versions"], results["runs"]
+    first = next(iter(runs.values()))
+    rows = [
+        f"{first['training_tokens']:,} training tokens, {first['n_tokens']:,} tokens of "
+        f"held-out text, {results['threads']} threads; torch {versions['torch']}, sae-lens "
+        f"{versions['sae_lens']}, one seed (`make demo`):\n",
+        "| saved SAE | variance explained | CE recovered (mean ablation) "
+        "| CE recovered (zero ablation) | features per token | dead | rare (< 1e-4) "
+        "| training |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for name, run in runs.items():
+        rows.append(
+            f"| `{name}` | {run['explained_variance']:.4f} "
+            f"| {run['loss_recovered_mean']:.4f} | {run['loss_recovered_zero']:.4f} "
+            f"| {run['l0']:.2f} | {run['dead_features']:,} | {run['rare_features']:,} "
+            f"| {run['seconds']:.0f} s |"
+        )
+    return "\n".join(rows)
+
+
+def rendered_readme(text: str) -> str:
+    """README.md with its marked parts written anew."""
+    for name, content in (("step", step_table()), ("demo", demo_table())):
+        start, end = f"<!-- {name} -->", f"<!-- /{name} -->"
+        before, rest = text.split(start)
+        _, after = rest.split(end)
+        text = f"{before}{start}\n{content}\n{end}{after}"
+    return text
+
+
+def main() -> None:
+    pages = {
+        DOCS / "config.md": config_reference(),
+        README: rendered_readme(README.read_text()),
+    }
+    stale = [
+        path
+        for path, text in pages.items()
+        if not path.exists() or path.read_text() != text
+    ]
+    if "--check" in sys.argv[1:]:
+        sys.exit(
+            f"not up to date, run python docs/render.py: {', '.join(map(str, stale))}"
+            if stale
+            else 0
+        )
+    for path, text in pages.items():
+        path.write_text(text)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,203 @@
+"""The console script `sae-lens-alloc`."""
+
+import importlib.util
+import os
+import runpy
+import sys
+import warnings
+from collections.abc import Generator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from sae_lens.config import LanguageModelSAERunnerConfig
+from sae_lens.training._interruption import InterruptedException
+
+from sae_lens_alloc.config import load_runner_config
+from sae_lens_alloc.training.runner import METRICS_FILENAME, AllocSAETrainingRunner
+from sae_lens_alloc.training.summary import describe_run
+
+app = typer.Typer(
+    name="sae-lens-alloc",
+    help="Train SAELens SAEs that allocate one sparsity budget over a whole batch.",
+    add_completion=False,
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+)
+
+
+def main() -> None:
+    """Runs the command line, and exits with 1 or 2 after a user's error."""
+    app()
+
+
+@app.command()
+def train(
+    config: Annotated[
+        Path,
+        typer.Argument(
+            metavar="CONFIG.yaml",
+            exists=True,
+            dir_okay=False,
+            help="The run: SAELens' own keys, with the SAE under `sae:` and "
+            "LoggingConfig under `logger:`.",
+        ),
+    ],
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="KEY=VALUE",
+            help="Settings that replace the file's, such as `lr=1e-3` or `sae.k=16`.",
+        ),
+    ] = None,
+    overwrite: Annotated[
+        bool,
+        typer.Option(
+            "--overwrite",
+            help="Write into output_path even if it holds something, replacing files of "
+            "the same name.",
+        ),
+    ] = False,
+    dry_run: Annotated[
+        bool,
+        typer.Option(
+            "--dry-run", help="Check the run, say what it would do, and stop."
+        ),
+    ] = False,
+) -> None:
+    """
+    Train one SAE as a YAML file says.
+
+    The run is checked and described before any model is loaded. An output folder that holds
+    something is left alone unless --overwrite is given.
+    """
+    with _one_sentence_errors():
+        cfg = load_runner_config(config, overrides or [])
+        typer.echo(describe_run(cfg))
+        if dry_run:
+            return
+        _require_machine(cfg)
+        _claim_output(cfg, overwrite)
+        runner = AllocSAETrainingRunner(cfg)
+    try:
+        runner.run()
+    except (InterruptedException, KeyboardInterrupt):
+        typer.echo(f"interrupted; checkpoints are in {cfg.checkpoint_path}", err=True)
+        raise typer.Exit(130) from None
+    typer.echo(f"saved in {cfg.output_path}")
+
+
+@app.command(
+    context_settings={"allow_interspersed_args": False, "ignore_unknown_options": True}
+)
+def run(
+    module: Annotated[
+        str, typer.Argument(metavar="MODULE", help="For example sae_lens.evals.")
+    ],
+    args: Annotated[
+        list[str] | None, typer.Argument(metavar="ARG", help="Its arguments.")
+    ] = None,
+) -> None:
+    """
+    Run a Python module, as `python -m` does, with our architectures known to SAELens.
+
+    For example: sae-lens-alloc run -- sae_lens.llm_sae_training_runner --architecture
+    mutual_choice --k 32 ...
+    """
+    sys.path.insert(0, os.getcwd())
+    with _one_sentence_errors():
+        _require_runnable(module)
+    sys.argv = [module, *(args or [])]
+    # runpy warns that sae_lens imported the module already; `python -m` would, too
+    warnings.filterwarnings("ignore", ".*found in sys.modules", RuntimeWarning)
+    runpy.run_module(module, run_name="__main__", alter_sys=True)
+
+
+@app.command()
+def demo(
+    quick: Annotated[
+        bool,
+        typer.Option(
+            "--quick", help="Train on less text: under 90 seconds on 2 cores."
+        ),
+    ] = False,
+    output: Annotated[
+        Path, typer.Option(help="Folder for the SAEs, the figures and report.html.")
+    ] = Path("demo-output"),
+    overwrite: Annotated[
+        bool,
+        typer.Option(
+            "--overwrite", help="Write into the folder even if it holds something."
+        ),
+    ] = False,
+) -> None:
+    """
+    Train a Mutual Choice SAE and a stock batchtopk SAE on the shipped language model,
+    compare them on held-out text, and write a report. Needs no network.
+    """
+    from sae_lens_alloc.demo.run import run_demo
+
+    with _one_sentence_errors(FileExistsError):
+        run_demo(output, quick, overwrite)
+
+
+@contextmanager
+def _one_sentence_errors(
+    *kinds: type[Exception],
+) -> Generator[None, None, None]:
+    """Turns a user's error (ValueError or OSError, or `kinds`) into its message and exit code 1."""
+    try:
+        yield
+    except kinds or (ValueError, OSError) as error:
+        typer.echo(f"error: {error}", err=True)
+        raise typer.Exit(1) from None
+
+
+def _require_machine(cfg: LanguageModelSAERunnerConfig[Any]) -> None:
+    """What depends on this machine, checked before the model is loaded."""
+    for key in ("device", "llm_device", "act_store_device"):
+        device = torch.device(getattr(cfg, key))
+        available = {
+            "cuda": torch.cuda.is_available,
+            "mps": torch.backends.mps.is_available,
+        }
+        if device.type in available and not available[device.type]():
+            raise ValueError(
+                f"{key} is {str(device)!r}, but torch finds no such device on this "
+                "machine: give device=cpu to run without one."
+            )
+    if not cfg.dataset_path:
+        raise ValueError("dataset_path is missing.")
+    for key in ("resume_from_checkpoint", "from_pretrained_path"):
+        path = getattr(cfg, key)
+        if path is not None and not Path(path).is_dir():
+            raise ValueError(f"{key} is {path!r}, but there is no such folder.")
+
+
+def _claim_output(cfg: LanguageModelSAERunnerConfig[Any], overwrite: bool) -> None:
+    """Creates the output folder now, rather than fail to at the end of a long training."""
+    if cfg.output_path is None:
+        return
+    output = Path(cfg.output_path)
+    output.mkdir(parents=True, exist_ok=True)
+    # an interrupted run leaves its metrics there, which its resumption goes on with
+    expected = {METRICS_FILENAME} if cfg.resume_from_checkpoint is not None else set()
+    if not overwrite and {path.name for path in output.iterdir()} - expected:
+        raise ValueError(
+            f"output_path {cfg.output_path!r} is not empty: give --overwrite to write "
+            "into it, or another output_path."
+        )
+
+
+def _require_runnable(module: str) -> None:
+    try:
+        spec = importlib.util.find_spec(module)
+        if spec is not None and spec.submodule_search_locations is not None:
+            spec = importlib.util.find_spec(f"{module}.__main__")
+    except ModuleNotFoundError:
+        spec = None
+    if spec is None:
+        raise ValueError(f"there is no module {module!r} that can be run.")

@@ -1,0 +1,297 @@
+"""Reads a YAML file with SAELens' own keys into a LanguageModelSAERunnerConfig, and refuses what cannot work."""
+
+import difflib
+from collections.abc import Iterable, Sequence
+from dataclasses import MISSING, fields
+from fractions import Fraction
+from pathlib import Path
+from typing import Any, get_type_hints
+
+import torch
+from sae_lens.config import LanguageModelSAERunnerConfig, LoggingConfig
+from sae_lens.constants import DTYPE_MAP
+from sae_lens.registry import SAE_TRAINING_CLASS_REGISTRY
+from sae_lens.saes.sae import SAEMetadata
+
+from sae_lens_alloc.config_file import parse_value, read_mapping
+from sae_lens_alloc.typed_values import convert, in_words
+
+# Step counts that may be given as a share of the training steps, such as "75%".
+SHARE_KEYS = (
+    "lr_warm_up_steps",
+    "lr_decay_steps",
+    "dead_feature_window",
+    "sae.feature_choice_steps",
+    "sae.mutual_choice_steps",
+    "sae.aux_loss_decay_start",
+    "sae.k_decay_steps",
+)
+SAE_SCHEDULE_KEYS = (
+    "feature_choice_steps",
+    "mutual_choice_steps",
+    "aux_loss_decay_start",
+    "k_decay_steps",
+)
+# SAELens divides by these, or loops forever or never with less.
+AT_LEAST_ONE = (
+    "context_size",
+    "feature_sampling_window",
+    "n_batches_for_norm_estimate",
+    "n_batches_in_buffer",
+    "n_restart_cycles",
+    "store_batch_size_prompts",
+    "train_batch_size_tokens",
+    "training_tokens",
+    "logger.eval_every_n_wandb_logs",
+    "logger.wandb_log_frequency",
+    "sae.d_in",
+    "sae.d_sae",
+)
+MODEL_CLASSES = ("HookedTransformer", "HookedMamba", "AutoModelForCausalLM")
+LR_SCHEDULERS = ("constant", "cosineannealing", "cosineannealingwarmrestarts")
+
+
+def load_runner_config(
+    path: str | Path, overrides: Sequence[str] = ()
+) -> LanguageModelSAERunnerConfig[Any]:
+    """
+    Reads a training run from a YAML file and checks it before any model is loaded.
+
+    The file has the fields of SAELens' LanguageModelSAERunnerConfig at top level, those of
+    LoggingConfig under `logger:` and those of a training SAE under `sae:`, together with
+    `architecture:`. Step counts may be shares of the training steps, such as "75%". The
+    `runner_cfg.json` that SAELens saves beside an SAE is such a file too.
+
+    Args:
+        path: The YAML file.
+        overrides: Settings that replace the file's, such as "lr=1e-3" or "sae.k=16".
+
+    Raises:
+        ValueError: in one sentence that names the file and the setting, if a key is unknown,
+            a value has the wrong type, or the run could not work.
+        FileNotFoundError: if there is no such file.
+    """
+    source = " with ".join([str(path), *([", ".join(overrides)] if overrides else [])])
+    try:
+        settings = read_mapping(path)
+        for override in overrides:
+            _apply_override(settings, override)
+        return _build(settings)
+    except ValueError as error:
+        raise ValueError(f"{source}: {error}") from error
+
+
+def _apply_override(settings: dict[str, Any], override: str) -> None:
+    dotted_key, equals, text = override.partition("=")
+    if not dotted_key or not equals:
+        raise ValueError(f"the override {override!r} does not look like key=value.")
+    *sections, key = dotted_key.split(".")
+    for section in sections:
+        settings = settings.setdefault(section, {})
+        if not isinstance(settings, dict):
+            raise ValueError(
+                f"the override {override!r} needs {section!r} to be a mapping, "
+                f"but it is {settings!r}."
+            )
+    settings[key] = parse_value(text)
+
+
+def _build(settings: dict[str, Any]) -> LanguageModelSAERunnerConfig[Any]:
+    sae_settings = dict(_mapping(settings, "sae"))
+    logger_settings = _mapping(settings, "logger")
+    sae_class = _sae_config_class(sae_settings.pop("architecture", None))
+    metadata = sae_settings.pop("metadata", None)
+
+    top_hints = _hints(LanguageModelSAERunnerConfig)
+    logger_hints = _hints(LoggingConfig)
+    sae_hints = _hints(sae_class)
+    valid_keys = [
+        *top_hints,
+        *(f"logger.{name}" for name in logger_hints),
+        *(f"sae.{name}" for name in ("architecture", *sae_hints)),
+    ]
+    top_settings = {k: v for k, v in settings.items() if k not in ("sae", "logger")}
+    _check_keys("", top_settings, valid_keys)
+    _check_keys("logger.", logger_settings, valid_keys)
+    _check_keys("sae.", sae_settings, valid_keys)
+
+    steps = _training_steps(top_settings)
+    top = _typed("", top_settings, top_hints, steps)
+    logger = LoggingConfig(**_typed("logger.", logger_settings, logger_hints, steps))
+    sae_values = _typed("sae.", sae_settings, sae_hints, steps)
+    for name in _required(sae_class):
+        if name not in sae_values:
+            raise ValueError(f"sae.{name} is missing.")
+    try:
+        sae = sae_class(**sae_values)
+    except ValueError as error:
+        raise ValueError(f"sae: {error}") from error
+    if metadata is not None:
+        sae.metadata = SAEMetadata(**convert(metadata, dict))
+
+    cfg = LanguageModelSAERunnerConfig(sae=sae, logger=logger, **top)
+    _check_names(cfg)
+    _check_schedule(cfg)
+    _check_buffer(cfg)
+    return cfg
+
+
+def _mapping(settings: dict[str, Any], section: str) -> dict[str, Any]:
+    value = settings.get(section, {})
+    if not isinstance(value, dict):
+        raise ValueError(f"{section} must be a mapping, got {value!r}.")
+    return value
+
+
+def _sae_config_class(architecture: Any) -> type[Any]:
+    if architecture is None:
+        raise ValueError(
+            "sae.architecture is missing; it may be "
+            f"{', '.join(sorted(SAE_TRAINING_CLASS_REGISTRY))}."
+        )
+    _check_choice("sae.architecture", architecture, SAE_TRAINING_CLASS_REGISTRY)
+    return SAE_TRAINING_CLASS_REGISTRY[architecture][1]
+
+
+def _hints(config_class: type[Any]) -> dict[str, Any]:
+    """The type hint of each field that a file may set."""
+    hints = get_type_hints(config_class)
+    return {
+        field.name: hints[field.name]
+        for field in fields(config_class)
+        if field.name not in ("sae", "logger", "metadata")
+    }
+
+
+def _required(config_class: type[Any]) -> list[str]:
+    return [
+        field.name
+        for field in fields(config_class)
+        if field.default is MISSING and field.default_factory is MISSING
+    ]
+
+
+def _check_keys(prefix: str, settings: dict[str, Any], valid_keys: list[str]) -> None:
+    for name in settings:
+        key = f"{prefix}{name}"
+        if key not in valid_keys:
+            # the right name in the wrong section is a likelier slip than a misspelling
+            same_name = [k for k in valid_keys if k.split(".")[-1] == str(name)]
+            nearest = same_name[0] if same_name else _nearest(key, valid_keys)
+            raise ValueError(f"unknown key {key!r}, did you mean {nearest!r}?")
+
+
+def _nearest(name: str, valid: Iterable[str]) -> str:
+    return difflib.get_close_matches(name, list(valid), n=1, cutoff=0)[0]
+
+
+def _check_choice(key: str, value: Any, valid: Iterable[str]) -> None:
+    if value not in list(valid):
+        nearest = _nearest(str(value), valid)
+        raise ValueError(f"{key} {value!r} is unknown, did you mean {nearest!r}?")
+
+
+def _training_steps(settings: dict[str, Any]) -> Fraction:
+    """Training steps of the run, not rounded, for the shares that are taken of them."""
+    defaults = LanguageModelSAERunnerConfig
+    names = {
+        "training_tokens": defaults.training_tokens,
+        "train_batch_size_tokens": defaults.train_batch_size_tokens,
+    }
+    given = {name: settings[name] for name in names if name in settings}
+    counts = {**names, **_typed("", given, dict.fromkeys(names, int), Fraction(0))}
+    return Fraction(counts["training_tokens"], counts["train_batch_size_tokens"])
+
+
+def _typed(
+    prefix: str, settings: dict[str, Any], hints: dict[str, Any], steps: Fraction
+) -> dict[str, Any]:
+    values: dict[str, Any] = {}
+    for name, value in settings.items():
+        key = f"{prefix}{name}"
+        if key in SHARE_KEYS and isinstance(value, str):
+            value = _share_of(steps, key, value)
+        try:
+            values[name] = convert(value, hints[name])
+        except TypeError:
+            raise ValueError(
+                f"{key} must be {in_words(hints[name])}, got {value!r}."
+            ) from None
+        if key in AT_LEAST_ONE and values[name] < 1:
+            raise ValueError(f"{key} must be at least 1, got {value!r}.")
+    return values
+
+
+def _share_of(steps: Fraction, key: str, text: str) -> int:
+    try:
+        share = Fraction(text.removesuffix("%").strip()) / 100
+    except ValueError:
+        share = None
+    if share is None or not text.endswith("%") or not 0 <= share <= 1:
+        raise ValueError(
+            f"{key} must be a number of steps or a share of them from '0%' to '100%', "
+            f"got {text!r}."
+        )
+    return int(share * steps)
+
+
+def _check_names(cfg: LanguageModelSAERunnerConfig[Any]) -> None:
+    _check_choice("model_class_name", cfg.model_class_name, MODEL_CLASSES)
+    _check_choice("lr_scheduler_name", cfg.lr_scheduler_name.lower(), LR_SCHEDULERS)
+    _check_choice("dtype", cfg.dtype, DTYPE_MAP)
+    _check_choice("sae.dtype", cfg.sae.dtype, DTYPE_MAP)
+    for key, device in (
+        ("device", cfg.device),
+        ("llm_device", cfg.llm_device),
+        ("act_store_device", cfg.act_store_device),
+        ("sae.device", cfg.sae.device),
+    ):
+        try:
+            torch.device(device)
+        except RuntimeError:
+            raise ValueError(
+                f"{key} must be a torch device such as 'cpu' or 'cuda:0', got {device!r}."
+            ) from None
+
+
+def _check_schedule(cfg: LanguageModelSAERunnerConfig[Any]) -> None:
+    steps = cfg.total_training_steps
+    if steps == 0:
+        raise ValueError(
+            f"training_tokens ({cfg.training_tokens}) is less than train_batch_size_tokens "
+            f"({cfg.train_batch_size_tokens}), so there is not one training step."
+        )
+    if cfg.lr <= 0:
+        raise ValueError(f"lr must be greater than 0, got {cfg.lr}.")
+    for name in ("lr_warm_up_steps", "lr_decay_steps"):
+        if getattr(cfg, name) < 0:
+            raise ValueError(f"{name} must be at least 0, got {getattr(cfg, name)}.")
+    if cfg.lr_warm_up_steps + cfg.lr_decay_steps > steps:
+        raise ValueError(
+            f"lr_warm_up_steps ({cfg.lr_warm_up_steps}) and lr_decay_steps "
+            f"({cfg.lr_decay_steps}) together exceed the {steps} training steps."
+        )
+    for name in SAE_SCHEDULE_KEYS:
+        value = getattr(cfg.sae, name, None)
+        if value is not None and value > steps:
+            raise ValueError(
+                f"sae.{name} ({value}) exceeds the {steps} training steps."
+            )
+
+
+def _check_buffer(cfg: LanguageModelSAERunnerConfig[Any]) -> None:
+    """SAELens finds both faults only once the language model has run."""
+    if not 0 <= cfg.activations_mixing_fraction <= 1:
+        raise ValueError(
+            "activations_mixing_fraction must be between 0 and 1, "
+            f"got {cfg.activations_mixing_fraction}."
+        )
+    tokens_per_context = len(range(cfg.context_size)[slice(*cfg.seqpos_slice)])
+    buffer_tokens = cfg.n_batches_in_buffer * tokens_per_context
+    if buffer_tokens < cfg.train_batch_size_tokens:
+        enough = -(-cfg.train_batch_size_tokens // tokens_per_context)
+        raise ValueError(
+            f"the activation buffer holds n_batches_in_buffer ({cfg.n_batches_in_buffer}) "
+            f"times {tokens_per_context} tokens, fewer than train_batch_size_tokens "
+            f"({cfg.train_batch_size_tokens}): n_batches_in_buffer must be at least {enough}."
+        )

@@ -1,0 +1,119 @@
+"""What the demo trains: Mutual Choice and SAELens' batchtopk, alike in everything else."""
+
+import time
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from sae_lens import SAE
+from sae_lens.config import LanguageModelSAERunnerConfig
+from sae_lens.saes.jumprelu_sae import JumpReLUSAE
+
+from sae_lens_alloc.config import load_runner_config
+from sae_lens_alloc.evaluation.equal_l0 import mean_l0, set_l0
+from sae_lens_alloc.saes.mutual_choice_sae import MutualChoiceTrainingSAEConfig
+from sae_lens_alloc.training.runner import (
+    CALIBRATION_TOKENS,
+    METRICS_FILENAME,
+    AllocSAETrainingRunner,
+)
+
+HERE = Path(__file__).parent
+CONFIG = HERE / "mutual_choice.yaml"
+CORPUS = HERE / "corpus"
+
+RunnerConfig = LanguageModelSAERunnerConfig[Any]
+
+
+@dataclass(frozen=True)
+class Trained:
+    """
+    A trained and saved SAE.
+
+    Args:
+        name: Name of its architecture.
+        cfg: How it was trained.
+        folder: Where it was saved.
+        seconds: Duration of training, the language model and the calibration of the
+            thresholds included.
+        l0_before: Features per token of the SAE as SAELens' rules left its threshold, on
+            training text; None where the runner calibrated it.
+    """
+
+    name: str
+    cfg: RunnerConfig
+    folder: Path
+    seconds: float
+    l0_before: float | None
+
+
+def demo_configs(output: Path, *overrides: str) -> dict[str, RunnerConfig]:
+    """
+    The run of each method, by name.
+
+    Args:
+        output: Folder that gets a folder for each method.
+        overrides: Settings that replace those of the demo's file in all methods.
+    """
+    shared = (f"model_name={HERE / 'model'}", f"dataset_path={CORPUS}", "verbose=false")
+    ours = load_runner_config(
+        CONFIG, [*shared, f"output_path={output / 'mutual_choice'}", *overrides]
+    )
+    sae = ours.sae
+    batchtopk = load_runner_config(
+        CONFIG,
+        [
+            *shared,
+            f"output_path={output / 'batchtopk'}",
+            f"sae={{architecture: batchtopk, d_in: {sae.d_in}, d_sae: {sae.d_sae}, k: {sae.k}}}",
+            *overrides,
+        ],
+    )
+    return {"mutual_choice": ours, "batchtopk": batchtopk}
+
+
+def train(name: str, cfg: RunnerConfig) -> Trained:
+    """Trains one SAE and saves it, ready for use at k features per token."""
+    assert cfg.output_path is not None
+    folder = Path(cfg.output_path)
+    # The runner goes on with the metrics of an interrupted run; here a run starts afresh.
+    (folder / METRICS_FILENAME).unlink(missing_ok=True)
+    with warnings.catch_warnings():
+        # SAELens recommends to tokenize the corpus first, which would not pay here.
+        warnings.filterwarnings("ignore", "Dataset is not tokenized")
+        runner = AllocSAETrainingRunner(cfg)
+        start = time.perf_counter()
+        runner.run()
+        l0_before = None
+        if not isinstance(cfg.sae, MutualChoiceTrainingSAEConfig):
+            l0_before = _set_saved_l0(folder, runner)
+    return Trained(name, cfg, folder, time.perf_counter() - start, l0_before)
+
+
+def events(cfg: RunnerConfig) -> list[tuple[float, str]]:
+    """What changes during a run, as (tokens seen, what)."""
+    if not isinstance(cfg.sae, MutualChoiceTrainingSAEConfig):
+        return []
+    switch = cfg.sae.feature_choice_steps * cfg.train_batch_size_tokens
+    return [(switch, "Feature Choice → Mutual Choice")]
+
+
+def _set_saved_l0(folder: Path, runner: AllocSAETrainingRunner) -> float:
+    """
+    Gives a saved SAE the features per token it was trained for, as the runner does for our
+    architectures, so that both are compared at equal sparsity. SAELens' running threshold
+    starts at 0 and still lags behind after a short run.
+
+    Returns:
+        Features per token before.
+    """
+    n_batches = -(-CALIBRATION_TOKENS // runner.cfg.train_batch_size_tokens)
+    activations = torch.cat([next(runner.activations_store) for _ in range(n_batches)])
+    sae = SAE.load_from_disk(folder)
+    assert isinstance(sae, JumpReLUSAE)
+    before = mean_l0(sae, activations)
+    set_l0(sae, activations, runner.cfg.sae.k)
+    sae.save_model(folder)
+    return before

@@ -1,0 +1,221 @@
+"""The demo: train, evaluate and report Mutual Choice beside SAELens' batchtopk."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import sae_lens
+import torch
+from rich.console import Console
+from rich.table import Table
+from sae_lens import SAE
+from sae_lens.load_model import load_model
+from safetensors.torch import save_file
+
+import sae_lens_alloc
+from sae_lens_alloc.demo.methods import (
+    CORPUS,
+    RunnerConfig,
+    Trained,
+    demo_configs,
+    events,
+    train,
+)
+from sae_lens_alloc.evaluation.baseline import measure_baseline
+from sae_lens_alloc.evaluation.contexts import held_out_contexts
+from sae_lens_alloc.evaluation.metrics import evaluate_sae
+from sae_lens_alloc.evaluation.report import write_report
+from sae_lens_alloc.evaluation.report_run import ReportRun
+from sae_lens_alloc.evaluation.snippets import Snippet, take_snippets
+from sae_lens_alloc.training.runner import METRICS_FILENAME
+
+# A first look: fewer tokens to learn from, and fewer to judge by.
+QUICK = "training_tokens=120_000"
+QUICK_CONTEXTS = 64
+N_SNIPPETS = 3
+
+RESULTS_FILENAME = "results.json"
+REPORT_FILENAME = "report.html"
+DENSITIES_FILENAME = "densities.safetensors"
+
+
+def run_demo(output: Path, quick: bool, overwrite: bool) -> None:
+    """
+    Trains a Mutual Choice SAE and a stock batchtopk SAE on the same tokens, evaluates both
+    as saved on held-out text, prints a table, and writes the SAEs, `results.json` and
+    `report.html`. Needs no network.
+
+    Args:
+        output: Folder to write to.
+        quick: Train on less text and evaluate on less, for a first look.
+        overwrite: Write into the folder even if it holds something.
+
+    Raises:
+        FileExistsError: if the folder holds something and `overwrite` is not given.
+    """
+    if output.exists() and any(output.iterdir()) and not overwrite:
+        raise FileExistsError(
+            f"{str(output)!r} is not empty: give --overwrite to write into it, or another "
+            "folder."
+        )
+    output.mkdir(parents=True, exist_ok=True)
+    console = Console()
+    configs = demo_configs(output, *([QUICK] if quick else []))
+    trained: list[Trained] = []
+    for name, cfg in configs.items():
+        console.print(f"Training [bold]{name}[/] on {cfg.training_tokens:,} tokens")
+        trained.append(train(name, cfg))
+    console.print("Evaluating the saved SAEs on held-out text")
+    runs, snippets = evaluate(trained, QUICK_CONTEXTS if quick else None)
+    console.print(results_table(runs))
+    write_results(output, trained, runs, quick)
+    write_report(
+        output / REPORT_FILENAME,
+        "Two ways to spend one sparsity budget",
+        _intro(trained[0].cfg, quick),
+        runs,
+        snippets,
+        _facts(trained[0].cfg),
+    )
+    console.print(f"Saved in {output}; open {output / REPORT_FILENAME} in a browser")
+
+
+def evaluate(
+    trained: Sequence[Trained], max_contexts: int | None
+) -> tuple[list[ReportRun], list[Snippet]]:
+    """Evaluates saved SAEs on held-out text, and takes snippets of that text to show."""
+    cfg = trained[0].cfg
+    model = load_model(
+        cfg.model_class_name, cfg.model_name, cfg.device, hook_names=[cfg.hook_name]
+    )
+    tokenizer: Any = model.tokenizer
+    texts = pq.read_table(CORPUS / "heldout.parquet", columns=["text"])["text"]
+    tokens = held_out_contexts(
+        texts.to_pylist(), tokenizer, cfg.context_size, max_contexts
+    )
+    baseline = measure_baseline(model, tokens, cfg.hook_name, [tokenizer.bos_token_id])
+    runs = [
+        ReportRun(
+            name=run.name,
+            evaluation=evaluate_sae(
+                SAE.load_from_disk(run.folder), model, tokens, cfg.hook_name, baseline
+            ),
+            seconds=run.seconds,
+            history=read_history(run.folder / METRICS_FILENAME),
+            events=events(run.cfg),
+            settings=_settings(run),
+        )
+        for run in trained
+    ]
+    shown = [len(tokens) * (2 * i + 1) // (2 * N_SNIPPETS) for i in range(N_SNIPPETS)]
+    return runs, take_snippets(tokens, tokenizer, shown)
+
+
+def read_history(path: Path) -> list[dict[str, float]]:
+    """The rows of a metrics.jsonl."""
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def results_table(runs: Sequence[ReportRun]) -> Table:
+    """The main figures, one run a row."""
+    n_tokens = runs[0].evaluation.n_tokens
+    table = Table(title=f"Saved SAEs on {n_tokens:,} tokens of held-out text")
+    table.add_column("SAE", style="bold")
+    for column in (
+        "variance\nexplained",
+        "CE recovered\n(mean)",
+        "CE recovered\n(zero)",
+        "features\nper token",
+        "dead\nfeatures",
+        "rare\nfeatures",
+        "training\nseconds",
+    ):
+        table.add_column(column, justify="right")
+    for run in runs:
+        figures = run.evaluation
+        table.add_row(
+            run.name,
+            f"{figures.explained_variance:.4f}",
+            f"{figures.loss_recovered_mean:.4f}",
+            f"{figures.loss_recovered_zero:.4f}",
+            f"{figures.l0:.2f}",
+            f"{figures.dead_features:,}",
+            f"{figures.rare_features:,}",
+            f"{run.seconds:.0f}",
+        )
+    return table
+
+
+def write_results(
+    output: Path, trained: Sequence[Trained], runs: Sequence[ReportRun], quick: bool
+) -> None:
+    """Writes results.json, and the densities of each SAE beside it."""
+    results: dict[str, Any] = {
+        "quick": quick,
+        "versions": {
+            "sae_lens_alloc": sae_lens_alloc.__version__,
+            "sae_lens": sae_lens.__version__,
+            "torch": torch.__version__,
+        },
+        "threads": torch.get_num_threads(),
+        "runs": {},
+    }
+    for run, shown in zip(trained, runs, strict=True):
+        law = shown.zipf_law()
+        results["runs"][run.name] = {
+            "folder": run.folder.name,
+            "seconds": run.seconds,
+            "training_tokens": run.cfg.training_tokens,
+            "lr": run.cfg.lr,
+            "l0_before_calibration": run.l0_before,
+            **shown.evaluation.to_dict(),
+            "zipf": None if law is None else asdict(law),
+        }
+        save_file(
+            {"densities": shown.evaluation.densities}, run.folder / DENSITIES_FILENAME
+        )
+    (output / RESULTS_FILENAME).write_text(json.dumps(results, indent=2) + "\n")
+
+
+def _intro(cfg: RunnerConfig, quick: bool) -> str:
+    text = (
+        f"Two sparse autoencoders learned to describe what a small language model computes, "
+        f"with {cfg.sae.k:g} features per token on average, from the same text in the same "
+        "order. They differ in who gets those features."
+    )
+    if quick:
+        text += (
+            " This was the quick demo: with so little training, read the pictures and not "
+            "the figures."
+        )
+    return text
+
+
+def _facts(cfg: RunnerConfig) -> dict[str, str]:
+    return {
+        "activations": f"{cfg.hook_name}, {cfg.sae.d_in} dimensions",
+        "features": f"{cfg.sae.d_sae:,}",
+        "trained on": f"{cfg.training_tokens:,} tokens",
+        "in batches of": f"{cfg.train_batch_size_tokens:,}",
+        "PyTorch threads": str(torch.get_num_threads()),
+    }
+
+
+def _settings(run: Trained) -> dict[str, str]:
+    cfg = run.cfg
+    settings = {
+        "architecture": cfg.sae.architecture(),
+        "learning rate": f"{cfg.lr:g}, {cfg.lr_warm_up_steps} steps of warm-up, "
+        f"{cfg.lr_decay_steps} of decay, of {cfg.total_training_steps}",
+        "dead_feature_window": f"{cfg.dead_feature_window} steps",
+        "seed": str(cfg.seed),
+    }
+    if run.l0_before is not None:
+        settings["threshold"] = (
+            f"set to {cfg.sae.k:g} features per token on training text, as for the "
+            f"others; as SAELens saved it there were {run.l0_before:.1f}"
+        )
+    return settings

@@ -1,0 +1,68 @@
+"""Stretches of evaluated text, to show how many features each token got."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True)
+class Snippet:
+    """
+    Consecutive tokens of one evaluated context.
+
+    Args:
+        context: Row among the evaluated contexts.
+        start: Position of the first token in the context.
+        tokens: Text of each token.
+    """
+
+    context: int
+    start: int
+    tokens: tuple[str, ...]
+
+    def counts(self, features_per_token: torch.Tensor) -> list[int]:
+        """
+        Number of active features of each of the snippet's tokens; -1 at special tokens.
+
+        Args:
+            features_per_token: Counts of every evaluated token, shape (contexts, length).
+        """
+        stop = self.start + len(self.tokens)
+        return features_per_token[self.context, self.start : stop].tolist()
+
+
+def take_snippets(
+    tokens: torch.Tensor,
+    tokenizer: PreTrainedTokenizerBase,
+    contexts: Iterable[int],
+    max_tokens: int = 160,
+) -> list[Snippet]:
+    """
+    Takes one snippet from the end of each of some contexts, where the model knows the most
+    about the text, from the start of a line where there is one.
+
+    Args:
+        tokens: Evaluated token ids, shape (contexts, length).
+        contexts: Rows of `tokens`.
+        max_tokens: Length of a snippet, in tokens.
+    """
+    return [_take(tokens, tokenizer, context, max_tokens) for context in contexts]
+
+
+def _take(
+    tokens: torch.Tensor,
+    tokenizer: PreTrainedTokenizerBase,
+    context: int,
+    max_tokens: int,
+) -> Snippet:
+    start = max(tokens.shape[1] - max_tokens, 1)
+    texts = [
+        str(tokenizer.decode([token])) for token in tokens[context, start:].tolist()
+    ]
+    line_ends = (
+        i + 1 for i, text in enumerate(texts[: max_tokens // 4]) if "\n" in text
+    )
+    skipped = next(line_ends, 0)
+    return Snippet(context, start + skipped, tuple(texts[skipped:]))
