@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: install demo test lint bench
+.PHONY: install demo test lint bench docs
 
 install: .venv/installed
 
@@ -24,3 +24,6 @@ lint: install
 
 bench: install
 	$(BIN)/python benchmarks/step.py
+
+docs: install
+	$(BIN)/python docs/render.py

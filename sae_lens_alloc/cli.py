@@ -85,7 +85,8 @@ def train(
     try:
         runner.run()
     except (InterruptedException, KeyboardInterrupt):
-        typer.echo(f"interrupted; checkpoints are in {cfg.checkpoint_path}", err=True)
+        kept = cfg.checkpoint_path or "nowhere: checkpoint_path is null"
+        typer.echo(f"interrupted; checkpoints are in {kept}", err=True)
         raise typer.Exit(130) from None
     typer.echo(f"saved in {cfg.output_path}")
 
@@ -190,6 +191,9 @@ def _claim_output(cfg: LanguageModelSAERunnerConfig[Any], overwrite: bool) -> No
             f"output_path {cfg.output_path!r} is not empty: give --overwrite to write "
             "into it, or another output_path."
         )
+    if cfg.resume_from_checkpoint is None:
+        # the trainer adds to this file, so an overwritten run's must not stay
+        (output / METRICS_FILENAME).unlink(missing_ok=True)
 
 
 def _require_runnable(module: str) -> None:

@@ -247,7 +247,7 @@ def _check_names(cfg: LanguageModelSAERunnerConfig[Any]) -> None:
         ("sae.device", cfg.sae.device),
     ):
         try:
-            torch.device(device)
+            torch.device(str(device))
         except RuntimeError:
             raise ValueError(
                 f"{key} must be a torch device such as 'cpu' or 'cuda:0', got {device!r}."
@@ -270,6 +270,10 @@ def _check_schedule(cfg: LanguageModelSAERunnerConfig[Any]) -> None:
         raise ValueError(
             f"lr_warm_up_steps ({cfg.lr_warm_up_steps}) and lr_decay_steps "
             f"({cfg.lr_decay_steps}) together exceed the {steps} training steps."
+        )
+    if cfg.lr_decay_steps and cfg.lr_end == 0 and cfg.lr_scheduler_name != "constant":
+        raise ValueError(
+            f"lr_decay_steps ({cfg.lr_decay_steps}) would decay from lr_end = 0 to 0."
         )
     for name in SAE_SCHEDULE_KEYS:
         value = getattr(cfg.sae, name, None)

@@ -32,9 +32,7 @@ def convert(value: Any, hint: Any) -> Any:
             return value
     elif hint is int and isinstance(value, float) and value.is_integer():
         return int(value)
-    elif hint is float and type(value) is int:
-        return value
-    elif type(value) is hint:
+    elif type(value) is hint or (hint is float and type(value) is int):
         return value
     raise TypeError(f"expected {in_words(hint)}, got {value!r}")
 

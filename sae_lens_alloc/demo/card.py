@@ -30,8 +30,9 @@ Copyright of the text: Python Software Foundation. Licence: PSF-2.0, in `corpus/
 ## Model and recipe
 
 {parameters:,} parameters: width {recipe[width]}, {recipe[layers]} blocks, {recipe[heads]} heads,
-context {recipe[context]}, byte-level BPE of {recipe[vocab_size]:,} tokens, tied embeddings, no
-dropout. Weights are stored in float16 and load as float32; the folder has {model_bytes:,} bytes.
+context {recipe[context]}, byte-level BPE of {recipe[vocab_size]:,} tokens, untied embeddings, no
+dropout. Weights are stored in float16 and load as float32; weights, tokenizer and
+configuration take {model_bytes:,} bytes.
 
 Trained on {trained_tokens:,} tokens ({epochs:.1f} epochs) in {minutes:.0f} minutes of wall clock on
 a CPU ({threads} threads), in float32, seed {recipe[seed]}: random crops with `<|endoftext|>` first

@@ -123,17 +123,17 @@ def results_table(runs: Sequence[ReportRun]) -> Table:
     """The main figures, one run a row."""
     n_tokens = runs[0].evaluation.n_tokens
     table = Table(title=f"Saved SAEs on {n_tokens:,} tokens of held-out text")
-    table.add_column("SAE", style="bold")
+    table.add_column("SAE", style="bold", no_wrap=True)
     for column in (
-        "variance\nexplained",
+        "explained\nvariance",
         "CE recovered\n(mean)",
         "CE recovered\n(zero)",
-        "features\nper token",
-        "dead\nfeatures",
-        "rare\nfeatures",
-        "training\nseconds",
+        "L0",
+        "dead",
+        "rare",
+        "seconds",
     ):
-        table.add_column(column, justify="right")
+        table.add_column(column, justify="right", no_wrap=True)
     for run in runs:
         figures = run.evaluation
         table.add_row(

@@ -29,6 +29,7 @@ def build_model(recipe: Recipe, bos: int) -> GPT2LMHeadModel:
         embd_pdrop=0.0,
         attn_pdrop=0.0,
         initializer_range=recipe.init_std,
+        tie_word_embeddings=False,
         bos_token_id=bos,
         eos_token_id=bos,
     )
@@ -53,11 +54,16 @@ def token_losses(logits: torch.Tensor, tokens: torch.Tensor, bos: int) -> torch.
 def optimisers(model: GPT2LMHeadModel, recipe: Recipe) -> list[torch.optim.Optimizer]:
     """Muon for the blocks' matrices, AdamW for embeddings, norms and biases."""
     hidden = [p for p in model.transformer.h.parameters() if p.ndim == 2]
-    embeddings = [model.transformer.wte.weight, model.transformer.wpe.weight]
+    tables = [model.transformer.wpe.weight, model.lm_head.weight]
     vectors = [p for p in model.parameters() if p.ndim < 2]
     adam = torch.optim.AdamW(
         [
-            {"params": embeddings, "weight_decay": recipe.adam_weight_decay},
+            {
+                "params": [model.transformer.wte.weight],
+                "lr": recipe.embedding_lr,
+                "weight_decay": recipe.adam_weight_decay,
+            },
+            {"params": tables, "weight_decay": recipe.adam_weight_decay},
             {"params": vectors, "weight_decay": 0.0},
         ],
         lr=recipe.adam_lr,

@@ -1,13 +1,11 @@
 """Inference thresholds set on activations, so that the saved SAE has the wanted L0."""
 
-import json
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 
-from sae_lens_alloc.allocation.mutual_choice import budget_for
-from sae_lens_alloc.ops.encode_select import Encoder, encode_mutual_choice
+from sae_lens_alloc.evaluation.equal_l0 import threshold_factor
 from sae_lens_alloc.saes.allocation_sae import AllocationTrainingSAE
 
 
@@ -36,10 +34,6 @@ class CalibrationReport:
     ev: float
     n_tokens: int
 
-    def to_json(self) -> str:
-        """One line of JSON."""
-        return json.dumps(asdict(self))
-
 
 @torch.no_grad()
 def calibrate_thresholds(
@@ -63,8 +57,8 @@ def calibrate_thresholds(
         batch_size: Tokens per batch of the training allocation that is compared with.
 
     Raises:
-        ValueError: if there are no activations of the SAE's d_in, or too few positive
-            affinities for the wanted L0.
+        ValueError: if the activations are not of the SAE's d_in, or no thresholds give the
+            wanted L0.
     """
     wanted: float = sae.cfg.k if target_l0 is None else target_l0
     if activations.ndim != 2 or activations.shape[1] != sae.cfg.d_in:
@@ -72,32 +66,15 @@ def calibrate_thresholds(
             f"activations must have shape (tokens, {sae.cfg.d_in}), got "
             f"{tuple(activations.shape)}."
         )
-    budget = budget_for(wanted, len(activations))
-    if budget == 0:
-        raise ValueError(
-            f"{len(activations)} tokens are too few to calibrate an L0 of {wanted}."
-        )
     training_l0, training_ev = _l0_and_ev(sae, activations, batch_size, False)
     l0_before, ev_before = _l0_and_ev(sae, activations, batch_size, True)
 
-    state = sae.allocation
-    thresholds = state.threshold.where(
-        state.threshold > 0, torch.ones(()).to(state.threshold)
+    thresholds = sae.allocation.threshold
+    if not thresholds.any():  # an SAE that has not been trained yet
+        thresholds.fill_(1.0)
+    thresholds *= threshold_factor(
+        sae.encoder(), sae.process_sae_in(activations), thresholds, wanted
     )
-    encoder = sae.encoder()
-    scale = torch.ones_like(thresholds) if encoder.scale is None else encoder.scale
-    relative = Encoder(encoder.W_enc, encoder.b_enc, scale / thresholds)
-    pairs = encode_mutual_choice(
-        relative, sae.process_sae_in(activations), budget, torch.ones_like(state.cut)
-    )
-    if len(pairs.values) < budget:
-        raise ValueError(
-            f"only {len(pairs.values) / len(activations):.3g} affinities per token are "
-            f"positive, so no threshold gives an L0 of {wanted}."
-        )
-    # a pair is active where its affinity exceeds the threshold, and the last one must be
-    factor = pairs.values.min().float() * (1 - 1e-6)
-    state.threshold.copy_(thresholds * factor)
 
     l0, ev = _l0_and_ev(sae, activations, batch_size, True)
     report = CalibrationReport(

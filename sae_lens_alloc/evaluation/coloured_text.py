@@ -17,7 +17,8 @@ SCALE = (
     (8, 29, 88),
 )
 N_LEVELS = 24
-INK, PAPER = "#1f2430", "#ffffff"
+# Of black and white, one has a contrast of at least 4.5 with any background.
+INK, PAPER = "#000000", "#ffffff"
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ FONT = 'system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", sans-ser
 DASHES = ("solid", "dash", "dot", "dashdot")
 N_POINTS = 300
 MAX_BARS = 80
+SETTLED_SHARE = 0.1
 
 
 def density_plot(runs: Sequence[ReportRun]) -> go.Figure:
@@ -80,7 +81,7 @@ def training_plot(
     label: str,
     tick_format: str = "",
     second: tuple[str, str] | None = None,
-    settled_after: float = 0.0,
+    from_zero: bool = False,
 ) -> go.Figure:
     """
     One training metric over the tokens seen, with what changed on the way.
@@ -91,10 +92,11 @@ def training_plot(
         tick_format: How to write values, as d3 formats.
         second: Name of a related metric and what to call it, drawn as a thin line where a
             run has it.
-        settled_after: Share of the training after which all values must fit into the plot;
-            earlier ones may lie outside.
+        from_zero: Start the y axis at 0; otherwise it shows the range of the values after
+            the first tenth of training.
     """
     figure = _figure("tokens seen in training", label)
+    settled: list[float] = []
     for i, run in enumerate(runs):
         lines = [(key, run.name, 2.5, _dash(i))]
         if second is not None:
@@ -111,6 +113,11 @@ def training_plot(
                 line={"color": colour(i), "width": width, "dash": dash},
                 hovertemplate=f"{name}<br>%{{x:,}} tokens: %{{y:{tick_format or '.4~g'}}}<extra></extra>",
             )
+            settled += [
+                value
+                for seen, value in zip(tokens, values, strict=True)
+                if seen >= SETTLED_SHARE * tokens[-1] and math.isfinite(value)
+            ]
         for when, what in run.events:
             figure.add_vline(
                 x=when,
@@ -124,15 +131,10 @@ def training_plot(
                     "xanchor": "right",
                 },
             )
-    settled = [
-        value
-        for run in runs
-        for tokens, value in zip(*run.series(key), strict=True)
-        if tokens >= settled_after * run.series(key)[0][-1] and math.isfinite(value)
-    ]
     if settled:
-        margin = 0.06 * (max(settled) - min(settled)) or 1.0
-        figure.update_yaxes(range=[min(settled) - margin, max(settled) + margin])
+        low, high = 0.0 if from_zero else min(settled), max(settled)
+        margin = 0.06 * (high - low) or 1.0
+        figure.update_yaxes(range=[low - margin, high + margin])
     figure.update_xaxes(tickformat="~s", rangemode="tozero")
     figure.update_yaxes(tickformat=tick_format)
     return figure

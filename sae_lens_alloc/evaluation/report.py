@@ -9,6 +9,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
+from sae_lens_alloc.allocation.zipf import BETA_GRID
 from sae_lens_alloc.evaluation.coloured_text import (
     ColouredToken,
     colour_tokens,
@@ -36,7 +37,7 @@ class TrainingMetric:
         caption: How to read the plot.
         tick_format: How to write values, as d3 formats.
         second: Name of a related metric, and what to call its line.
-        settled_after: Share of the training after which all values are in view.
+        from_zero: Start the y axis at 0.
     """
 
     key: str
@@ -45,7 +46,7 @@ class TrainingMetric:
     caption: str
     tick_format: str = ""
     second: tuple[str, str] | None = None
-    settled_after: float = 0.0
+    from_zero: bool = False
 
 
 TRAINING_METRICS = (
@@ -55,7 +56,6 @@ TRAINING_METRICS = (
         "variance explained",
         "Higher is better. The first tenth of training may lie below the picture.",
         ".3~f",
-        settled_after=0.1,
     ),
     TrainingMetric(
         "metrics/l0",
@@ -64,7 +64,7 @@ TRAINING_METRICS = (
         "What the batch was given; the thin dotted line, where a run has one, is what the "
         "thresholds kept for inference would have chosen from the same batch at that moment.",
         second=("metrics/threshold_l0", "by thresholds"),
-        settled_after=0.1,
+        from_zero=True,
     ),
     TrainingMetric(
         "sparsity/dead_features",
@@ -73,8 +73,13 @@ TRAINING_METRICS = (
         "Features that no token has used for a while (the run's dead_feature_window, in "
         "training steps). They can come back to life; lower is better.",
         ",",
+        from_zero=True,
     ),
 )
+
+
+# Share of the tokens within the colour scale of the text; the rest get its last colour.
+SCALE_END = 0.95
 
 
 def write_report(
@@ -114,7 +119,7 @@ def render_report(
         undefined=StrictUndefined,
         trim_blocks=False,
     )
-    largest = max(quantile(run.evaluation.l0_histogram, 0.99) for run in runs)
+    largest = max(quantile(run.evaluation.l0_histogram, SCALE_END) for run in runs)
     return environment.get_template("report.html.jinja").render(
         title=title,
         intro=intro,
@@ -124,6 +129,7 @@ def render_report(
         laws=[run.zipf_law() for run in runs],
         n_tokens=runs[0].evaluation.n_tokens,
         min_firings=MIN_FIRINGS,
+        max_beta=max(BETA_GRID),
         plotly_js=Markup(get_plotlyjs()),
         plots={
             "density": _html(density_plot(runs), "density"),
@@ -141,7 +147,7 @@ def render_report(
                             metric.axis,
                             metric.tick_format,
                             metric.second,
-                            metric.settled_after,
+                            metric.from_zero,
                         ),
                         metric.key.replace("/", "-"),
                     ),

@@ -1,0 +1,215 @@
+"""The running statistics of an allocation."""
+
+import math
+
+import pytest
+import torch
+
+from sae_lens_alloc.allocation.feature_choice import select_feature_choice
+from sae_lens_alloc.allocation.mutual_choice import select_mutual_choice
+from sae_lens_alloc.allocation.sparse_activations import SparseActivations
+from sae_lens_alloc.allocation.zipf import ZipfLaw, zipf_quotas
+from sae_lens_alloc.ops.encode_select import Encoder, KnownAffinities
+from sae_lens_alloc.saes.allocation_state import AllocationState, Rule
+
+B, F, D_IN, BUDGET = 64, 96, 16, 256
+
+
+def new_state(d_sae: int = F, max_density: float = 0.6) -> AllocationState:
+    return AllocationState(d_sae, 10_000, max_density, 0.0, torch.device("cpu"))
+
+
+def random_encoder() -> Encoder:
+    return Encoder(torch.randn(D_IN, F), 0.1 * torch.randn(F), torch.rand(F) + 0.5)
+
+
+def buffers(state: AllocationState) -> dict[str, torch.Tensor]:
+    return {name: buffer.clone() for name, buffer in state.named_buffers()}
+
+
+def assert_same_pairs(actual: SparseActivations, expected: SparseActivations):
+    assert torch.equal(actual.token_indices, expected.token_indices)
+    assert torch.equal(actual.feature_indices, expected.feature_indices)
+    assert torch.allclose(actual.values, expected.values)
+
+
+def test_mutual_steps_track_cut_threshold_and_density_by_hand():
+    state = new_state(d_sae=3)
+    first = torch.tensor([[5.0, 1.0, -1.0], [4.0, 2.0, 3.0]])
+    x = torch.zeros(2, 1)
+    # budget 3: [5, 4, 3], of which 3 is the smallest; the first cut is taken as it is
+    pairs = state.allocate(KnownAffinities(first), x, 3, "mutual", None)
+    assert pairs.to_dense().tolist() == [[5, 0, 0], [4, 0, 3]]
+    assert state.cut == 3
+    assert state.threshold.tolist() == [3, 3, 3]
+    # features fired on 2, 0 and 1 of 2 tokens
+    assert state.density.tolist() == [1, 0, 0.5]
+    assert state.density_tokens == 2
+    # the smallest of the best three is 3.1, within 10%: 5% of the way
+    second = torch.tensor([[3.1, 6.0, 0.1], [3.0, 2.0, 4.0]])
+    state.allocate(KnownAffinities(second), x, 3, "mutual", "mutual")
+    assert state.cut.item() == pytest.approx(3 * (3.1 / 3) ** 0.05)
+    # counts so far: 3, 1, 2 of 4 tokens
+    assert state.density.tolist() == pytest.approx([0.75, 0.25, 0.5])
+    # the smallest is 10: far away
+    third = torch.tensor([[10.0, 11.0, 12.0], [1.0, 1.0, 1.0]])
+    state.allocate(KnownAffinities(third), x, 3, "mutual", "mutual")
+    assert state.cut.item() == pytest.approx(10)
+    assert state.threshold.tolist() == pytest.approx([10, 10, 10])
+
+
+def test_mutual_steps_select_mutual_choice_of_the_batch():
+    torch.manual_seed(0)
+    state, encoder = new_state(), random_encoder()
+    for step in range(6):
+        x = torch.randn(B, D_IN) * (1 + step % 3)
+        pairs = state.allocate(encoder, x, BUDGET, "mutual", "mutual")
+        assert_same_pairs(pairs, select_mutual_choice(encoder.affinities(x), BUDGET))
+
+
+def test_feature_steps_give_ranks_by_demand_their_quotas():
+    # natural law (alpha 1, beta 16), max_density 0.5 of 8 tokens: quotas of at most 4
+    state = new_state(d_sae=4, max_density=0.5)
+    state.density.copy_(torch.tensor([0.1, 0.4, 0.0, 0.2]))
+    state.density_tokens.fill_(1000.0)
+    state.cut.fill_(100.0)
+    state.quota_carry.copy_(torch.tensor([0.0, 0.5, 0.99, 0.25]))
+    torch.manual_seed(0)
+    affinities = torch.rand(8, 4)
+    pairs = state.allocate(
+        KnownAffinities(affinities), torch.zeros(8, 1), 10, "feature", None
+    )
+    # ranks of features 1, 3, 0, 2: shares of 10 as 1/17 : 1/18 : 1/19 : 1/20
+    total = 1 / 17 + 1 / 18 + 1 / 19 + 1 / 20
+    owed = [10 / rank / total for rank in (19, 17, 20, 18)]
+    with_carry = [o + c for o, c in zip(owed, (0.0, 0.5, 0.99, 0.25), strict=True)]
+    # 2.42, 3.20, 3.29, 2.80
+    assert [math.floor(quota) for quota in with_carry] == [2, 3, 3, 2]
+    expected = select_feature_choice(affinities, torch.tensor([2, 3, 3, 2]))
+    assert_same_pairs(pairs, expected)
+    assert state.quota_carry.tolist() == pytest.approx(
+        [quota % 1 for quota in with_carry], abs=1e-5
+    )
+    # nothing reaches the cut of 100, so that demand is 0 and the cut falls by 5%
+    assert state.cut.item() == pytest.approx(100 * math.exp(-0.05))
+
+
+def test_feature_steps_use_the_budget_exactly_in_the_long_run():
+    torch.manual_seed(1)
+    state, encoder = new_state(), random_encoder()
+    total = 0
+    for step in range(60):
+        pairs = state.allocate(
+            encoder,
+            torch.randn(B, D_IN),
+            BUDGET,
+            "feature",
+            "feature" if step else None,
+        )
+        total += len(pairs.values)
+        assert pairs.feature_counts().max() <= math.ceil(0.6 * B)
+    # to within one pair a feature, as every feature has more positive affinities than quota
+    assert abs(total - 60 * BUDGET) < F
+
+
+def test_density_counts_demand_rather_than_what_feature_choice_gave():
+    state = new_state(d_sae=2)
+    state.cut.fill_(0.5)
+    # feature 0 clears the cut on 4 of 4 tokens, feature 1 on one
+    affinities = torch.tensor([[0.9, 0.6], [0.8, 0.1], [0.7, 0.1], [0.6, 0.1]])
+    state.allocate(KnownAffinities(affinities), torch.zeros(4, 1), 2, "feature", None)
+    assert state.density.tolist() == pytest.approx([1.0, 0.25])
+
+
+def test_thresholds_start_at_the_cut_when_feature_choice_starts():
+    torch.manual_seed(2)
+    state, encoder = new_state(), random_encoder()
+    for step in range(3):
+        x = torch.randn(B, D_IN)
+        state.allocate(encoder, x, BUDGET, "mutual", "mutual" if step else None)
+    cut = state.cut.clone()
+    x = torch.randn(B, D_IN)
+    state.allocate(encoder, x, BUDGET, "feature", "mutual")
+    # one step of at most exp(0.05 * [-1, 3]) away from the cut
+    ratio = state.threshold / cut
+    assert ratio.min() >= math.exp(-0.05) - 1e-6
+    assert ratio.max() <= math.exp(0.15) + 1e-6
+
+
+def test_quota_law_is_anchored_once_when_mutual_choice_ends():
+    torch.manual_seed(3)
+    state, encoder = new_state(), random_encoder()
+    # densities of an exact law; a step of Mutual Choice came before
+    state.density.copy_(0.5 * (torch.arange(1, F + 1) + 4.0) ** -1.5)
+    state.density_tokens.fill_(1e6)
+    x = torch.randn(B, D_IN)
+    assert state.quota_law.tolist() == [1, 16]
+    state.allocate(encoder, x, BUDGET, "feature", "feature")
+    assert state.quota_law.tolist() == [1, 16]
+    state.density.copy_(0.5 * (torch.arange(1, F + 1) + 4.0) ** -1.5)
+    state.allocate(encoder, x, BUDGET, "feature", "mutual")
+    assert state.quota_law.tolist() == pytest.approx([1.5, 4], rel=1e-3)
+    expected = zipf_quotas(ZipfLaw(1.5, 4, 1.0), F, BUDGET, 0.6 * B)
+    state.density.copy_(torch.arange(F, 0, -1))
+    assert state._quotas(B, BUDGET).tolist() == pytest.approx(
+        expected.tolist(), rel=1e-3
+    )
+
+
+@pytest.mark.parametrize("rule", ["mutual", "feature"])
+def test_preview_is_the_next_allocation_and_changes_nothing(rule: Rule):
+    torch.manual_seed(4)
+    state, encoder = new_state(), random_encoder()
+    for step in range(3):
+        x = torch.randn(B, D_IN)
+        state.allocate(encoder, x, BUDGET, rule, rule if step else None)
+    before, x = buffers(state), torch.randn(B, D_IN)
+    preview = state.preview(encoder, x, BUDGET, rule)
+    for name, buffer in buffers(state).items():
+        assert torch.equal(buffer, before[name]), name
+    assert_same_pairs(state.allocate(encoder, x, BUDGET, rule, rule), preview)
+
+
+def test_statistics_stay_float32():
+    state = new_state()
+    torch.manual_seed(5)
+    state.threshold.copy_(torch.rand(F))
+    state.to(torch.bfloat16)
+    assert {
+        buffer.dtype for buffer in state.buffers() if buffer.is_floating_point()
+    } == {torch.float32}
+
+
+# BUG (feature): bounds are not in the checkpoint, but the encoder's part of the features whose
+# bound was too high rounds differently, and see
+# test_counts_above_the_thresholds_do_not_depend_on_the_bounds.
+@pytest.mark.parametrize("growth", [1.0, 1.1])
+@pytest.mark.parametrize("rule", ["mutual", "feature"])
+def test_a_reloaded_state_goes_on_bit_for_bit(rule: Rule, growth: float):
+    torch.manual_seed(6)
+    encoder, state = random_encoder(), new_state()
+    # activations that grow with the steps, as they do early in training
+    batches = [torch.randn(B, D_IN) * growth**step for step in range(30)]
+    for step, x in enumerate(batches[:10]):
+        state.allocate(encoder, x, BUDGET, rule, rule if step else None)
+    resumed = new_state()
+    resumed.load_state_dict(state.state_dict())
+    for x in batches[10:]:
+        pairs = state.allocate(encoder, x, BUDGET, rule, rule)
+        again = resumed.allocate(encoder, x, BUDGET, rule, rule)
+        assert torch.equal(pairs.values, again.values)
+        for name, buffer in buffers(state).items():
+            assert torch.equal(buffer, buffers(resumed)[name]), name
+
+
+# BUG (feature): thresholds are set to the cut at the first step alone, and 0 stays 0.
+@pytest.mark.parametrize("rule", ["mutual", "feature"])
+def test_thresholds_recover_from_a_first_batch_without_positive_affinities(rule: Rule):
+    torch.manual_seed(7)
+    encoder = Encoder(torch.randn(D_IN, F), torch.zeros(F), None)
+    state = new_state()
+    state.allocate(encoder, torch.zeros(B, D_IN), BUDGET, rule, None)
+    for _ in range(3):
+        state.allocate(encoder, torch.randn(B, D_IN), BUDGET, rule, rule)
+    assert state.cut > 0
+    assert (state.threshold > 0).all()

@@ -1,0 +1,192 @@
+"""Products of ragged pairs against dense formulas in float64, on both paths."""
+
+import pytest
+import torch
+
+from sae_lens_alloc.ops import sparse
+from sae_lens_alloc.ops.sparse import (
+    has_csr_kernels,
+    row_offsets,
+    sampled_products,
+    sparse_times_dense,
+    sparse_times_dense_transposed,
+)
+
+
+@pytest.fixture(params=["csr", "reference"])
+def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    if request.param == "reference":
+        monkeypatch.setattr(sparse, "has_csr_kernels", lambda device: False)  # noqa: ARG005
+    elif not has_csr_kernels(torch.device("cpu")):
+        pytest.skip("torch was built without CSR kernels for this CPU")
+    return request.param
+
+
+TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-13}
+
+
+def random_pairs(
+    n_rows: int, n_columns: int, density: float
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Rows, columns and float64 values of random pairs in row order."""
+    mask = torch.rand(n_rows, n_columns) < density
+    rows, columns = mask.nonzero(as_tuple=True)
+    return rows, columns, torch.randn(len(rows), dtype=torch.float64)
+
+
+def dense_matrix(
+    rows: torch.Tensor,
+    columns: torch.Tensor,
+    values: torch.Tensor,
+    shape: tuple[int, int],
+) -> torch.Tensor:
+    """The matrix of the pairs, pairs that occur twice added up."""
+    matrix = torch.zeros(shape, dtype=torch.float64)
+    pairs = zip(rows.tolist(), columns.tolist(), values.tolist(), strict=True)
+    for row, column, value in pairs:
+        matrix[row, column] += value
+    return matrix
+
+
+def assert_close(actual: torch.Tensor, expected: torch.Tensor, dtype: torch.dtype):
+    assert actual.dtype == dtype
+    assert actual.shape == expected.shape
+    tolerance = TOLERANCE[dtype]
+    assert torch.allclose(actual.double(), expected, rtol=tolerance, atol=tolerance)
+
+
+def test_row_offsets_by_hand():
+    # row 0 has 2 pairs, row 1 none, row 2 one, row 3 none
+    offsets = row_offsets(torch.tensor([0, 0, 2]), 4)
+    assert offsets.tolist() == [0, 2, 2, 3, 3]
+    assert offsets.dtype == torch.int64
+    assert row_offsets(torch.empty(0, dtype=torch.int64), 2).tolist() == [0, 0, 0]
+
+
+@pytest.mark.usefixtures("path")
+def test_products_by_hand():
+    # A = [[0, 2], [0, 0], [3, 4]], dense = [[1, 10], [5, 7]]
+    rows, columns = torch.tensor([0, 2, 2]), torch.tensor([1, 0, 1])
+    values = torch.tensor([2.0, 3.0, 4.0])
+    dense = torch.tensor([[1.0, 10.0], [5.0, 7.0]])
+    product = sparse_times_dense(rows, columns, values, 3, dense)
+    assert product.tolist() == [[10, 14], [0, 0], [23, 58]]
+    product = sparse_times_dense_transposed(rows, columns, values, 3, dense)
+    assert product.tolist() == [[10, 0, 23], [14, 0, 58]]
+    # left = [[1, 2], [0, 1], [3, 1]]: (0, 1): 5 + 14; (2, 0): 3 + 10; (2, 1): 15 + 7
+    left = torch.tensor([[1.0, 2.0], [0.0, 1.0], [3.0, 1.0]])
+    assert sampled_products(rows, columns, left, dense).tolist() == [19, 13, 22]
+
+
+@pytest.mark.usefixtures("path")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("density", [0.0, 0.03, 0.5, 1.0])
+def test_products_are_the_dense_ones(density: float, dtype: torch.dtype):
+    torch.manual_seed(0)
+    n_rows, n_columns, width = 17, 23, 5
+    rows, columns, values = random_pairs(n_rows, n_columns, density)
+    # at a density of 0.03 most rows and columns are empty
+    assert density != 0.03 or len(rows.unique()) < n_rows - 3
+    matrix = dense_matrix(rows, columns, values, (n_rows, n_columns))
+    dense = torch.randn(n_columns, width, dtype=torch.float64)
+    left = torch.randn(n_rows, width, dtype=torch.float64)
+
+    args = (rows, columns, values.to(dtype), n_rows, dense.to(dtype))
+    assert_close(sparse_times_dense(*args), matrix @ dense, dtype)
+    transposed = sparse_times_dense_transposed(*args)
+    assert_close(transposed, (matrix @ dense).T, dtype)
+    assert transposed.is_contiguous()
+    sampled = sampled_products(rows, columns, left.to(dtype), dense.to(dtype))
+    expected = [
+        sum(
+            a * b
+            for a, b in zip(left[row].tolist(), dense[column].tolist(), strict=True)
+        )
+        for row, column in zip(rows.tolist(), columns.tolist(), strict=True)
+    ]
+    assert_close(sampled, torch.tensor(expected, dtype=torch.float64), dtype)
+
+
+@pytest.mark.usefixtures("path")
+def test_products_of_empty_first_and_last_rows():
+    torch.manual_seed(1)
+    rows, columns = torch.tensor([2, 2, 3]), torch.tensor([0, 4, 2])
+    values = torch.tensor([1.0, 2.0, 3.0], dtype=torch.float64)
+    matrix = dense_matrix(rows, columns, values, (6, 5))
+    dense = torch.randn(5, 3, dtype=torch.float64)
+    args = (rows, columns, values, 6, dense)
+    assert_close(sparse_times_dense(*args), matrix @ dense, torch.float64)
+    assert_close(
+        sparse_times_dense_transposed(*args), (matrix @ dense).T, torch.float64
+    )
+
+
+@pytest.mark.usefixtures("path")
+def test_products_of_pairs_that_occur_twice_and_out_of_order_within_a_row():
+    # as in the gradient of two sets of pairs, which share the tokens
+    torch.manual_seed(2)
+    rows = torch.tensor([0, 0, 0, 2, 2])
+    columns = torch.tensor([3, 1, 3, 2, 0])
+    values = torch.tensor([1.0, 2.0, 5.0, 3.0, 4.0], dtype=torch.float64)
+    # [[0, 2, 0, 6], [0, 0, 0, 0], [4, 0, 3, 0]]
+    matrix = dense_matrix(rows, columns, values, (3, 4))
+    assert matrix[0].tolist() == [0, 2, 0, 6]
+    dense = torch.randn(4, 6, dtype=torch.float64)
+    args = (rows, columns, values, 3, dense)
+    assert_close(sparse_times_dense(*args), matrix @ dense, torch.float64)
+    assert_close(
+        sparse_times_dense_transposed(*args), (matrix @ dense).T, torch.float64
+    )
+
+
+@pytest.mark.usefixtures("path")
+@pytest.mark.parametrize("layout", ["transposed", "sliced"])
+def test_products_of_dense_matrices_in_other_layouts(layout: str):
+    torch.manual_seed(3)
+    rows, columns, values = random_pairs(7, 9, 0.4)
+    if layout == "transposed":
+        dense = torch.randn(4, 9, dtype=torch.float64).T
+        left = torch.randn(4, 7, dtype=torch.float64).T
+    else:
+        dense = torch.randn(9, 8, dtype=torch.float64)[:, ::2]
+        left = torch.randn(7, 8, dtype=torch.float64)[:, ::2]
+    matrix = dense_matrix(rows, columns, values, (7, 9))
+    args = (rows, columns, values, 7, dense)
+    assert_close(sparse_times_dense(*args), matrix @ dense, torch.float64)
+    assert_close(
+        sparse_times_dense_transposed(*args), (matrix @ dense).T, torch.float64
+    )
+    sampled = sampled_products(rows, columns, left, dense)
+    assert_close(sampled, (left @ dense.T)[rows, columns], torch.float64)
+
+
+@pytest.mark.parametrize("chunk_pairs", [1, 2, 3, 6, 7, 11, 12, 13, 100])
+def test_reference_does_not_depend_on_its_chunks(
+    chunk_pairs: int, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(sparse, "has_csr_kernels", lambda device: False)  # noqa: ARG005
+    width = 4
+    monkeypatch.setattr(sparse, "_REFERENCE_CHUNK", chunk_pairs * width)
+    torch.manual_seed(4)
+    # 12 pairs, so that chunks end before, at and after the last one
+    rows = torch.tensor([0, 0, 0, 1, 1, 3, 3, 3, 3, 4, 6, 6])
+    columns = torch.tensor([0, 2, 4, 1, 3, 0, 1, 2, 3, 4, 1, 2])
+    values = torch.randn(12, dtype=torch.float64)
+    dense = torch.randn(5, width, dtype=torch.float64)
+    left = torch.randn(7, width, dtype=torch.float64)
+    matrix = dense_matrix(rows, columns, values, (7, 5))
+    args = (rows, columns, values, 7, dense)
+    assert_close(sparse_times_dense(*args), matrix @ dense, torch.float64)
+    sampled = sampled_products(rows, columns, left, dense)
+    assert_close(sampled, (left @ dense.T)[rows, columns], torch.float64)
+
+
+def test_reference_of_rows_wider_than_a_chunk(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(sparse, "has_csr_kernels", lambda device: False)  # noqa: ARG005
+    monkeypatch.setattr(sparse, "_REFERENCE_CHUNK", 3)
+    rows, columns = torch.tensor([0, 1, 1]), torch.tensor([1, 0, 1])
+    dense = torch.arange(8, dtype=torch.float64).view(2, 4)
+    # row 0: 2 * [4, 5, 6, 7]; row 1: [0, 1, 2, 3] + 3 * [4, 5, 6, 7]
+    values = torch.tensor([2.0, 1.0, 3.0], dtype=torch.float64)
+    product = sparse_times_dense(rows, columns, values, 2, dense)
+    assert product.tolist() == [[8, 10, 12, 14], [12, 16, 20, 24]]

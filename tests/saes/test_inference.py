@@ -1,0 +1,319 @@
+"""Evaluation mode, the saved JumpReLU SAE, and the folds that SAELens applies to an SAE."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+import sae_lens_alloc
+from sae_lens_alloc import calibrate_thresholds
+from sae_lens_alloc.saes.allocation_sae import AllocationTrainingSAE
+from tests.saes.conftest import (
+    ARCHITECTURES,
+    DenseSAE,
+    active_mask,
+    changed,
+    make_sae,
+    state_of,
+    tokens,
+    training_step,
+)
+
+REPOSITORY = Path(sae_lens_alloc.__file__).parents[1]
+
+
+def stepped_sae(
+    architecture: str, n_steps: int = 30, **overrides: Any
+) -> AllocationTrainingSAE[Any]:
+    """An SAE whose statistics have seen a few batches; its weights stay as they are."""
+    sae = make_sae(architecture, **overrides)
+    for step in range(n_steps):
+        training_step(sae, tokens(64, 8, seed=step, dtype=sae.dtype), step)
+    if architecture == "feature_choice":
+        assert len(sae.allocation.threshold.unique()) > 16
+    return sae
+
+
+@pytest.mark.parametrize("normalize_activations", ["none", "layer_norm"])
+@pytest.mark.parametrize("rescale", [True, False])
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_evaluation_mode_uses_the_thresholds(
+    architecture: str, rescale: bool, normalize_activations: str
+):
+    sae = stepped_sae(
+        architecture,
+        dtype="float64",
+        rescale_acts_by_decoder_norm=rescale,
+        normalize_activations=normalize_activations,
+    )
+    sae.eval()
+    x = tokens(200, 8, seed=50, dtype=torch.float64)
+    dense = DenseSAE(sae)
+    affinities = dense.affinities(x).detach()
+    mask = affinities > sae.allocation.threshold
+    assert 0.5 < mask.sum() / 200 < 10
+    torch.testing.assert_close(sae.encode(x), affinities * mask)
+    torch.testing.assert_close(sae(x), dense.step(x, mask).sae_out)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_evaluation_mode_does_not_depend_on_the_rest_of_the_batch(architecture: str):
+    sae = stepped_sae(architecture)
+    sae.eval()
+    x = tokens(64, 8, seed=50)
+    # a token whose activations are 100 times as large would eat a training batch's budget
+    crowded = torch.cat([x, 100 * tokens(64, 8, seed=51)])
+    order = torch.randperm(64, generator=torch.Generator().manual_seed(2))
+    acts, sae_out = sae.encode(x), sae(x)
+
+    alone = torch.stack([sae.encode(token) for token in x])
+    assert torch.equal(alone > 0, acts > 0)
+    torch.testing.assert_close(alone, acts, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(
+        torch.stack([sae(token) for token in x]), sae_out, rtol=1e-5, atol=1e-6
+    )
+    for other in (sae.encode(crowded)[:64], sae.encode(x[order])[order.argsort()]):
+        assert torch.equal(other > 0, acts > 0)
+        torch.testing.assert_close(other, acts, rtol=1e-5, atol=1e-6)
+
+    sae.train()
+    assert not torch.equal(sae.encode(crowded)[:64] > 0, acts > 0)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_training_mode_encodes_as_the_next_step_would_and_changes_nothing(
+    architecture: str,
+):
+    sae = stepped_sae(architecture)
+    x = tokens(64, 8, seed=50)
+    before = state_of(sae)
+    for _ in range(2):
+        acts = sae.encode(x)
+        sae(x)
+        sae.autoencode_pairs(x, by_threshold=False)
+        sae.autoencode_pairs(x, by_threshold=True)
+    sae.eval()
+    sae.encode(x)
+    sae.train()
+    assert changed(before, sae) == set()
+    output = training_step(sae, x, step=30)
+    assert torch.equal(acts > 0, active_mask(output))
+    torch.testing.assert_close(acts, output.feature_acts.to_dense())
+    # the step did change them
+    assert {"allocation.density", "allocation.threshold"} <= changed(before, sae)
+
+
+@pytest.mark.parametrize("by_threshold", [True, False])
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_autoencode_pairs_equals_encode_and_decode(
+    architecture: str, by_threshold: bool
+):
+    sae = stepped_sae(architecture, normalize_activations="layer_norm")
+    sae.train(not by_threshold)
+    x = tokens(64, 8, seed=50)
+    pairs, sae_out = sae.autoencode_pairs(x, by_threshold)
+    torch.testing.assert_close(pairs.to_dense(), sae.encode(x))
+    torch.testing.assert_close(sae_out, sae(x))
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_decode_takes_sparse_activations(architecture: str):
+    sae = stepped_sae(architecture)
+    acts = sae.encode(tokens(4, 8))
+    torch.testing.assert_close(sae.decode(acts.to_sparse()), sae.decode(acts))
+
+
+LOAD_WITHOUT_PLUGIN = """
+import json, sys
+from importlib.abc import MetaPathFinder
+
+class Block(MetaPathFinder):
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] == "sae_lens_alloc":
+            raise ImportError("blocked: " + name)
+
+sys.meta_path.insert(0, Block())
+try:
+    import sae_lens_alloc
+except ImportError as error:
+    assert str(error).startswith("blocked")
+else:
+    raise AssertionError("the plugin could be imported")
+
+import torch
+from safetensors.torch import load_file
+from sae_lens import SAE
+
+found = {}
+for folder in sys.argv[1:]:
+    expected = load_file(folder + "/expected.safetensors")
+    sae = SAE.load_from_disk(folder)
+    acts = sae.encode(expected["x"])
+    found[folder] = {
+        "class": f"{type(sae).__module__}.{type(sae).__name__}",
+        "training": sae.cfg.metadata.training_architecture,
+        "l0": (acts > 0).sum(-1).float().mean().item(),
+        "flipped": ((acts > 0) != (expected["acts"] > 0)).sum().item(),
+        "acts": (acts - expected["acts"]).abs().max().item(),
+        "sae_out": (sae(expected["x"]) - expected["sae_out"]).abs().max().item(),
+    }
+print(json.dumps(found))
+"""
+
+
+def test_saved_sae_is_a_stock_jumprelu_sae_that_needs_no_plugin(tmp_path: Path):
+    folders: dict[str, AllocationTrainingSAE[Any]] = {}
+    for architecture in ARCHITECTURES:
+        for overrides in (
+            {},
+            {"rescale_acts_by_decoder_norm": False},
+            {"normalize_activations": "layer_norm"},
+            {"apply_b_dec_to_input": False},
+        ):
+            sae = stepped_sae(architecture, **overrides)
+            norms = sae.W_dec.norm(dim=1)
+            assert norms.min() < 0.4 and norms.max() > 2.5  # not folded yet
+            before = state_of(sae)
+            folder = tmp_path / f"{architecture}-{len(folders)}"
+            sae.save_inference_model(folder)
+            assert changed(before, sae) == set()
+            sae.eval()
+            x = tokens(4, 64, 8, seed=50)
+            with torch.no_grad():
+                expected = {"x": x, "acts": sae.encode(x), "sae_out": sae(x)}
+            save_file(expected, folder / "expected.safetensors")
+            assert json.loads((folder / "cfg.json").read_text())["architecture"] == (
+                "jumprelu"
+            )
+            folders[str(folder)] = sae
+
+    done = subprocess.run(
+        [sys.executable, "-c", LOAD_WITHOUT_PLUGIN, *folders],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(REPOSITORY)},
+    )
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert len(found) == 8
+    for folder, result in found.items():
+        sae = folders[folder]
+        assert result["class"] == "sae_lens.saes.jumprelu_sae.JumpReLUSAE"
+        assert result["training"] == sae.cfg.architecture()
+        assert 1 < result["l0"] < 10
+        # folding the norms rounds once more: a relative error of some 1e-7
+        assert result["flipped"] == 0, folder
+        assert result["acts"] < 1e-5, folder
+        assert result["sae_out"] < 1e-5, folder
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_fold_w_dec_norm_keeps_the_output(architecture: str):
+    sae = stepped_sae(architecture)
+    sae.eval()
+    x = tokens(64, 8, seed=50)
+    acts, sae_out = sae.encode(x), sae(x)
+    sae.fold_W_dec_norm()
+    torch.testing.assert_close(sae.W_dec.norm(dim=1), torch.ones(32))
+    torch.testing.assert_close(sae.encode(x), acts, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(sae(x), sae_out, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_fold_w_dec_norm_is_refused_where_it_would_change_the_selection(
+    architecture: str,
+):
+    sae = make_sae(architecture, rescale_acts_by_decoder_norm=False)
+    with pytest.raises(
+        NotImplementedError, match="rescale_acts_by_decoder_norm is False"
+    ):
+        sae.fold_W_dec_norm()
+
+
+@pytest.mark.parametrize("apply_b_dec_to_input", [True, False])
+@pytest.mark.parametrize("rescale", [True, False])
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_fold_activation_norm_scaling_factor_keeps_the_output(
+    architecture: str, rescale: bool, apply_b_dec_to_input: bool
+):
+    # SAELens #763: thresholds have to be folded too
+    sae = stepped_sae(
+        architecture,
+        rescale_acts_by_decoder_norm=rescale,
+        apply_b_dec_to_input=apply_b_dec_to_input,
+        normalize_activations="expected_average_only_in",
+    )
+    factor = 0.05
+    scaled = tokens(64, 8, seed=50)
+    x = scaled / factor  # what the language model gives
+    sae.eval()
+    acts, sae_out = sae.encode(scaled), sae(scaled)
+    sae.fold_activation_norm_scaling_factor(factor)
+    assert sae.cfg.normalize_activations == "none"
+    folded = sae.encode(x)
+    assert torch.equal(folded > 0, acts > 0)
+    # in units of the raw activations where activations carry the decoder norm
+    torch.testing.assert_close(folded, acts / factor if rescale else acts)
+    torch.testing.assert_close(sae(x), sae_out / factor, rtol=1e-4, atol=1e-4)
+    # the running cut is in the same units as the thresholds: training would go on
+    sae.train()
+    output = training_step(sae, x, step=30)
+    assert sae.allocation.threshold.min() > 0
+    if architecture == "mutual_choice":
+        assert active_mask(output).sum() == 3 * 64
+
+
+@pytest.mark.parametrize("apply_b_dec_to_input", [True, False])
+@pytest.mark.parametrize("rescale", [True, False])
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_fold_activation_whitening_keeps_the_output(
+    architecture: str, rescale: bool, apply_b_dec_to_input: bool
+):
+    sae = stepped_sae(
+        architecture,
+        rescale_acts_by_decoder_norm=rescale,
+        apply_b_dec_to_input=apply_b_dec_to_input,
+        normalize_activations="covariance_whitening",
+    )
+    generator = torch.Generator().manual_seed(8)
+    matrix = torch.eye(8) + 0.2 * torch.randn(8, 8, generator=generator)
+    mean = torch.randn(8, generator=generator)
+    x = tokens(64, 8, seed=50) @ matrix.inverse() + mean
+    whitened = (x - mean) @ matrix
+    sae.eval()
+    acts, sae_out = sae.encode(whitened), sae(whitened)
+    sae.fold_activation_whitening(mean, matrix, matrix.inverse())
+    assert torch.equal(sae.encode(x) > 0, acts > 0)
+    torch.testing.assert_close(sae.encode(x), acts, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(
+        sae(x), sae_out @ matrix.inverse() + mean, rtol=1e-4, atol=1e-4
+    )
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_calibrated_l0_is_what_encode_and_the_saved_sae_have(
+    architecture: str, dtype: str, tmp_path: Path
+):
+    from sae_lens import SAE
+
+    sae = stepped_sae(architecture, dtype=dtype, d_sae=256, k=8)
+    x = tokens(8192, 8, seed=50, dtype=sae.dtype)
+    report = calibrate_thresholds(sae, x)
+    assert report.l0 == pytest.approx(8, rel=0.01)
+    sae.eval()
+    assert (sae.encode(x) > 0).sum().item() / 8192 == pytest.approx(8, rel=0.01)
+    sae.save_inference_model(tmp_path)
+    saved = SAE.load_from_disk(tmp_path)
+    # in bfloat16 the threshold that SAELens loads has 8 significant bits
+    tolerance = 0.01 if dtype == "float32" else 0.05
+    l0 = (saved.encode(x) > 0).sum().item() / 8192
+    assert l0 == pytest.approx(8, rel=tolerance)
+    assert saved.cfg.metadata.calibration["l0"] == report.l0

@@ -1,0 +1,220 @@
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from sae_lens import SAE
+from typer.testing import CliRunner
+
+import sae_lens_alloc
+from sae_lens_alloc.cli import app
+
+DEMO = Path(sae_lens_alloc.__file__).parent / "demo"
+CONFIG = str(DEMO / "mutual_choice.yaml")
+# 4 steps of 256 tokens
+TINY = (
+    f"model_name={DEMO / 'model'}",
+    f"dataset_path={DEMO / 'corpus'}",
+    "hook_name=transformer.h.0",
+    "sae.d_sae=64",
+    "sae.k=4",
+    "training_tokens=1024",
+    "train_batch_size_tokens=256",
+    "store_batch_size_prompts=4",
+    "n_batches_in_buffer=4",
+    "logger.wandb_log_frequency=1",
+)
+
+
+def invoke(*args: str) -> Any:
+    result = CliRunner().invoke(app, list(args))
+    if result.exception is not None and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    return result
+
+
+def train(output: Path, *args: str) -> Any:
+    return invoke("train", CONFIG, *TINY, f"output_path={output}", *args)
+
+
+# train
+
+
+def test_train_saves_a_stock_sae(tmp_path: Path):
+    output = tmp_path / "deep" / "output"
+    result = train(output)
+    assert result.exit_code == 0
+    assert f"saved in {output}" in result.stdout
+    sae = SAE.load_from_disk(output)
+    assert sae.cfg.architecture() == "jumprelu"
+    assert sae.W_dec.shape == (64, 192)
+    runner_cfg = json.loads((output / "runner_cfg.json").read_text())
+    assert runner_cfg["training_tokens"] == 1024
+    assert len((output / "metrics.jsonl").read_text().splitlines()) == 4
+
+    # again into the same folder: refused, and nothing there is touched
+    before = {path: path.read_bytes() for path in output.iterdir()}
+    result = train(output, "seed=1")
+    assert result.exit_code == 1
+    assert result.stderr == (
+        f"error: output_path '{output}' is not empty: give --overwrite to write into it, "
+        "or another output_path.\n"
+    )
+    assert {path: path.read_bytes() for path in output.iterdir()} == before
+
+    # unless told so: the SAE and its metrics are replaced, other files stay
+    (output / "notes.txt").write_text("mine")
+    result = train(output, "seed=1", "--overwrite")
+    assert result.exit_code == 0
+    assert not torch.equal(SAE.load_from_disk(output).W_dec, sae.W_dec)
+    assert len((output / "metrics.jsonl").read_text().splitlines()) == 4
+    assert (output / "notes.txt").read_text() == "mine"
+
+
+def test_train_says_what_it_will_do(tmp_path: Path):
+    result = train(tmp_path / "output", "--dry-run", "checkpoint_path=null")
+    assert result.exit_code == 0
+    # Parameters: 2 * 192 * 64 + 64 + 192 = 24,832 of 4 bytes. Buffer: 2 * (4 + 4) contexts
+    # of 256 tokens of 192 floats: 3.15 MB. Step: 8 * 256 * 192 floats of inputs, 4 blocks of
+    # 256 * 64, an encoder of 192 * 64, and 2 * 4 * 256 pairs of 64 bytes: 2.02 MB.
+    assert result.stdout.splitlines() == [
+        "SAE         mutual_choice, 192 -> 64 features (0.333333x), k 4, float32 on cpu",
+        "schedule    Feature Choice for 3 steps, then Mutual Choice; aux_zipf until step 3",
+        f"model       {DEMO / 'model'} at transformer.h.0, contexts of 256 tokens, on cpu",
+        f"dataset     {DEMO / 'corpus'}",
+        "training    1,024 tokens = 4 steps of 256; lr 0.002 constant",
+        "memory      about 5.6 MB (parameters 0.1 MB, gradients 0.1 MB, Adam 0.2 MB, "
+        "activation buffer 3.1 MB, step 2.0 MB) beside the language model",
+        f"output      {tmp_path / 'output'}",
+        "checkpoints none",
+    ]
+    assert not (tmp_path / "output").exists()
+
+
+@pytest.mark.parametrize(
+    ("override", "sentence"),
+    [
+        ("sae.kk=3", "unknown key 'sae.kk', did you mean 'sae.k'?"),
+        ("lr=fast", "lr must be a number, got 'fast'."),
+        ("sae.k=65", "sae: k must be in (0, d_sae = 64], got 65."),
+    ],
+)
+def test_wrong_setting_is_one_sentence(tmp_path: Path, override: str, sentence: str):
+    result = train(tmp_path / "output", override)
+    assert result.exit_code == 1
+    assert result.stdout == ""
+    assert result.stderr.startswith(f"error: {CONFIG} with ")
+    assert result.stderr.endswith(f": {sentence}\n")
+    assert not (tmp_path / "output").exists()
+
+
+@pytest.mark.parametrize(
+    ("override", "sentence"),
+    [
+        ("dataset_path=''", "dataset_path is missing."),
+        (
+            "resume_from_checkpoint=/no/such/folder",
+            "resume_from_checkpoint is '/no/such/folder', but there is no such folder.",
+        ),
+        pytest.param(
+            "device=cuda",
+            "device is 'cuda', but torch finds no such device on this machine: give "
+            "device=cpu to run without one.",
+            marks=pytest.mark.skipif(torch.cuda.is_available(), reason="has a GPU"),
+        ),
+    ],
+)
+def test_what_the_machine_lacks_is_one_sentence(
+    tmp_path: Path, override: str, sentence: str
+):
+    result = train(tmp_path / "output", override)
+    assert result.exit_code == 1
+    assert result.stderr == f"error: {sentence}\n"
+    assert not (tmp_path / "output").exists()
+
+
+def test_output_that_cannot_be_made_is_found_before_training(tmp_path: Path):
+    (tmp_path / "file").write_text("mine")
+    for output in (tmp_path / "file", tmp_path / "file" / "below"):
+        result = train(output, "--overwrite")
+        assert result.exit_code == 1
+        assert result.stderr.startswith("error: ")
+        assert str(tmp_path / "file") in result.stderr
+        assert len(result.stderr.splitlines()) == 1
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_missing_config_is_an_error_of_usage(tmp_path: Path):
+    result = invoke("train", str(tmp_path / "no.yaml"))
+    assert result.exit_code == 2
+    assert "does not exist" in result.stderr
+
+
+# run
+
+
+def test_run_lets_saelens_own_command_line_train_our_architectures():
+    result = subprocess.run(
+        [
+            *(sys.executable, "-m", "sae_lens_alloc", "run", "--"),
+            *("sae_lens.llm_sae_training_runner", "--architecture", "mutual_choice"),
+            "--help",
+        ],
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 0, result.stderr
+    assert "mutual_choice,feature_choice}" in result.stdout
+    assert "MutualChoiceTrainingSAEConfig" in result.stdout
+    assert "--feature_choice_steps int" in result.stdout
+    assert "--k_start [float]" in result.stdout
+    assert "found in sys.modules" not in result.stderr
+
+
+@pytest.fixture
+def _restore_process(monkeypatch: pytest.MonkeyPatch):
+    """`run` takes over the process: give it its arguments and search path back."""
+    monkeypatch.setattr(sys, "argv", sys.argv)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+
+
+@pytest.mark.usefixtures("_restore_process")
+def test_run_is_python_dash_m(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    (tmp_path / "a_script.py").write_text(
+        "import sys\nprint(__name__, sys.argv)\nsys.exit(3)\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    for separator in (["--"], []):
+        result = invoke("run", *separator, "a_script", "--quick", "x=1", "--", "-h")
+        assert result.exit_code == 3
+        script = str(tmp_path / "a_script.py")
+        assert result.stdout == f"__main__ {[script, '--quick', 'x=1', '--', '-h']}\n"
+
+
+@pytest.mark.parametrize("module", ["nowhere", "nowhere.at.all", "sae_lens"])
+@pytest.mark.usefixtures("_restore_process")
+def test_run_of_what_cannot_be_run_is_one_sentence(module: str):
+    result = invoke("run", module)
+    assert result.exit_code == 1
+    assert result.stderr == f"error: there is no module {module!r} that can be run.\n"
+
+
+# demo
+
+
+def test_demo_leaves_a_used_folder_alone(tmp_path: Path):
+    (tmp_path / "notes.txt").write_text("mine")
+    result = invoke("demo", "--output", str(tmp_path))
+    assert result.exit_code == 1
+    assert result.stderr.startswith(f"error: {str(tmp_path)!r} is not empty: ")
+    assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
+
+
+@pytest.mark.parametrize("command", [[], ["train"], ["run"], ["demo"]])
+def test_help(command: list[str]):
+    result = invoke(*command, "--help")
+    assert result.exit_code == 0
+    assert "Usage:" in result.stdout

@@ -1,0 +1,67 @@
+"""The ready configurations are read and checked, without a network or a model."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformer_lens.loading_from_pretrained import get_official_model_name
+
+from sae_lens_alloc import load_runner_config
+from sae_lens_alloc.demo.methods import CONFIG as DEMO_CONFIG
+
+CONFIGS = sorted((Path(__file__).parent.parent / "configs").glob("*.yaml"))
+# d_in and number of blocks of the models
+MODELS = {
+    "gpt2": (768, 12),
+    "pythia-160m-deduped": (768, 12),
+    "gemma-2-2b": (2304, 26),
+    "meta-llama/Llama-3.2-1B": (2048, 16),
+}
+
+
+@pytest.fixture(params=CONFIGS, ids=lambda path: path.stem)
+def cfg(request: pytest.FixtureRequest) -> Any:
+    return load_runner_config(request.param)
+
+
+def test_there_is_one_for_each_model():
+    assert {load_runner_config(path).model_name for path in CONFIGS} == set(MODELS)
+
+
+def test_model_and_hook_exist_and_have_the_width(cfg: Any):
+    get_official_model_name(cfg.model_name)  # raises for a name TransformerLens lacks
+    d_in, n_blocks = MODELS[cfg.model_name]
+    assert cfg.sae.d_in == d_in
+    pattern = {
+        "HookedTransformer": r"blocks\.(\d+)\.hook_resid_(?:pre|post)",
+        "AutoModelForCausalLM": r"model\.layers\.(\d+)",
+    }[cfg.model_class_name]
+    match = re.fullmatch(pattern, cfg.hook_name)
+    assert match is not None
+    assert int(match[1]) < n_blocks
+
+
+def test_schedule_is_the_recipe(cfg: Any):
+    steps = 500_000_000 // 4096
+    assert cfg.total_training_steps == steps == 122_070
+    assert cfg.sae.aux_loss_decay_start == 91_552
+    if cfg.sae.architecture() == "mutual_choice":
+        assert cfg.sae.feature_choice_steps == 91_552
+    assert cfg.lr_decay_steps == 24_414
+    assert cfg.lr == 3e-4
+
+
+def test_outputs_do_not_collide():
+    configs = [load_runner_config(path) for path in CONFIGS]
+    assert [cfg.output_path for cfg in configs] == [f"output/{p.stem}" for p in CONFIGS]
+
+
+def test_sink_tokens_take_no_share_of_the_budget(cfg: Any):
+    assert cfg.exclude_special_tokens is True
+
+
+def test_demo_config():
+    cfg = load_runner_config(DEMO_CONFIG)
+    assert cfg.total_training_steps == 488
+    assert cfg.sae.feature_choice_steps == 366

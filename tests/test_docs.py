@@ -1,0 +1,98 @@
+"""What the documents show is run here, and what they take from files is up to date."""
+
+import re
+import subprocess
+import sys
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+import yaml
+from sae_lens import LanguageModelSAERunnerConfig
+
+from sae_lens_alloc import MutualChoiceTrainingSAEConfig, load_runner_config
+from sae_lens_alloc.demo.methods import CORPUS, HERE
+
+ROOT = Path(__file__).parent.parent
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+def code_blocks(page: Path, language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", page.read_text(), flags=re.DOTALL)
+
+
+def tiny_demo_config(output: Path) -> LanguageModelSAERunnerConfig:
+    return load_runner_config(
+        HERE / "mutual_choice.yaml",
+        [
+            f"model_name={HERE / 'model'}",
+            f"dataset_path={CORPUS}",
+            f"output_path={output}",
+            "training_tokens=8192",
+            "n_batches_in_buffer=16",
+            "sae.feature_choice_steps=2",
+            "sae.d_sae=256",
+        ],
+    )
+
+
+def test_generated_parts_are_up_to_date():
+    result = subprocess.run(
+        [sys.executable, ROOT / "docs" / "render.py", "--check"],
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 0, result.stderr
+
+
+def test_python_in_the_readme_and_in_inference_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.chdir(tmp_path)
+    cfg = tiny_demo_config(tmp_path / "demo-output" / "mutual_choice")
+    (readme_code,) = code_blocks(ROOT / "README.md", "python")
+    code = readme_code.replace(
+        "d_in=768, d_sae=24576, k=32", f"d_in={cfg.sae.d_in}, d_sae=256, k=8"
+    )
+    assert code != readme_code
+    names = {"cfg": cfg}
+    exec(code, names)
+    assert isinstance(names["cfg"].sae, MutualChoiceTrainingSAEConfig)
+
+    (inference_code,) = code_blocks(ROOT / "docs" / "inference.md", "python")
+    names = {}
+    exec(inference_code, names)
+    assert names["sae"].cfg.architecture() == "jumprelu"
+    assert names["sae"].cfg.metadata.calibration["target_l0"] == 8
+
+
+def test_yaml_in_the_readme_names_real_fields():
+    valid = {field.name for field in fields(MutualChoiceTrainingSAEConfig)}
+    (block,) = code_blocks(ROOT / "README.md", "yaml")
+    assert set(yaml.safe_load(block)["sae"]) - {"architecture"} <= valid
+
+
+def test_train_command_of_the_readme_is_accepted():
+    (line,) = re.findall(
+        r"sae-lens-alloc train (.*)", (ROOT / "README.md").read_text()
+    )[:1]
+    result = subprocess.run(
+        [sys.executable, "-m", "sae_lens_alloc", "train", *line.split(), "--dry-run"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 0, result.stderr
+    assert "k 16" in result.stdout
+    assert "lr 0.0003" in result.stdout
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_somewhere(page: Path):
+    targets = re.findall(r"\]\(([^)#]+)\)", page.read_text())
+    missing = [
+        target
+        for target in targets
+        if not target.startswith("http") and not (page.parent / target).exists()
+    ]
+    assert missing == []

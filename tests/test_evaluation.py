@@ -1,0 +1,304 @@
+"""Evaluation of saved SAEs against plain float64 computations on a tiny model."""
+
+import json
+import math
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from sae_lens.load_model import HookedProxyLM
+from sae_lens.saes.jumprelu_sae import JumpReLUSAE, JumpReLUSAEConfig
+from torch.nn.functional import cross_entropy
+from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
+
+from sae_lens_alloc.demo.methods import HERE
+from sae_lens_alloc.evaluation.baseline import measure_baseline
+from sae_lens_alloc.evaluation.contexts import held_out_contexts
+from sae_lens_alloc.evaluation.equal_l0 import mean_l0, set_l0
+from sae_lens_alloc.evaluation.metrics import Evaluation, evaluate_sae
+from sae_lens_alloc.evaluation.snippets import take_snippets
+
+HOOK = "transformer.h.0"
+D_IN, D_SAE, VOCAB, BOS = 8, 24, 20, 0
+
+
+@pytest.fixture
+def gpt2() -> GPT2LMHeadModel:
+    torch.manual_seed(0)
+    config = GPT2Config(
+        vocab_size=VOCAB,
+        n_positions=12,
+        n_embd=D_IN,
+        n_layer=2,
+        n_head=2,
+        initializer_range=0.5,
+        resid_pdrop=0.0,
+        embd_pdrop=0.0,
+        attn_pdrop=0.0,
+        tie_word_embeddings=False,
+    )
+    return GPT2LMHeadModel(config).double().eval()
+
+
+@pytest.fixture
+def model(gpt2: GPT2LMHeadModel) -> HookedProxyLM:
+    tokenizer: Any = SimpleNamespace(bos_token_id=BOS)
+    return HookedProxyLM(gpt2, tokenizer, hook_names=[HOOK])
+
+
+@pytest.fixture
+def tokens() -> torch.Tensor:
+    generator = torch.Generator().manual_seed(1)
+    tokens = torch.randint(1, VOCAB, (7, 12), generator=generator)
+    tokens[:, 0] = BOS
+    tokens[2, 5] = BOS  # between two texts
+    return tokens
+
+
+@pytest.fixture
+def sae() -> JumpReLUSAE:
+    torch.manual_seed(2)
+    sae = JumpReLUSAE(JumpReLUSAEConfig(d_in=D_IN, d_sae=D_SAE, dtype="float64"))
+    with torch.no_grad():
+        for parameter in (sae.W_enc, sae.W_dec, sae.b_enc, sae.b_dec):
+            parameter.normal_(std=0.4)
+        sae.threshold.fill_(0.6)
+        sae.b_enc[:2] = -100.0  # dead
+    return sae
+
+
+def activations_of(gpt2: GPT2LMHeadModel, tokens: torch.Tensor) -> torch.Tensor:
+    """Activations at the hook, shape (contexts, length, d_in)."""
+    return gpt2(tokens, output_hidden_states=True).hidden_states[1].detach()
+
+
+def spliced_loss(
+    gpt2: GPT2LMHeadModel,
+    tokens: torch.Tensor,
+    replace: Callable[[torch.Tensor], torch.Tensor],
+) -> float:
+    """Loss with every activation replaced one by one, BOS left alone."""
+
+    def hook(_module: Any, _args: Any, output: Any) -> Any:
+        hidden = (output[0] if isinstance(output, tuple) else output).clone()
+        for row, column in (tokens != BOS).nonzero().tolist():
+            hidden[row, column] = replace(hidden[row, column])
+        return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
+
+    handle = gpt2.transformer.h[0].register_forward_hook(hook)
+    try:
+        logits = gpt2(tokens).logits.detach()
+    finally:
+        handle.remove()
+    losses = [
+        cross_entropy(logits[row, i], tokens[row, i + 1]).item()
+        for row in range(len(tokens))
+        for i in range(tokens.shape[1] - 1)
+        if tokens[row, i] != BOS and tokens[row, i + 1] != BOS
+    ]
+    return sum(losses) / len(losses)
+
+
+@torch.no_grad()
+def test_figures_are_those_of_a_plain_computation(
+    gpt2: GPT2LMHeadModel,
+    model: HookedProxyLM,
+    tokens: torch.Tensor,
+    sae: JumpReLUSAE,
+):
+    hidden = activations_of(gpt2, tokens)
+    x = hidden[tokens != BOS]
+    pre = x @ sae.W_enc + sae.b_enc
+    if sae.cfg.apply_b_dec_to_input:
+        pre = (x - sae.b_dec) @ sae.W_enc + sae.b_enc
+    acts = torch.where(pre > sae.threshold, pre, 0.0)
+    reconstruction = acts @ sae.W_dec + sae.b_dec
+    counts = (acts > 0).sum(1)
+    mean = x.mean(0)
+
+    result = evaluate_sae(sae, model, tokens, HOOK, contexts_per_batch=3)
+
+    ev = 1 - (x - reconstruction).square().sum() / (x - mean).square().sum()
+    assert result.explained_variance == pytest.approx(ev.item(), rel=1e-12)
+    loss = spliced_loss(gpt2, tokens, lambda a: a)
+    zero = spliced_loss(gpt2, tokens, torch.zeros_like)
+    ablated = spliced_loss(gpt2, tokens, lambda _: mean)
+    spliced = spliced_loss(gpt2, tokens, lambda a: sae.decode(sae.encode(a)))
+    # SAELens' wrapper and ours take logits to float32 before the loss
+    assert result.loss == pytest.approx(loss, rel=1e-6)
+    assert result.loss_with_sae == pytest.approx(spliced, rel=1e-6)
+    assert result.loss_recovered_zero == pytest.approx(
+        (zero - spliced) / (zero - loss), rel=1e-5
+    )
+    assert result.loss_recovered_mean == pytest.approx(
+        (ablated - spliced) / (ablated - loss), rel=1e-5
+    )
+    assert result.n_tokens == 7 * 12 - 7 - 1
+    assert result.l0 == pytest.approx(counts.double().mean().item())
+    assert torch.equal(result.densities, (acts > 0).double().mean(0))
+    assert result.dead_features == int((acts.sum(0) == 0).sum()) >= 2
+    assert result.rare_features == result.dead_features
+    assert (result.features_per_token == -1).nonzero().tolist() == (
+        tokens == BOS
+    ).nonzero().tolist()
+    assert result.features_per_token[tokens != BOS].tolist() == counts.tolist()
+    assert result.l0_histogram.tolist() == [
+        int((counts == n).sum()) for n in range(int(counts.max()) + 1)
+    ]
+
+
+def test_the_figures_do_not_depend_on_the_batch(
+    model: HookedProxyLM, tokens: torch.Tensor, sae: JumpReLUSAE
+):
+    one = evaluate_sae(sae, model, tokens, HOOK, contexts_per_batch=1)
+    all_at_once = evaluate_sae(sae, model, tokens, HOOK, contexts_per_batch=100)
+    first, second = one.to_dict(), all_at_once.to_dict()
+    assert first.pop("l0_histogram") == second.pop("l0_histogram")
+    assert first == pytest.approx(second, rel=1e-6)
+    assert torch.equal(one.features_per_token, all_at_once.features_per_token)
+    assert torch.equal(one.densities, all_at_once.densities)
+
+
+@torch.no_grad()
+def test_a_perfect_sae_recovers_everything(
+    model: HookedProxyLM, tokens: torch.Tensor, sae: JumpReLUSAE
+):
+    """Features +x and -x rebuild any x."""
+    identity = torch.eye(D_IN, dtype=torch.float64)
+    sae.W_enc.zero_()
+    sae.W_enc[:, : 2 * D_IN] = torch.cat([identity, -identity], dim=1)
+    sae.W_dec.copy_(sae.W_enc.T)
+    for parameter in (sae.b_enc, sae.b_dec, sae.threshold):
+        parameter.zero_()
+    result = evaluate_sae(sae, model, tokens, HOOK)
+    assert result.explained_variance == pytest.approx(1.0, abs=1e-12)
+    assert result.loss_recovered_zero == pytest.approx(1.0, abs=1e-6)
+    assert result.loss_recovered_mean == pytest.approx(1.0, abs=1e-6)
+    assert result.l0 == D_IN
+
+
+@torch.no_grad()
+def test_an_sae_that_gives_the_mean_recovers_nothing(
+    gpt2: GPT2LMHeadModel,
+    model: HookedProxyLM,
+    tokens: torch.Tensor,
+    sae: JumpReLUSAE,
+):
+    sae.b_dec.copy_(activations_of(gpt2, tokens)[tokens != BOS].mean(0))
+    sae.threshold.fill_(1e9)
+    result = evaluate_sae(sae, model, tokens, HOOK)
+    assert result.explained_variance == pytest.approx(0.0, abs=1e-12)
+    assert result.loss_recovered_mean == pytest.approx(0.0, abs=1e-6)
+    assert result.l0 == 0
+    assert result.top_1_percent_share == 0
+
+
+def test_what_is_special_can_be_told(
+    model: HookedProxyLM, tokens: torch.Tensor, sae: JumpReLUSAE
+):
+    everything = evaluate_sae(sae, model, tokens, HOOK, special_token_ids=[])
+    assert everything.n_tokens == tokens.numel()
+    without_7 = evaluate_sae(sae, model, tokens, HOOK, special_token_ids=[BOS, 7])
+    assert without_7.n_tokens == int(((tokens != BOS) & (tokens != 7)).sum())
+
+
+def test_a_baseline_can_be_shared(
+    model: HookedProxyLM, tokens: torch.Tensor, sae: JumpReLUSAE
+):
+    baseline = measure_baseline(model, tokens, HOOK, [BOS])
+    shared = evaluate_sae(sae, model, tokens, HOOK, baseline)
+    assert shared.to_dict() == evaluate_sae(sae, model, tokens, HOOK).to_dict()
+
+
+@torch.no_grad()
+def test_a_hook_without_influence_is_an_error(
+    gpt2: GPT2LMHeadModel, model: HookedProxyLM, tokens: torch.Tensor
+):
+    gpt2.lm_head.weight.zero_()
+    with pytest.raises(ValueError, match="leaves the model's loss as it is"):
+        measure_baseline(model, tokens, HOOK, [BOS])
+
+
+def test_the_share_of_the_hungriest_tokens():
+    """Of 150 tokens the top 1% are ceil(1.5) = 2: (9 + 4) of 148 + 13 pairs."""
+    counts = torch.ones(10, 15, dtype=torch.long)
+    counts[3, 4], counts[7, 0] = 9, 4
+    evaluation = Evaluation(0.0, 1.0, 2.0, 3.0, 3.0, counts, torch.zeros(4))
+    assert evaluation.top_1_percent_share == pytest.approx(13 / 161)
+
+
+def test_rare_features_include_dead_ones():
+    densities = torch.tensor([0.0, 0.00009, 0.0001, 0.5], dtype=torch.float64)
+    evaluation = Evaluation(0.0, 1.0, 2.0, 3.0, 3.0, torch.ones(1, 1), densities)
+    assert (evaluation.dead_features, evaluation.rare_features) == (1, 2)
+
+
+def test_figures_can_be_written_as_json(
+    model: HookedProxyLM, tokens: torch.Tensor, sae: JumpReLUSAE
+):
+    figures = evaluate_sae(sae, model, tokens, HOOK).to_dict()
+    assert json.loads(json.dumps(figures, allow_nan=False)) == figures
+    assert sum(figures["l0_histogram"]) == figures["n_tokens"]
+
+
+def test_thresholds_are_moved_to_the_wanted_l0(sae: JumpReLUSAE):
+    torch.manual_seed(3)
+    activations = torch.randn(500, D_IN, dtype=torch.float64)
+    with torch.no_grad():
+        sae.threshold.uniform_(0.3, 0.9)
+    ratios = sae.threshold / sae.threshold[0]
+    for target in (1.0, 3.7):
+        set_l0(sae, activations, target)
+        assert mean_l0(sae, activations) == pytest.approx(
+            math.floor(target * 500) / 500
+        )
+        assert torch.allclose(sae.threshold / sae.threshold[0], ratios)
+
+
+@pytest.mark.parametrize("target", [0.0001, 23.0])
+def test_an_l0_out_of_reach_is_an_error(sae: JumpReLUSAE, target: float):
+    activations = torch.randn(50, D_IN, dtype=torch.float64)
+    with pytest.raises(ValueError, match="no thresholds give an L0"):
+        set_l0(sae, activations, target)
+
+
+def test_thresholds_of_zero_cannot_be_moved(sae: JumpReLUSAE):
+    with torch.no_grad():
+        sae.threshold[3] = 0.0
+    with pytest.raises(ValueError, match="must be positive"):
+        set_l0(sae, torch.randn(50, D_IN, dtype=torch.float64), 2.0)
+
+
+def test_contexts_are_laid_out_as_in_training():
+    tokenizer = AutoTokenizer.from_pretrained(HERE / "model")
+    texts = ["import os\n", "", "def f(x):\n    return x + 1\n"]
+    bos = tokenizer.bos_token_id
+    first, second = (tokenizer(text)["input_ids"] for text in (texts[0], texts[2]))
+    # BOS opens every context and stands between two texts
+    stream = [bos, *first, bos, *second]
+    contexts = held_out_contexts(texts, tokenizer, 6)
+    assert contexts[0].tolist() == stream[:6]
+    assert contexts[1].tolist() == [bos, *stream[6:11]]
+    assert contexts.shape[1] == 6
+
+
+def test_few_contexts_are_spread_over_all():
+    tokenizer = AutoTokenizer.from_pretrained(HERE / "model")
+    texts = [f"x = {i}\n" * 5 for i in range(40)]
+    all_contexts = held_out_contexts(texts, tokenizer, 8)
+    few = held_out_contexts(texts, tokenizer, 8, 3)
+    last = len(all_contexts) - 1
+    assert torch.equal(few, all_contexts[[0, last // 2, last]])
+
+
+def test_snippets_start_at_a_line_and_know_their_counts():
+    tokenizer = AutoTokenizer.from_pretrained(HERE / "model")
+    text = "a = 1\n" + "value = compute(value)\n" * 20
+    tokens = held_out_contexts([text], tokenizer, 60)
+    (snippet,) = take_snippets(tokens, tokenizer, [0], max_tokens=40)
+    assert "".join(snippet.tokens).startswith("value = compute")
+    counts = torch.arange(60)[None]
+    assert snippet.counts(counts) == list(range(snippet.start, 60))
+    assert len(snippet.tokens) == 60 - snippet.start <= 40
