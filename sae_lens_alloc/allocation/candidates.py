@@ -14,7 +14,7 @@ def candidate_positions(
         affinities: Shape (B, f).
         bounds: Shape (f,), or one number.
     """
-    flat = _true_positions((affinities > bounds).view(-1))
+    flat = _true_positions((affinities > bounds).flatten())
     n_features = affinities.shape[1]
     tokens = flat // n_features
     return tokens, flat - tokens * n_features

@@ -1,5 +1,6 @@
 """The Zipf-Mandelbrot law of feature densities, and the quotas that follow from it."""
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -8,6 +9,8 @@ import torch
 # A free beta runs to beta >> F, an exponential in disguise, so it is searched on a grid.
 BETA_GRID = (0.0, 1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0, 128.0, 256.0)
 N_FIT_RANKS = 80
+# Steeper laws, as a handful of features gives them, overflow.
+MAX_ALPHA = 100.0
 
 
 @dataclass(frozen=True)
@@ -16,7 +19,7 @@ class ZipfLaw:
     Zipf-Mandelbrot law of densities over ranks: f(r) = scale * (r + beta) ** -alpha.
 
     Args:
-        alpha: Exponent.
+        alpha: Exponent, from 0 to 100.
         beta: Flattening of the head, in ranks.
         scale: Factor in front.
         r2: R^2 of log density over all fitted ranks; NaN for a law that was not fitted.
@@ -31,7 +34,13 @@ class ZipfLaw:
 
     def density(self, ranks: torch.Tensor) -> torch.Tensor:
         """Density at `ranks` (any shape, rank 1 is the most frequent feature)."""
-        return self.scale * (ranks + self.beta) ** -self.alpha
+        # on logarithms, since scale and power may be out of range where their product is not
+        log_density = self.log_shape(ranks.double()) + math.log(self.scale)
+        return log_density.exp().to(torch.promote_types(ranks.dtype, torch.float32))
+
+    def log_shape(self, ranks: torch.Tensor) -> torch.Tensor:
+        """log f(ranks) for a scale of 1."""
+        return -self.alpha * (ranks + self.beta).log()
 
     @classmethod
     def fit(cls, densities: torch.Tensor, min_density: float = 0.0) -> "ZipfLaw":
@@ -77,18 +86,17 @@ class ZipfLaw:
 
 def _fit_line(x: np.ndarray, y: np.ndarray) -> tuple[float, float, float]:
     """Slope, intercept and sum of squared residuals of the least-squares line."""
-    slope, intercept = np.polyfit(x, y, 1)
-    return (
-        float(slope),
-        float(intercept),
-        float(np.sum((y - intercept - slope * x) ** 2)),
-    )
+    deviation = x - x.mean()
+    slope = float(deviation @ y / (deviation @ deviation))
+    slope = min(max(slope, -MAX_ALPHA), 0.0)
+    intercept = float(y.mean() - slope * x.mean())
+    return slope, intercept, float(np.sum((y - intercept - slope * x) ** 2))
 
 
 def _r2(actual: np.ndarray, predicted: np.ndarray) -> float:
-    variance = np.sum((actual - actual.mean()) ** 2)
-    if variance == 0:
+    if np.ptp(actual) < 1e-12:
         return float("nan")
+    variance = np.sum((actual - actual.mean()) ** 2)
     return float(1 - np.sum((actual - predicted) ** 2) / variance)
 
 
@@ -123,13 +131,14 @@ def zipf_quotas(
             f"{min_quota * n_features:.0f} pairs per batch, more than the budget of "
             f"{budget:.0f}: lower it, or raise k or the batch size."
         )
-    shape = law.density(torch.arange(1, n_features + 1, dtype=torch.float64))
-    if max_quota * n_features <= budget:
-        return torch.full_like(shape, max_quota)
+    log_shape = law.log_shape(torch.arange(1, n_features + 1, dtype=torch.float64))
+    if budget == 0 or max_quota * n_features <= budget:
+        return torch.full_like(log_shape, max_quota if budget else 0.0)
     # The clamped sum grows with the factor, so bisection on its logarithm finds it.
-    low, high = np.log(1e-30), np.log(budget / float(shape.min())) + 1
+    low = math.log(budget / n_features) - float(log_shape.max()) - 1
+    high = math.log(budget) - float(log_shape.min()) + 1
     for _ in range(200):
         middle = (low + high) / 2
-        total = (shape * np.exp(middle)).clamp(min_quota, max_quota).sum()
+        total = (log_shape + middle).exp().clamp(min_quota, max_quota).sum()
         low, high = (middle, high) if total < budget else (low, middle)
-    return (shape * np.exp(high)).clamp(min_quota, max_quota)
+    return (log_shape + high).exp().clamp(min_quota, max_quota)

@@ -41,26 +41,28 @@ class Encoder:
         scale = None if self.scale is None else self.scale[features]
         return Encoder(self.W_enc[:, features], self.b_enc[features], scale)
 
+    def products(self, x: torch.Tensor) -> torch.Tensor:
+        """x W_enc of shape (B, F), from which `candidates` takes what it needs."""
+        return x @ self.W_enc
+
     def candidates(
-        self, x: torch.Tensor, bound: torch.Tensor | None
+        self, products: torch.Tensor, bound: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """
-        Positive affinities that reach a bound (some that barely miss it may be among them),
-        by token and then by feature.
+        Positive affinities that reach a bound, by token and then by feature.
 
         Args:
-            x: Encoder inputs of shape (B, d_in).
+            products: What `products` gave for the tokens.
             bound: Lower bound, scalar or of shape (F,), or None for 0.
 
         Returns:
             Tokens, features and affinities, all of shape (n,).
         """
-        products = x @ self.W_enc
         b_enc = self.b_enc.to(_precise(products))
         limits = -b_enc
         if bound is not None:
             # One comparison of the bare products, instead of a pass each for the bias and
-            # the scale. The slack covers that these round differently.
+            # the scale. These round differently: what passes by the slack is dropped below.
             slack = 8 * torch.finfo(products.dtype).eps
             scaled = bound if self.scale is None else bound / self.scale
             limits = scaled.to(limits) * (1 - slack) - b_enc
@@ -69,11 +71,14 @@ class Encoder:
         values = products[tokens, features].to(b_enc.dtype) + b_enc[features]
         if self.scale is not None:
             values *= self.scale[features]
-        return tokens, features, values
+        if bound is None:
+            return tokens, features, values
+        reach = values >= (bound if bound.ndim == 0 else bound[features])
+        return tokens[reach], features[reach], values[reach]
 
     def affinities(self, x: torch.Tensor) -> torch.Tensor:
         """All affinities, of shape (B, F)."""
-        products = x @ self.W_enc
+        products = self.products(x)
         affinities = products.to(_precise(products)) + self.b_enc
         return affinities if self.scale is None else affinities * self.scale
 
@@ -103,11 +108,14 @@ class KnownAffinities:
     def part(self, features: slice | torch.Tensor) -> "KnownAffinities":
         return KnownAffinities(self.known[:, features])
 
+    def products(self, x: torch.Tensor) -> torch.Tensor:
+        return self.known
+
     def candidates(
-        self, x: torch.Tensor, bound: torch.Tensor | None
+        self, products: torch.Tensor, bound: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        tokens, features = candidate_positions(self.known, 0.0)
-        return tokens, features, self.known[tokens, features]
+        tokens, features = candidate_positions(products, 0.0)
+        return tokens, features, products[tokens, features]
 
     def blocks(self, n_tokens: int) -> Iterator[slice]:
         yield slice(0, self.n_features)
@@ -140,7 +148,8 @@ def encode_mutual_choice(
     bound = None if cut is None else cut * _BOUND_SHARE
     collector = MutualChoiceCollector((len(x), encoder.n_features), budget, bound)
     for block in encoder.blocks(len(x)):
-        tokens, features, values = encoder.part(block).candidates(x, collector.bound)
+        part = encoder.part(block)
+        tokens, features, values = part.candidates(part.products(x), collector.bound)
         collector.add(tokens, features + block.start, values)
     if cut is not None and collector.n_candidates < budget:
         return encode_mutual_choice(encoder, x, budget, None)
@@ -153,8 +162,7 @@ class FeatureChoiceSelection:
     Args:
         pairs: The selected pairs.
         demand: Tokens on which each feature's affinity exceeds the cut, shape (F,).
-        above: Tokens on which each feature's affinity exceeds its threshold, as far down as
-            the candidates reach, shape (F,).
+        above: Tokens on which each feature's affinity exceeds its threshold, shape (F,).
         bounds: Bounds for the next batch, shape (F,).
     """
 
@@ -191,9 +199,9 @@ def encode_feature_choice(
     above = torch.zeros_like(quotas)
     next_bounds = torch.empty_like(bounds)
     for block in encoder.blocks(len(x)):
-        candidates = _feature_candidates(
-            encoder.part(block), x, quotas[block], torch.minimum(bounds[block], cut)
-        )
+        # down to the cut and the threshold, so that both counts are exact
+        lowest = torch.minimum(bounds[block], torch.minimum(thresholds[block], cut))
+        candidates = _feature_candidates(encoder.part(block), x, quotas[block], lowest)
         found, values = candidates.features, candidates.values
         n_block = block.stop - block.start
         demand[block] = torch.bincount(found[values > cut], minlength=n_block)
@@ -226,15 +234,18 @@ def _feature_candidates(
     Ranked candidates of a block of features: the tokens that reach a feature's bound, and
     all its positive affinities where these are fewer than its quota.
     """
-    tokens, features, values = encoder.candidates(x, bounds)
+    products = encoder.products(x)
+    tokens, features, values = encoder.candidates(products, bounds)
     counts = torch.bincount(features, minlength=len(quotas))
     short = ((counts < quotas) & (bounds > 0)).nonzero().squeeze(1)
     if len(short) > 0:
         is_short = torch.zeros_like(quotas, dtype=torch.bool)
         is_short[short] = True
         others = ~is_short[features]
+        # From the same products: a product of fewer columns may round differently, and the
+        # result would depend on the bounds.
         more_tokens, more_features, more_values = encoder.part(short).candidates(
-            x, None
+            products[:, short], None
         )
         tokens = torch.cat([tokens[others], more_tokens])
         features = torch.cat([features[others], short[more_features]])
@@ -263,8 +274,9 @@ def encode_thresholds(
     """Selects the positive affinities of the tokens x above their feature's threshold, (F,)."""
     tokens, features, values = [], [], []
     for block in encoder.blocks(len(x)):
-        block_tokens, block_features, block_values = encoder.part(block).candidates(
-            x, thresholds[block]
+        part = encoder.part(block)
+        block_tokens, block_features, block_values = part.candidates(
+            part.products(x), thresholds[block]
         )
         above = block_values > thresholds[block][block_features]
         tokens.append(block_tokens[above])

@@ -1,5 +1,6 @@
 """The running statistics of an allocation, and the allocation of each training batch."""
 
+import math
 from typing import Any, Literal
 
 import torch
@@ -146,8 +147,9 @@ class AllocationState(nn.Module):
     ) -> SparseActivations:
         if not self._knows_cut():
             self._track_cut(encode_mutual_choice(encoder, x, budget, None))
-        if is_first:
-            self.threshold.copy_(self.cut.expand_as(self.threshold))
+        # never tracked from 0, which a factor would not leave
+        restart = self.threshold <= (math.inf if is_first else 0.0)
+        self.threshold.copy_(self.cut.where(restart, self.threshold))
         if self._bounds is None:
             self._bounds = torch.zeros_like(self.threshold)
         quotas = self._quotas(len(x), budget)

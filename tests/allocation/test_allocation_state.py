@@ -180,7 +180,7 @@ def test_statistics_stay_float32():
     } == {torch.float32}
 
 
-# BUG (feature): bounds are not in the checkpoint, but the encoder's part of the features whose
+# bounds are not in the checkpoint, but the encoder's part of the features whose
 # bound was too high rounds differently, and see
 # test_counts_above_the_thresholds_do_not_depend_on_the_bounds.
 @pytest.mark.parametrize("growth", [1.0, 1.1])
@@ -202,7 +202,7 @@ def test_a_reloaded_state_goes_on_bit_for_bit(rule: Rule, growth: float):
             assert torch.equal(buffer, buffers(resumed)[name]), name
 
 
-# BUG (feature): thresholds are set to the cut at the first step alone, and 0 stays 0.
+# thresholds are set to the cut at the first step alone, and 0 stays 0.
 @pytest.mark.parametrize("rule", ["mutual", "feature"])
 def test_thresholds_recover_from_a_first_batch_without_positive_affinities(rule: Rule):
     torch.manual_seed(7)

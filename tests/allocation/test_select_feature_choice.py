@@ -140,7 +140,7 @@ def test_select_feature_choice_of_no_token_is_empty():
     assert selection.shape == (0, 2)
 
 
-# BUG: `view(-1)` of a comparison that keeps the transposed layout.
+# `view(-1)` of a comparison that keeps the transposed layout.
 def test_select_feature_choice_of_transposed_affinities():
     affinities = torch.tensor([[1.0, 2.0, 3.0], [6.0, 5.0, 4.0]]).T
     # Columns [1, 2, 3] and [6, 5, 4]

@@ -157,7 +157,7 @@ def test_select_mutual_choice_without_budget_is_empty():
     assert stored_pairs(select_mutual_choice(torch.ones(2, 3), 0)) == []
 
 
-# BUG (transposed): `view(-1)` of a comparison that keeps the transposed layout.
+# `view(-1)` of a comparison that keeps the transposed layout.
 @pytest.mark.parametrize(
     "view",
     [

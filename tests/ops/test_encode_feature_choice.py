@@ -117,7 +117,7 @@ def test_encode_feature_choice_counts_what_is_above_the_thresholds(largest_quota
     assert_is_exact(selection, affinities, quotas, thresholds, cut)
 
 
-# BUG: `above` stops at the candidates. Bounds are not part of a checkpoint, so thresholds
+# `above` stops at the candidates. Bounds are not part of a checkpoint, so thresholds
 # depend on whether a run was interrupted (see test_allocation_state.py).
 @pytest.mark.parametrize("bounds_kind", ["far_too_high", "mixed", "affinity"])
 def test_counts_above_the_thresholds_do_not_depend_on_the_bounds(bounds_kind: str):
@@ -215,7 +215,7 @@ def test_encode_feature_choice_without_quotas_still_measures_demand():
     assert_is_exact(selection, affinities, quotas, thresholds, cut)
 
 
-# BUG: as in encode_mutual_choice, what passes the slack below a bound counts towards the quota.
+# as in encode_mutual_choice, what passes the slack below a bound counts towards the quota.
 def test_encode_feature_choice_is_exact_where_the_quota_ends_within_the_slack():
     # In float32 both 2^20 + 0.95 and 2^20 + 1.05 are 2^20 + 1: a tie, which token 0 wins.
     # Bounds a few units above it lie between the two products, less the slack.

@@ -178,7 +178,10 @@ def test_bounds_of_feature_choice_only_make_it_faster():
         # activations grow by a factor of 2 after 20 steps, and the bounds lag behind
         x = tokens(256, 8, seed=step) * (1 + step // 20)
         forgetful.allocation._forget_derived()
-        output, expected = training_step(forgetful, x, step), training_step(kept, x, step)
+        output, expected = (
+            training_step(forgetful, x, step),
+            training_step(kept, x, step),
+        )
         assert torch.equal(
             output.feature_acts.to_dense(), expected.feature_acts.to_dense()
         )

@@ -84,7 +84,11 @@ def assert_same_end(
 @pytest.mark.parametrize(
     ("architecture", "schedule", "n_first", "trainer_class"),
     [
-        *[(*case, n_first, SAETrainer) for case in SCHEDULES for n_first in (5, 12, 14)],
+        *[
+            (*case, n_first, SAETrainer)
+            for case in SCHEDULES
+            for n_first in (5, 12, 14)
+        ],
         (*SCHEDULES[-1], 5, AllocSAETrainer),
     ],
 )
@@ -205,9 +209,7 @@ def test_language_model_run_resumes_from_its_checkpoint(
     n_read = stopped.activations_store.n_dataset_processed
     assert n_read > 0
 
-    resumed = runner(
-        demo_model, demo_text, resume_from_checkpoint=str(checkpoint)
-    )
+    resumed = runner(demo_model, demo_text, resume_from_checkpoint=str(checkpoint))
     sae = resumed.run()
     assert sae.allocation.density_tokens.item() == 8 * 256
     assert resumed.activations_store.n_dataset_processed > n_read

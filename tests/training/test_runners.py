@@ -88,9 +88,7 @@ def test_stock_runner_with_compile_sae_learns_the_same(
 ):
     states: list[AllocationTrainingSAE[Any]] = []
     for compile_sae in (False, True):
-        cfg = lm_config(
-            sae_config(), training_tokens=3 * 256, compile_sae=compile_sae
-        )
+        cfg = lm_config(sae_config(), training_tokens=3 * 256, compile_sae=compile_sae)
         torch.manual_seed(0)
         runner = LanguageModelSAETrainingRunner(cfg, demo_text, demo_model)
         torch.manual_seed(1)
