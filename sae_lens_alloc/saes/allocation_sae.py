@@ -28,7 +28,11 @@ from sae_lens_alloc.ops.encode_select import (
 )
 from sae_lens_alloc.ops.pair_autoencoder import reconstruct_pairs
 from sae_lens_alloc.saes.allocation_sae_config import AllocationTrainingSAEConfig
-from sae_lens_alloc.saes.allocation_state import AllocationState, Rule
+from sae_lens_alloc.saes.allocation_state import (
+    AllocationState,
+    Rule,
+    in_bfloat16_parts,
+)
 
 T_CONFIG = TypeVar("T_CONFIG", bound=AllocationTrainingSAEConfig)
 
@@ -56,7 +60,6 @@ class AllocationTrainingSAE(TrainingSAE[T_CONFIG]):
             cfg.min_tokens_per_feature,
             self.W_dec.device,
         )
-        self._step = 0
         self.setup()
 
     @abstractmethod
@@ -104,8 +107,9 @@ class AllocationTrainingSAE(TrainingSAE[T_CONFIG]):
     def _preview(
         self, encoder: Encoder | KnownAffinities, x: torch.Tensor
     ) -> SparseActivations:
+        step = self.allocation.last_step
         return self.allocation.preview(
-            encoder, x, self._budget(len(x), self._step), self.rule_at(self._step)
+            encoder, x, self._budget(len(x), step), self.rule_at(step)
         )
 
     @torch.no_grad()
@@ -179,7 +183,8 @@ class AllocationTrainingSAE(TrainingSAE[T_CONFIG]):
             sparse COO tensors of shape (..., d_sae).
 
         Raises:
-            ValueError: if the loss is not finite, naming the step.
+            ValueError: if activations or weights are not finite, naming the step; nothing
+                has been changed then.
         """
         return self._training_step(step_input)
 
@@ -188,9 +193,11 @@ class AllocationTrainingSAE(TrainingSAE[T_CONFIG]):
     @torch.compiler.disable
     def _training_step(self, step_input: TrainStepInput) -> TrainStepOutput:
         sae_in = step_input.sae_in
-        self._step = step = step_input.n_training_steps
         inputs = self.process_sae_in(sae_in)
         x = inputs.reshape(-1, self.cfg.d_in)
+        encoder = self.encoder()
+        _require_finite(encoder, x, step_input.n_training_steps)
+        step = self.allocation.begin_step(step_input.n_training_steps)
         acts_are_hooked = _has_hooks(self.hook_sae_acts_pre) or _has_hooks(
             self.hook_sae_acts_post
         )
@@ -200,19 +207,17 @@ class AllocationTrainingSAE(TrainingSAE[T_CONFIG]):
             # x depends on the weights through b_dec alone, whose gradient
             # reconstruct_pairs gives at the cost of a matrix-vector product
             x = x.detach()
-        encoder = self.encoder()
-        aux_pairs = self._auxiliary_pairs(step_input, encoder, x)
+        aux_pairs = self._auxiliary_pairs(step_input, step, encoder, x)
         budget = self._budget(len(x), step)
         rule, previous = self.rule_at(step), self.rule_at(step - 1) if step else None
 
         if acts_are_hooked:
-            affinities = self._dense_affinities(x)
-            pairs = self.allocation.allocate(
-                KnownAffinities(affinities.detach()), x, budget, rule, previous
-            )
-            feature_acts = self.hook_sae_acts_post(affinities * _mask_of(pairs))
+            affinities = self._dense_affinities(inputs)
+            known = KnownAffinities(affinities.detach().reshape(-1, self.cfg.d_sae))
+            pairs = self.allocation.allocate(known, x, budget, rule, previous)
+            mask = _mask_of(pairs).view(affinities.shape)
+            feature_acts = self.hook_sae_acts_post(affinities * mask)
             recons = self._decode_dense(feature_acts)
-            feature_acts = feature_acts.view(*sae_in.shape[:-1], self.cfg.d_sae)
             aux_recons = (
                 None
                 if aux_pairs is None
@@ -227,7 +232,12 @@ class AllocationTrainingSAE(TrainingSAE[T_CONFIG]):
 
         sae_out, aux_out = self._outputs(recons, aux_recons, inputs.shape)
         mse_loss = self.mse_loss_fn(sae_out, sae_in).sum(dim=-1).mean()
-        _require_finite(mse_loss, sae_in, step)
+        if not torch.isfinite(mse_loss):
+            raise ValueError(
+                f"The reconstruction loss became {mse_loss.item()} at training step "
+                f"{step}: the weights have diverged; lower the learning rate or add "
+                "warm-up steps."
+            )
         losses = {"mse_loss": mse_loss}
         if aux_out is not None:
             residual = (sae_in - sae_out).detach()
@@ -293,10 +303,9 @@ class AllocationTrainingSAE(TrainingSAE[T_CONFIG]):
         )
 
     def _auxiliary_pairs(
-        self, step_input: TrainStepInput, encoder: Encoder, x: torch.Tensor
+        self, step_input: TrainStepInput, step: int, encoder: Encoder, x: torch.Tensor
     ) -> SparseActivations | None:
         """Pairs of the auxiliary loss, None where it is off or no feature needs it."""
-        step = step_input.n_training_steps
         if self.cfg.aux_loss == "none" or not self._aux_weight(step):
             return None
         if step % STEPS_BETWEEN_FLAGS == 0:
@@ -414,13 +423,22 @@ class AllocationTrainingSAE(TrainingSAE[T_CONFIG]):
         state_dict["threshold"] = self.allocation.threshold.clamp(min=0.0).clone()
 
     @override
+    def process_state_dict_for_saving(self, state_dict: dict[str, Any]) -> None:
+        super().process_state_dict_for_saving(state_dict)
+        for name, buffer in self.allocation.named_buffers():
+            if buffer.is_floating_point():
+                state_dict[f"allocation.{name}"] = in_bfloat16_parts(buffer)
+
+    @override
     def process_state_dict_for_loading(self, state_dict: dict[str, Any]) -> None:
         super().process_state_dict_for_loading(state_dict)
-        # SAELens' disk loader casts everything to the dtype of the weights.
         for name, buffer in self.allocation.named_buffers():
             key = f"allocation.{name}"
-            if key in state_dict:
-                state_dict[key] = state_dict[key].to(buffer.dtype)
+            if key not in state_dict:
+                continue
+            if buffer.is_floating_point():
+                state_dict[key] = state_dict[key].to(buffer.dtype).sum(0)
+            state_dict[key] = state_dict[key].to(buffer.dtype)
 
 
 def _has_hooks(hook: HookPoint) -> bool:
@@ -441,15 +459,19 @@ def _top_tokens_share(pairs: SparseActivations) -> torch.Tensor:
     return counts.topk(n_top).values.sum() / counts.sum().clamp(min=1)
 
 
-def _require_finite(mse_loss: torch.Tensor, sae_in: torch.Tensor, step: int) -> None:
-    if torch.isfinite(mse_loss):
+def _require_finite(encoder: Encoder, x: torch.Tensor, step: int) -> None:
+    # one number, so that a GPU is asked once
+    total = x.sum() + encoder.W_enc.sum() + encoder.b_enc.sum()
+    if encoder.scale is not None:
+        total = total + encoder.scale.sum()
+    if torch.isfinite(total):
         return
-    if not torch.isfinite(sae_in).all():
+    if not torch.isfinite(x).all():
         raise ValueError(
             f"The activations of training step {step} contain NaN or Inf: check the "
             "language model and its dtype; nothing was learned from this batch."
         )
     raise ValueError(
-        f"The reconstruction loss became {mse_loss.item()} at training step {step}: the "
-        "weights have diverged; lower the learning rate or add warm-up steps."
+        f"The weights contain NaN or Inf at training step {step}: they have diverged; "
+        "lower the learning rate or add warm-up steps."
     )

@@ -1,6 +1,7 @@
 """The running statistics of an allocation, and the allocation of each training batch."""
 
 import math
+from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
@@ -50,6 +51,7 @@ class AllocationState(nn.Module):
         torch.Tensor
     )  # (F,) running demand: rate at which affinities exceed the cut
     density_tokens: torch.Tensor  # () tokens in the running densities
+    n_steps: torch.Tensor  # () training steps done
     quota_carry: torch.Tensor  # (F,) remainders of the fractional quotas
     quota_law: torch.Tensor  # (2,) alpha and beta of the law that sets the quotas
     underused: torch.Tensor  # (F,) features that the auxiliary loss trains
@@ -68,7 +70,7 @@ class AllocationState(nn.Module):
         self.min_tokens_per_feature = min_tokens_per_feature
         for name in ("threshold", "density"):
             self.register_buffer(name, torch.zeros(d_sae, device=device))
-        for name in ("cut", "density_tokens"):
+        for name in ("cut", "density_tokens", "n_steps"):
             self.register_buffer(name, torch.zeros((), device=device))
         # random, or all rare features would be paid out in the same batch
         self.register_buffer("quota_carry", torch.rand(d_sae, device=device))
@@ -85,20 +87,44 @@ class AllocationState(nn.Module):
     def _forget_derived(self) -> None:
         """Drops what is derived from the buffers, or only makes the selection faster."""
         self._cut_is_known: bool | None = None
+        self._step_offset: int | None = None
         self._underused_indices: torch.Tensor | None = None
         self._rank_quotas: tuple[int, int, torch.Tensor] | None = None
         self._bounds: torch.Tensor | None = None
 
     @override
-    def _apply(self, *args: Any, **kwargs: Any) -> "AllocationState":
-        super()._apply(*args, **kwargs)
+    def _apply(
+        self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True
+    ) -> "AllocationState":
         # nn.Module.to(dtype) casts every float buffer; thresholds in bfloat16 would change
-        # which features fire (SAELens #728).
+        # which features fire (SAELens #728). Only the move to a device is wanted.
         for name, buffer in self.named_buffers():
-            if buffer.is_floating_point() and buffer.dtype != torch.float32:
-                setattr(self, name, buffer.float())
+            moved = fn(buffer)
+            if moved.dtype != buffer.dtype:
+                moved = buffer.to(moved.device)
+            setattr(self, name, moved)
         self._forget_derived()
         return self
+
+    def begin_step(self, n_training_steps: int) -> int:
+        """
+        The number of this training step, by which rules and budgets change.
+
+        SAELens saves the checkpoints of a run before it counts the step, so that a resumed
+        trainer counts one behind; from there on the SAE's own count holds. A trainer that
+        starts at 0 starts the schedules anew.
+        """
+        if self._step_offset is None:
+            behind = int(self.n_steps) - n_training_steps
+            self._step_offset = behind if n_training_steps > 0 and behind > 0 else 0
+        step = n_training_steps + self._step_offset
+        self.n_steps.fill_(step + 1)
+        return step
+
+    @property
+    def last_step(self) -> int:
+        """The number of the last training step, 0 before the first one."""
+        return max(int(self.n_steps) - 1, 0)
 
     @torch.no_grad()
     def allocate(
@@ -268,3 +294,14 @@ class AllocationState(nn.Module):
 
 def _forget_derived_after_loading(state: AllocationState, _: Any) -> None:
     state._forget_derived()
+
+
+def in_bfloat16_parts(tensor: torch.Tensor) -> torch.Tensor:
+    """
+    A float32 tensor as three that sum to it, each of which bfloat16 holds exactly; shape
+    (3, *shape). So it survives SAELens' loader, which casts all tensors of a file to the
+    dtype of the weights.
+    """
+    first = tensor.bfloat16().float()
+    second = (tensor - first).bfloat16().float()
+    return torch.stack([first, second, tensor - first - second])

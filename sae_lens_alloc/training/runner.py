@@ -7,6 +7,7 @@ import torch
 from sae_lens.config import HfDataset, LanguageModelSAERunnerConfig
 from sae_lens.llm_sae_training_runner import LanguageModelSAETrainingRunner
 from sae_lens.saes.sae import TrainingSAE
+from sae_lens.training._interruption import InterruptedException
 from sae_lens.training.sae_trainer import SAETrainer
 from transformer_lens.HookedTransformer import HookedRootModule
 from typing_extensions import override
@@ -49,11 +50,23 @@ class AllocSAETrainingRunner(LanguageModelSAETrainingRunner):
             output = Path(self.cfg.output_path)
             output.mkdir(parents=True, exist_ok=True)
             trainer.metrics_path = output / METRICS_FILENAME
-        sae = super().run_trainer_with_interruption_handling(trainer)
+        try:
+            sae = super().run_trainer_with_interruption_handling(trainer)
+        except (KeyboardInterrupt, InterruptedException):
+            # SAELens saves only the position in the data and the config then
+            if self.cfg.checkpoint_path is not None:
+                trainer.save_checkpoint(str(trainer.n_training_samples))
+            raise
         if isinstance(sae, AllocationTrainingSAE):
             report = calibrate_thresholds(sae, self._calibration_activations(trainer))
             sae.cfg.metadata.l0 = report.l0
         return sae
+
+    @override
+    def save_checkpoint(self, checkpoint_path: Path | None) -> None:
+        if checkpoint_path is not None:  # SAELens misses its folder when interrupted
+            checkpoint_path.mkdir(parents=True, exist_ok=True)
+        super().save_checkpoint(checkpoint_path)
 
     def _calibration_activations(self, trainer: SAETrainer[Any, Any]) -> torch.Tensor:
         n_batches = -(-CALIBRATION_TOKENS // self.cfg.train_batch_size_tokens)

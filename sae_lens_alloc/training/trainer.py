@@ -1,6 +1,7 @@
 """SAELens' trainer with a fused optimizer and metrics in a file."""
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -32,8 +33,9 @@ class AllocSAETrainer(SAETrainer[Any, Any]):
         every = self.cfg.logger.wandb_log_frequency
         if self.metrics_path is not None and (self.n_training_steps + 1) % every == 0:
             metrics = self.build_train_step_log_dict(output, self.n_training_samples)
+            row = {"step": self.n_training_steps, **metrics}
+            # JSON has no NaN; a law that could not be fitted yet is null
+            row = {k: v if math.isfinite(v) else None for k, v in row.items()}
             with self.metrics_path.open("a") as file:
-                file.write(
-                    json.dumps({"step": self.n_training_steps, **metrics}) + "\n"
-                )
+                file.write(json.dumps(row) + "\n")
         return output

@@ -15,8 +15,10 @@ from sae_lens_alloc.saes.allocation_state import AllocationState, Rule
 B, F, D_IN, BUDGET = 64, 96, 16, 256
 
 
-def new_state(d_sae: int = F, max_density: float = 0.6) -> AllocationState:
-    return AllocationState(d_sae, 10_000, max_density, 0.0, torch.device("cpu"))
+def new_state(
+    d_sae: int = F, max_density: float = 0.6, min_tokens: float = 0.0
+) -> AllocationState:
+    return AllocationState(d_sae, 10_000, max_density, min_tokens, torch.device("cpu"))
 
 
 def random_encoder() -> Encoder:
@@ -92,6 +94,31 @@ def test_feature_steps_give_ranks_by_demand_their_quotas():
     )
     # nothing reaches the cut of 100, so that demand is 0 and the cut falls by 5%
     assert state.cut.item() == pytest.approx(100 * math.exp(-0.05))
+
+
+def test_feature_steps_give_a_feature_no_more_than_its_largest_density():
+    state = new_state(d_sae=4, max_density=0.5)
+    # Half of 4 tokens for each of 4 features: 8 pairs, though the budget is 10
+    affinities = KnownAffinities(torch.rand(4, 4) + 0.1)
+    counts = torch.zeros(4, dtype=torch.int64)
+    for _ in range(3):
+        pairs = state.allocate(affinities, torch.zeros(4, 1), 10, "feature", "feature")
+        counts += pairs.feature_counts()
+    assert counts.tolist() == [6, 6, 6, 6]
+
+
+def test_feature_steps_give_a_feature_no_less_than_its_smallest_quota():
+    # a law that gives nearly all of the budget of 6 to the first two of 4 features
+    state = new_state(d_sae=4, min_tokens=1.0)
+    state.quota_law.copy_(torch.tensor([20.0, 0.0]))
+    state.quota_carry.zero_()
+    state.density.copy_(torch.tensor([0.1, 0.2, 0.3, 0.4]))
+    affinities = KnownAffinities(torch.rand(5, 4) + 0.1)
+    pairs = state.allocate(affinities, torch.zeros(5, 1), 6, "feature", "feature")
+    # 3 of 5 tokens is the largest, 1 the smallest: 3 + 1 + 1 + 1
+    assert pairs.feature_counts().tolist() == [1, 1, 1, 3]
+    with pytest.raises(ValueError, match="min_tokens_per_feature = 1.0"):
+        state.allocate(affinities, torch.zeros(5, 1), 3, "feature", "feature")
 
 
 def test_feature_steps_use_the_budget_exactly_in_the_long_run():

@@ -53,12 +53,6 @@ def dense_affinities(encoder: Encoder, x: torch.Tensor) -> torch.Tensor:
     return affinities if encoder.scale is None else affinities * encoder.scale.double()
 
 
-def candidates(
-    encoder: Encoder, x: torch.Tensor, bound: torch.Tensor | None
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    return encoder.candidates(encoder.products(x), bound)
-
-
 def stored_pairs(selection: SparseActivations) -> list[Pair]:
     """The pairs in the order in which they are stored."""
     return list(
@@ -202,7 +196,7 @@ def test_candidates_hold_the_affinity_that_is_the_bound_itself(
     x = torch.randn(8, 16).to(dtype)
     affinities = encoder.affinities(x)
     for bounds in affinities.clamp(min=0.0):
-        tokens, features, _ = candidates(encoder, x, bounds)
+        tokens, features, _ = encoder.candidates(encoder.products(x), bounds)
         found = torch.zeros(8, 500, dtype=torch.bool)
         found[tokens, features] = True
         assert found[(affinities >= bounds) & (affinities > 0)].all()

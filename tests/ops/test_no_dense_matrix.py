@@ -21,9 +21,10 @@ from sae_lens_alloc.ops import encode_select, sparse
 
 N_TOKENS, D_IN, N_FEATURES, K = 256, 8, 1024, 4
 DENSE = N_TOKENS * N_FEATURES
-# A block of 64 features is 1/16 of the dense matrix. The first step has no bound, and the row
-# and column of every positive affinity, half of a block, are about as many numbers again.
-SMALL = DENSE // 8
+# A block of 64 features is 1/16 of the dense matrix. In the first step, which has no bound, the
+# row and column of every positive affinity of a block are about as many numbers again, and
+# the auxiliary loss takes 64 tokens x the flagged features, half of all or more, at a time.
+SMALL = DENSE // 4
 
 
 class LargestTensor(TorchDispatchMode):
@@ -77,9 +78,9 @@ def feature_choice(**options: Any) -> FeatureChoiceTrainingSAE:
 
 
 def training_step(sae: TrainingSAE[Any], step: int) -> torch.Tensor:
-    """Loss of one training step after its backward pass, with 30 dead features."""
+    """Loss of one training step after its backward pass, with 400 dead features."""
     dead = torch.zeros(N_FEATURES, dtype=torch.bool)
-    dead[:30] = True
+    dead[:400] = True
     output = sae.training_forward_pass(
         TrainStepInput(
             sae_in=torch.randn(N_TOKENS, D_IN),

@@ -16,6 +16,7 @@ from sae_lens_alloc import (
     MutualChoiceTrainingSAEConfig,
 )
 from sae_lens_alloc.saes.allocation_sae import AllocationTrainingSAE
+from sae_lens_alloc.saes.allocation_state import AllocationState
 
 ARCHITECTURES = ("mutual_choice", "feature_choice")
 LN_EPS = 1e-5  # SAELens' layer_norm
@@ -47,7 +48,13 @@ def make_sae(
         b_enc: Encoder bias of every feature; random and small by default.
         overrides: Config fields; 8 inputs, 32 features, k 3 and no auxiliary loss otherwise.
     """
-    settings = {"d_in": 8, "d_sae": 32, "k": 3, "aux_loss": "none", **overrides}
+    settings: dict[str, Any] = {
+        "d_in": 8,
+        "d_sae": 32,
+        "k": 3,
+        "aux_loss": "none",
+        **overrides,
+    }
     generator = torch.Generator().manual_seed(seed)
     torch.manual_seed(seed)  # the quota remainders
     sae: AllocationTrainingSAE[Any]
@@ -119,6 +126,12 @@ def gradients(sae: TrainingSAE[Any], loss: torch.Tensor) -> dict[str, torch.Tens
     }
 
 
+def statistics(sae: TrainingSAE[Any]) -> AllocationState:
+    """Thresholds, densities and quota remainders."""
+    assert isinstance(sae, AllocationTrainingSAE)
+    return sae.allocation
+
+
 def state_of(sae: TrainingSAE[Any]) -> dict[str, torch.Tensor]:
     """A copy of the weights and of all statistics."""
     return copy.deepcopy(dict(sae.state_dict()))
@@ -138,7 +151,9 @@ def changed(before: dict[str, torch.Tensor], sae: TrainingSAE[Any]) -> set[str]:
 def active_mask(output: TrainStepOutput) -> torch.Tensor:
     """Boolean matrix of shape (B, F) of the pairs that a training step selected."""
     acts = output.feature_acts
-    return (acts.to_dense() if acts.is_sparse else acts).flatten(0, -2) != 0
+    return (acts.to_dense() if acts.is_sparse else acts).reshape(
+        -1, acts.shape[-1]
+    ) != 0
 
 
 def mutual_mask(affinities: torch.Tensor, budget: int) -> torch.Tensor:

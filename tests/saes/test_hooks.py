@@ -48,7 +48,10 @@ def identity(tensor: torch.Tensor, hook: HookPoint) -> torch.Tensor:
 def test_identity_hook_changes_neither_loss_nor_gradients(
     architecture: str, hook_name: str, normalize_activations: str
 ):
-    settings = {**SETTINGS, "normalize_activations": normalize_activations}
+    settings: dict[str, Any] = {
+        **SETTINGS,
+        "normalize_activations": normalize_activations,
+    }
     plain, hooked = (
         make_sae(architecture, **settings),
         make_sae(architecture, **settings),
@@ -102,7 +105,11 @@ def test_acts_post_hook_changes_what_is_decoded_and_gradients_follow(
     def scale_features(tensor: torch.Tensor, hook: HookPoint) -> torch.Tensor:
         return tensor * factors
 
-    settings = {"dtype": "float64", "rescale_acts_by_decoder_norm": rescale, "k": 6}
+    settings: dict[str, Any] = {
+        "dtype": "float64",
+        "rescale_acts_by_decoder_norm": rescale,
+        "k": 6,
+    }
     plain, hooked = (
         make_sae(architecture, **settings),
         make_sae(architecture, **settings),

@@ -93,8 +93,9 @@ def test_training_mode_encodes_as_the_next_step_would_and_changes_nothing(
     sae = stepped_sae(architecture)
     x = tokens(64, 8, seed=50)
     before = state_of(sae)
+    acts = sae.encode(x)
     for _ in range(2):
-        acts = sae.encode(x)
+        sae.encode(x)
         sae(x)
         sae.autoencode_pairs(x, by_threshold=False)
         sae.autoencode_pairs(x, by_threshold=True)
@@ -169,13 +170,14 @@ print(json.dumps(found))
 
 def test_saved_sae_is_a_stock_jumprelu_sae_that_needs_no_plugin(tmp_path: Path):
     folders: dict[str, AllocationTrainingSAE[Any]] = {}
+    variants: list[dict[str, Any]] = [
+        {},
+        {"rescale_acts_by_decoder_norm": False},
+        {"normalize_activations": "layer_norm"},
+        {"apply_b_dec_to_input": False},
+    ]
     for architecture in ARCHITECTURES:
-        for overrides in (
-            {},
-            {"rescale_acts_by_decoder_norm": False},
-            {"normalize_activations": "layer_norm"},
-            {"apply_b_dec_to_input": False},
-        ):
+        for overrides in variants:
             sae = stepped_sae(architecture, **overrides)
             norms = sae.W_dec.norm(dim=1)
             assert norms.min() < 0.4 and norms.max() > 2.5  # not folded yet

@@ -16,7 +16,7 @@ import sae_lens_alloc
 from tests.saes.conftest import ARCHITECTURES
 
 REPOSITORY = Path(sae_lens_alloc.__file__).parents[1]
-CLASSES = {
+CLASSES: dict[str, Any] = {
     "mutual_choice": (
         sae_lens_alloc.MutualChoiceTrainingSAE,
         sae_lens_alloc.MutualChoiceTrainingSAEConfig,
@@ -45,7 +45,7 @@ CONFIG_FIELDS: dict[str, Any] = {
     "apply_b_dec_to_input": False,
     "normalize_activations": "layer_norm",
 }
-SCHEDULE_FIELD = {
+SCHEDULE_FIELD: dict[str, Any] = {
     "mutual_choice": "feature_choice_steps",
     "feature_choice": "mutual_choice_steps",
 }

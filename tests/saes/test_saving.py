@@ -79,9 +79,11 @@ def test_load_from_disk_restores_everything(
 
     x = tokens(37, 8, seed=50, dtype=sae.dtype)
     for mode in (True, False):
-        sae.train(mode), loaded.train(mode)
+        sae.train(mode)
+        loaded.train(mode)
         assert torch.equal(loaded.encode(x), sae.encode(x))
-    sae.train(), loaded.train()
+    sae.train()
+    loaded.train()
     output, expected = training_step(loaded, x, 7), training_step(sae, x, 7)
     assert torch.equal(active_mask(output), active_mask(expected))
     assert torch.equal(output.loss, expected.loss)

@@ -21,15 +21,16 @@ from sae_lens_alloc import (
     MutualChoiceTrainingSAEConfig,
 )
 from sae_lens_alloc.saes.allocation_sae import AllocationTrainingSAE
-from tests.saes.conftest import changed, make_sae, state_of, tokens
+from tests.saes.conftest import changed, make_sae, state_of, statistics, tokens
 from tests.training.conftest import D_MODEL, lm_config, make_trainer
 
-SCHEDULES: list[tuple[str, dict[str, Any]]] = [
-    ("mutual_choice", {}),
-    ("mutual_choice", {"feature_choice_steps": 13}),
-    ("feature_choice", {}),
-    ("feature_choice", {"mutual_choice_steps": 13}),
-    (
+# name: architecture and schedule, with changes near the steps 12 and 13
+RUNS: dict[str, tuple[str, dict[str, Any]]] = {
+    "mutual": ("mutual_choice", {}),
+    "feature to mutual": ("mutual_choice", {"feature_choice_steps": 13}),
+    "feature": ("feature_choice", {}),
+    "mutual to feature": ("feature_choice", {"mutual_choice_steps": 13}),
+    "everything changes": (
         "mutual_choice",
         {
             "feature_choice_steps": 12,
@@ -38,13 +39,12 @@ SCHEDULES: list[tuple[str, dict[str, Any]]] = [
             "k_decay_steps": 17,
         },
     ),
-]
+}
 N_STEPS = 24
 
 
-def new_sae(
-    architecture: str, schedule: dict[str, Any], seed: int = 0
-) -> AllocationTrainingSAE[Any]:
+def new_sae(run: str, seed: int = 0) -> AllocationTrainingSAE[Any]:
+    architecture, schedule = RUNS[run]
     return make_sae(
         architecture,
         seed=seed,
@@ -82,39 +82,30 @@ def assert_same_end(
 
 
 @pytest.mark.parametrize(
-    ("architecture", "schedule", "n_first", "trainer_class"),
+    ("run", "n_first", "trainer_class"),
     [
-        *[
-            (*case, n_first, SAETrainer)
-            for case in SCHEDULES
-            for n_first in (5, 12, 14)
-        ],
-        (*SCHEDULES[-1], 5, AllocSAETrainer),
+        *[(run, n_first, SAETrainer) for run in RUNS for n_first in (5, 12, 14)],
+        ("everything changes", 5, AllocSAETrainer),
     ],
 )
 def test_resumed_run_is_bit_identical(
-    architecture: str,
-    schedule: dict[str, Any],
+    run: str,
     n_first: int,
     trainer_class: type[SAETrainer[Any, Any]],
     tmp_path: Path,
 ):
-    uninterrupted = make_trainer(
-        new_sae(architecture, schedule), batches(), N_STEPS, trainer_class
-    )
+    uninterrupted = make_trainer(new_sae(run), batches(), N_STEPS, trainer_class)
     uninterrupted.fit()
-    assert uninterrupted.sae.allocation.density_tokens.item() == N_STEPS * 64
+    assert statistics(uninterrupted.sae).density_tokens.item() == N_STEPS * 64
 
     # the data ends after n_first steps, and the run with it
-    first = make_trainer(
-        new_sae(architecture, schedule), batches()[:n_first], N_STEPS, trainer_class
-    )
+    first = make_trainer(new_sae(run), batches()[:n_first], N_STEPS, trainer_class)
     with pytest.raises(StopIteration):
         first.fit()
     first.save_checkpoint("here", base_path=tmp_path)
 
     resumed = make_trainer(
-        new_sae(architecture, schedule, seed=77),
+        new_sae(run, seed=77),
         batches()[n_first:],
         N_STEPS,
         trainer_class,
@@ -127,12 +118,11 @@ def test_resumed_run_is_bit_identical(
 
 
 @pytest.mark.parametrize(
-    ("architecture", "schedule", "trainer_class"),
-    [*[(*case, SAETrainer) for case in SCHEDULES], (*SCHEDULES[-1], AllocSAETrainer)],
+    ("run", "trainer_class"),
+    [*[(run, SAETrainer) for run in RUNS], ("everything changes", AllocSAETrainer)],
 )
 def test_run_resumed_from_a_checkpoint_that_sae_lens_saved_on_the_way_is_bit_identical(
-    architecture: str,
-    schedule: dict[str, Any],
+    run: str,
     trainer_class: type[SAETrainer[Any, Any]],
     tmp_path: Path,
 ):
@@ -140,7 +130,7 @@ def test_run_resumed_from_a_checkpoint_that_sae_lens_saved_on_the_way_is_bit_ide
     # n_training_steps = 12, and the resumed run counts one step behind. Rules, budgets and
     # flags must go on with the step that comes next all the same.
     uninterrupted = make_trainer(
-        new_sae(architecture, schedule),
+        new_sae(run),
         batches(),
         N_STEPS,
         trainer_class,
@@ -153,7 +143,7 @@ def test_run_resumed_from_a_checkpoint_that_sae_lens_saved_on_the_way_is_bit_ide
     assert n_first == 13
 
     resumed = make_trainer(
-        new_sae(architecture, schedule, seed=77),
+        new_sae(run, seed=77),
         batches()[n_first:],
         N_STEPS,
         trainer_class,
@@ -211,7 +201,7 @@ def test_language_model_run_resumes_from_its_checkpoint(
 
     resumed = runner(demo_model, demo_text, resume_from_checkpoint=str(checkpoint))
     sae = resumed.run()
-    assert sae.allocation.density_tokens.item() == 8 * 256
+    assert statistics(sae).density_tokens.item() == 8 * 256
     assert resumed.activations_store.n_dataset_processed > n_read
 
 
@@ -245,10 +235,11 @@ def test_terminated_run_leaves_a_checkpoint_that_can_be_resumed(
     cfg = lm_config(
         MutualChoiceTrainingSAEConfig(d_in=D_MODEL, d_sae=256, k=8),
         resume_from_checkpoint=str(checkpoint),
-        training_tokens=3 * 256,
+        training_tokens=int(checkpoint.name) + 2 * 256,
     )
     resumed = LanguageModelSAETrainingRunner(cfg, demo_text, demo_model)
     before = state_of(resumed.sae)
     resumed.run()
     assert {"W_enc", "W_dec", "allocation.cut"} <= changed(before, resumed.sae)
-    assert resumed.sae.allocation.density_tokens.item() == 3 * 256
+    # two more batches; the one that was interrupted counts as seen
+    assert statistics(resumed.sae).density_tokens.item() == cfg.training_tokens

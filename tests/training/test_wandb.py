@@ -46,7 +46,7 @@ def logged_rows(directory: Path) -> list[dict[str, str]]:
     (path,) = directory.rglob("run-*.wandb")
     rows: list[dict[str, str]] = []
     for data in records(path.read_bytes()):
-        record = wandb_internal_pb2.Record()
+        record: Any = wandb_internal_pb2.Record()  # pyright: ignore[reportAttributeAccessIssue]
         record.ParseFromString(data)
         if record.HasField("history"):
             rows.append(
