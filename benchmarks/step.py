@@ -20,6 +20,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import sae_lens
 import torch
@@ -198,7 +199,9 @@ def peak_memory(name: str, args: argparse.Namespace) -> int:
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[1])
+    parser = argparse.ArgumentParser(
+        description="Time and memory of one training step."
+    )
     parser.add_argument("--d-in", type=int, default=768)
     parser.add_argument("--d-sae", type=int, default=16384)
     parser.add_argument("--k", type=float, default=32)
@@ -268,7 +271,7 @@ def paired_ratio(numerator: list[float], denominator: list[float]) -> float:
     return statistics.median(a / b for a, b in zip(numerator, denominator, strict=True))
 
 
-def print_table(report: dict) -> None:
+def print_table(report: dict[str, Any]) -> None:
     shape = report["shape"]
     print(
         f"{shape['d_in']} -> {shape['d_sae']}, k {shape['k']}, B {shape['batch']}, "

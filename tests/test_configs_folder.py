@@ -63,5 +63,5 @@ def test_sink_tokens_take_no_share_of_the_budget(cfg: Any):
 
 def test_demo_config():
     cfg = load_runner_config(DEMO_CONFIG)
-    assert cfg.total_training_steps == 488
-    assert cfg.sae.feature_choice_steps == 366
+    assert cfg.total_training_steps == 390
+    assert cfg.sae.feature_choice_steps == 292

@@ -5,6 +5,7 @@ import subprocess
 import sys
 from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -21,7 +22,7 @@ def code_blocks(page: Path, language: str) -> list[str]:
     return re.findall(rf"```{language}\n(.*?)```", page.read_text(), flags=re.DOTALL)
 
 
-def tiny_demo_config(output: Path) -> LanguageModelSAERunnerConfig:
+def tiny_demo_config(output: Path) -> LanguageModelSAERunnerConfig[Any]:
     return load_runner_config(
         HERE / "mutual_choice.yaml",
         [

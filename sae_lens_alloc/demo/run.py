@@ -35,6 +35,7 @@ from sae_lens_alloc.training.runner import METRICS_FILENAME
 # A first look: fewer tokens to learn from, and fewer to judge by.
 QUICK = "training_tokens=120_000"
 QUICK_CONTEXTS = 64
+CONTEXTS = 400
 N_SNIPPETS = 3
 
 RESULTS_FILENAME = "results.json"
@@ -69,7 +70,7 @@ def run_demo(output: Path, quick: bool, overwrite: bool) -> None:
         console.print(f"Training [bold]{name}[/] on {cfg.training_tokens:,} tokens")
         trained.append(train(name, cfg))
     console.print("Evaluating the saved SAEs on held-out text")
-    runs, snippets = evaluate(trained, QUICK_CONTEXTS if quick else None)
+    runs, snippets = evaluate(trained, QUICK_CONTEXTS if quick else CONTEXTS)
     console.print(results_table(runs))
     write_results(output, trained, runs, quick)
     write_report(
@@ -84,7 +85,7 @@ def run_demo(output: Path, quick: bool, overwrite: bool) -> None:
 
 
 def evaluate(
-    trained: Sequence[Trained], max_contexts: int | None
+    trained: Sequence[Trained], max_contexts: int
 ) -> tuple[list[ReportRun], list[Snippet]]:
     """Evaluates saved SAEs on held-out text, and takes snippets of that text to show."""
     cfg = trained[0].cfg

@@ -186,11 +186,11 @@ class AllocationTrainingSAE(TrainingSAE[T_CONFIG]):
             ValueError: if activations or weights are not finite, naming the step; nothing
                 has been changed then.
         """
-        return self._training_step(step_input)
+        # The number of pairs differs from batch to batch, which torch.compile would answer
+        # with a recompilation per step; `compile_sae` therefore leaves the step as it is.
+        eager: Any = torch.compiler.disable(self._training_step)
+        return eager(step_input)
 
-    # The number of pairs differs from batch to batch, which torch.compile would answer with
-    # a recompilation per step; `compile_sae` therefore leaves this step as it is.
-    @torch.compiler.disable
     def _training_step(self, step_input: TrainStepInput) -> TrainStepOutput:
         sae_in = step_input.sae_in
         inputs = self.process_sae_in(sae_in)

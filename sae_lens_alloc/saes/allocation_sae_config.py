@@ -27,7 +27,7 @@ class AllocationTrainingSAEConfig(TrainingSAEConfig):
         aux_loss_coefficient (float): Coefficient of the auxiliary loss.
         aux_loss_decay_start (int | None): Training step at which the auxiliary loss starts to
             fade; it is gone a tenth of that many steps later. None keeps it to the end. A
-            YAML config may give a share of the training steps, such as "75%".
+            YAML config may give a share of the training steps.
         k_aux (int | None): Features per token in the auxiliary loss. None means k, rounded
             up, for "aux_zipf" and d_in / 2 for "aux_k".
         underuse_fraction (float): A feature is underutilised when its density is below this

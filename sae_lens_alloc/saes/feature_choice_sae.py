@@ -20,7 +20,7 @@ class FeatureChoiceTrainingSAEConfig(AllocationTrainingSAEConfig):
         mutual_choice_steps (int): Number of first training steps that allocate by Mutual
             Choice instead: the order of the paper, whose Zipf law is then fitted to the
             densities found by Mutual Choice. 0 uses Feature Choice from the start. A YAML
-            config may give a share of the training steps, such as "50%".
+            config may give a share of the training steps.
         k (float): Average number of active features per token. The other fields are
             described in AllocationTrainingSAEConfig.
     """

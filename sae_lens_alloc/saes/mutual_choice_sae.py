@@ -20,7 +20,7 @@ class MutualChoiceTrainingSAEConfig(AllocationTrainingSAEConfig):
         feature_choice_steps (int): Number of first training steps that allocate by Feature
             Choice instead, so that features get their share before they have to compete.
             0 uses Mutual Choice from the start. A YAML config may give a share of the
-            training steps, such as "75%".
+            training steps.
         k (float): Average number of active features per token. The other fields are
             described in AllocationTrainingSAEConfig.
     """
