@@ -198,6 +198,13 @@ def peak_memory(name: str, args: argparse.Namespace) -> int:
     return peak - before - 4 * 4 * n_parameters
 
 
+def peak_memory_apart(name: str) -> int:
+    """`peak_memory` in a process of its own."""
+    command = [sys.executable, __file__, *sys.argv[1:], "--memory-of", name]
+    result = subprocess.run(command, check=True, capture_output=True, text=True)
+    return int(result.stdout.splitlines()[-1])
+
+
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description="Time and memory of one training step."
@@ -221,16 +228,12 @@ def main() -> None:
     if args.memory_of:
         print(peak_memory(args.memory_of, args))
         return
+    # Each in a process of its own, since a process never gives its peak back, and before this
+    # process grows, since a child inherits its peak.
+    memory = {name: peak_memory_apart(name) for name in CONTENDERS}
     seconds = time_all(args)
-    rows = []
+    rows: list[dict[str, Any]] = []
     for name in CONTENDERS:
-        # each in a process of its own, since a process never gives its peak back
-        memory = subprocess.run(
-            [sys.executable, __file__, *sys.argv[1:], "--memory-of", name],
-            check=True,
-            capture_output=True,
-            text=True,
-        ).stdout.splitlines()[-1]
         rows.append(
             {
                 "contender": name,
@@ -242,7 +245,7 @@ def main() -> None:
                     seconds["SAELens batchtopk"], seconds[name]
                 ),
                 "tokens_per_second": args.batch / statistics.median(seconds[name]),
-                "working_memory_bytes": int(memory),
+                "working_memory_bytes": memory[name],
             }
         )
     report = {
