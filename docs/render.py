@@ -115,7 +115,7 @@ def demo_table() -> str:
     for name, run in runs.items():
         rows.append(
             f"| `{name}` | {run['explained_variance']:.4f} "
-            f"| {run['loss_recovered_mean']:.4f} | {run['loss_recovered_zero']:.4f} "
+            f"| {run['ce_recovered_mean']:.4f} | {run['ce_recovered_zero']:.4f} "
             f"| {run['l0']:.2f} | {run['dead_features']:,} | {run['rare_features']:,} "
             f"| {run['seconds']:.0f} s |"
         )
