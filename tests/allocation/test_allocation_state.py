@@ -148,19 +148,20 @@ def test_density_counts_demand_rather_than_what_feature_choice_gave():
     assert state.density.tolist() == pytest.approx([1.0, 0.25])
 
 
-def test_thresholds_start_at_the_cut_when_feature_choice_starts():
+@pytest.mark.parametrize(
+    ("previous", "start"), [("mutual", 2.0), (None, 2.0), ("feature", 7.0)]
+)
+def test_thresholds_restart_at_the_cut_at_a_change_of_rule(
+    previous: Rule | None, start: float
+):
     torch.manual_seed(2)
     state, encoder = new_state(), random_encoder()
-    for step in range(3):
-        x = torch.randn(B, D_IN)
-        state.allocate(encoder, x, BUDGET, "mutual", "mutual" if step else None)
-    cut = state.cut.clone()
-    x = torch.randn(B, D_IN)
-    state.allocate(encoder, x, BUDGET, "feature", "mutual")
-    # one step of at most exp(0.05 * [-1, 3]) away from the cut
-    ratio = state.threshold / cut
-    assert ratio.min() >= math.exp(-0.05) - 1e-6
-    assert ratio.max() <= math.exp(0.15) + 1e-6
+    state.cut.fill_(2.0)
+    state.threshold.fill_(7.0)
+    state.allocate(encoder, torch.randn(B, D_IN), BUDGET, "feature", previous)
+    # one step of exp(0.05 * [-1, 3]) at most
+    assert state.threshold.min() >= start * math.exp(-0.05) - 1e-5
+    assert state.threshold.max() <= start * math.exp(0.15) + 1e-5
 
 
 def test_quota_law_is_anchored_once_when_mutual_choice_ends():

@@ -74,7 +74,9 @@ def test_to_coo_takes_the_leading_shape_of_the_input(
     assert coo.values().tolist() == [5, 1, 2, 3, 4]
     assert torch.equal(coo.to_dense(), torch.tensor(DENSE).view(*leading, 4))
     # the claim to be coalesced holds: the indices are those that torch would sort them into
-    again = torch.sparse_coo_tensor(coo.indices(), coo.values(), coo.shape).coalesce()
+    again = torch.sparse_coo_tensor(
+        coo.indices(), coo.values(), coo.shape, check_invariants=True
+    ).coalesce()
     assert torch.equal(again.indices(), coo.indices())
 
 
