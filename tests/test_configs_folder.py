@@ -8,9 +8,10 @@ import pytest
 from transformer_lens.loading_from_pretrained import get_official_model_name
 
 from sae_lens_alloc import load_runner_config
-from sae_lens_alloc.demo.methods import CONFIG as DEMO_CONFIG
 
-CONFIGS = sorted((Path(__file__).parent.parent / "configs").glob("*.yaml"))
+FOLDER = Path(__file__).parent.parent / "configs"
+DEMO_CONFIG = FOLDER / "demo_mutual_choice.yaml"
+CONFIGS = sorted(set(FOLDER.glob("*.yaml")) - {DEMO_CONFIG})
 # d_in and number of blocks of the models
 MODELS = {
     "gpt2": (768, 12),

@@ -11,7 +11,7 @@ from sae_lens_alloc.allocation.sparse_activations import SparseActivations
 def budget_for(k: float, n_tokens: int) -> int:
     """Number of pairs floor(k * n_tokens); 0 where the batch is too small for one pair."""
     # 0.29 * 100 is 28.999999999999996 in floating point, and means 29 pairs
-    return math.floor(k * n_tokens + 1e-9)
+    return math.floor(k * n_tokens * (1 + 1e-12))
 
 
 def require_no_nan_or_inf(affinities: torch.Tensor) -> None:

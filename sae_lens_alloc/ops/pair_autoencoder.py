@@ -1,5 +1,6 @@
 """Reconstruction from the selected pairs alone, with the gradient of every weight."""
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,6 +14,32 @@ from sae_lens_alloc.ops.sparse import (
 )
 
 
+@dataclass
+class GradientMemory:
+    """
+    The last step's weight gradients, whose memory this step's may take over. On CPU, asking
+    the system for that much memory takes longer than computing the gradients.
+
+    Args:
+        W_enc: Tensor like W_enc that nobody reads any more, or None.
+        W_dec: Tensor like W_dec that nobody reads any more, or None.
+    """
+
+    W_enc: torch.Tensor | None = None
+    W_dec: torch.Tensor | None = None
+
+    def keep(self, W_enc: torch.nn.Parameter, W_dec: torch.nn.Parameter) -> None:
+        """Takes the gradients of the weights away from them."""
+        self.W_enc, W_enc.grad = W_enc.grad, None
+        self.W_dec, W_dec.grad = W_dec.grad, None
+
+    def take(self) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """Hands out both tensors, once."""
+        taken = self.W_enc, self.W_dec
+        self.W_enc = self.W_dec = None
+        return taken
+
+
 def reconstruct_pairs(
     x: torch.Tensor,
     W_enc: torch.Tensor,
@@ -23,6 +50,7 @@ def reconstruct_pairs(
     pre_acts: torch.Tensor,
     n_sets: int = 1,
     subtracted: torch.Tensor | None = None,
+    memory: GradientMemory | None = None,
 ) -> torch.Tensor:
     """
     Decodes the pre-activations of the given pairs, and carries the gradient back to all
@@ -48,13 +76,14 @@ def reconstruct_pairs(
         subtracted: Vector of shape (d_in,) that was subtracted from every row of x and gets
             its gradient here. That costs one matrix-vector product; through x it would cost
             the gradient of all of x.
+        memory: Memory for the gradients of W_enc and W_dec.
 
     Returns:
         float32 (float64 for float64 weights) tensor of shape (n_sets, B, d_in), without
         b_dec.
     """
     return _ReconstructPairs.apply(
-        x, W_enc, b_enc, W_dec, subtracted, rows, features, pre_acts, n_sets
+        x, W_enc, b_enc, W_dec, subtracted, rows, features, pre_acts, n_sets, memory
     )
 
 
@@ -71,6 +100,7 @@ class _ReconstructPairs(torch.autograd.Function):
         features: torch.Tensor,
         pre_acts: torch.Tensor,
         n_sets: int,
+        memory: GradientMemory | None,
     ) -> torch.Tensor:
         dtype = _accumulation_dtype(W_dec)
         pre_acts = pre_acts.to(dtype)
@@ -79,6 +109,7 @@ class _ReconstructPairs(torch.autograd.Function):
                 rows, features, pre_acts, n_sets * len(x), W_dec.to(dtype)
             )
         ctx.save_for_backward(x, W_enc, W_dec, rows, features, pre_acts)
+        ctx.memory = memory
         ctx.b_enc_dtype = b_enc.dtype
         ctx.subtracted_dtype = None if subtracted is None else subtracted.dtype
         return out.view(n_sets, *x.shape)
@@ -88,6 +119,9 @@ class _ReconstructPairs(torch.autograd.Function):
     def backward(ctx: Any, grad_out: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # type: ignore[override]
         x, W_enc, W_dec, rows, features, pre_acts = ctx.saved_tensors
         n_features = len(W_dec)
+        W_enc_memory, W_dec_memory = None, None
+        if ctx.memory is not None and W_dec.dtype == pre_acts.dtype:
+            W_enc_memory, W_dec_memory = ctx.memory.take()
         with torch.autocast(x.device.type, enabled=False):
             grad_rows = grad_out.to(pre_acts.dtype).flatten(0, 1)
             grad_pre = sampled_products(
@@ -102,6 +136,7 @@ class _ReconstructPairs(torch.autograd.Function):
                 pre_acts[by_feature],
                 n_features,
                 grad_rows,
+                out=W_dec_memory,
             )
             grad_W_enc = sparse_times_dense_transposed(
                 sorted_features,
@@ -109,6 +144,7 @@ class _ReconstructPairs(torch.autograd.Function):
                 grad_pre_by_feature,
                 n_features,
                 x.to(pre_acts.dtype),
+                out=W_enc_memory,
             )
             grad_b_enc = torch.segment_reduce(
                 grad_pre_by_feature,
@@ -136,6 +172,7 @@ class _ReconstructPairs(torch.autograd.Function):
             grad_b_enc.to(ctx.b_enc_dtype),
             grad_W_dec.to(W_dec.dtype),
             grad_subtracted,
+            None,
             None,
             None,
             None,

@@ -31,6 +31,7 @@ def sparse_times_dense(
     values: torch.Tensor,
     n_rows: int,
     dense: torch.Tensor,
+    out: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """
     Dense equivalent: `A @ dense` where A of shape (n_rows, len(dense)) holds `values` at
@@ -42,14 +43,18 @@ def sparse_times_dense(
         values: Shape (N,), float32 or float64.
         n_rows: Number of rows of the result.
         dense: Matrix of shape (n_columns, d), of the values' dtype.
+        out: Contiguous matrix of shape (n_rows, d) to write to, if there is one.
 
     Returns:
         Matrix of shape (n_rows, d).
     """
+    if out is None:
+        out = dense.new_empty(n_rows, dense.shape[1])
     if has_csr_kernels(dense.device):
         shape = (n_rows, dense.shape[0])
-        return _csr_matrix(sorted_rows, columns, values, shape) @ dense
-    out = dense.new_zeros(n_rows, dense.shape[1])
+        matrix = _csr_matrix(sorted_rows, columns, values, shape)
+        return out.addmm_(matrix, dense, beta=0.0)
+    out.zero_()
     for part in _chunks(len(values), dense.shape[1]):
         out.index_add_(0, sorted_rows[part], values[part, None] * dense[columns[part]])
     return out
@@ -61,17 +66,19 @@ def sparse_times_dense_transposed(
     values: torch.Tensor,
     n_rows: int,
     dense: torch.Tensor,
+    out: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """The transpose of `sparse_times_dense`, contiguous, of shape (d, n_rows)."""
+    """The transpose of `sparse_times_dense`, contiguous, of shape (d, n_rows) as `out` is."""
+    if out is None:
+        out = dense.new_empty(dense.shape[1], n_rows)
     if dense.device.type != "cpu" or not has_csr_kernels(dense.device):
-        out = sparse_times_dense(sorted_rows, columns, values, n_rows, dense)
-        return out.T.contiguous()
+        return out.copy_(
+            sparse_times_dense(sorted_rows, columns, values, n_rows, dense).T
+        )
     # MKL writes column-major results directly, which spares a pass over a matrix of weights
-    out = dense.new_empty(dense.shape[1], n_rows).T
-    shape = (n_rows, dense.shape[0])
-    matrix = _csr_matrix(sorted_rows, columns, values, shape)
-    torch.addmm(out, matrix, dense.T.contiguous().T, beta=0.0, out=out)
-    return out.T
+    matrix = _csr_matrix(sorted_rows, columns, values, (n_rows, dense.shape[0]))
+    out.T.addmm_(matrix, dense.T.contiguous().T, beta=0.0)
+    return out
 
 
 def sampled_products(

@@ -26,7 +26,7 @@ from sae_lens_alloc.ops.encode_select import (
     encode_auxiliary,
     encode_thresholds,
 )
-from sae_lens_alloc.ops.pair_autoencoder import reconstruct_pairs
+from sae_lens_alloc.ops.pair_autoencoder import GradientMemory, reconstruct_pairs
 from sae_lens_alloc.saes.allocation_sae_config import AllocationTrainingSAEConfig
 from sae_lens_alloc.saes.allocation_state import (
     AllocationState,
@@ -60,6 +60,7 @@ class AllocationTrainingSAE(TrainingSAE[T_CONFIG]):
             cfg.min_tokens_per_feature,
             self.W_dec.device,
         )
+        self.gradient_memory = GradientMemory()
         self.setup()
 
     @abstractmethod
@@ -271,6 +272,7 @@ class AllocationTrainingSAE(TrainingSAE[T_CONFIG]):
             pre_acts=torch.cat([encoder.pre_acts(pairs) for pairs in sets]),
             n_sets=len(sets),
             subtracted=self.b_dec if self._subtracts_b_dec(x) else None,
+            memory=self.gradient_memory,
         )
 
     def _subtracts_b_dec(self, x: torch.Tensor) -> bool:

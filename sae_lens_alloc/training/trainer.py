@@ -10,6 +10,8 @@ from sae_lens.saes.sae import TrainStepOutput
 from sae_lens.training.sae_trainer import SAETrainer
 from typing_extensions import override
 
+from sae_lens_alloc.saes.allocation_sae import AllocationTrainingSAE
+
 
 class AllocSAETrainer(SAETrainer[Any, Any]):
     """
@@ -19,16 +21,12 @@ class AllocSAETrainer(SAETrainer[Any, Any]):
     """
 
     metrics_path: Path | None = None
-
-    @override
-    def fit(self) -> Any:
-        if torch.device(self.cfg.device).type in ("cpu", "cuda"):
-            for group in self.optimizer.param_groups:
-                group["fused"] = True
-        return super().fit()
+    _optimizer_is_prepared = False
 
     @override
     def step(self, batch: torch.Tensor) -> TrainStepOutput:
+        if not self._optimizer_is_prepared:
+            self._prepare_optimizer()
         output = super().step(batch)
         every = self.cfg.logger.wandb_log_frequency
         if self.metrics_path is not None and (self.n_training_steps + 1) % every == 0:
@@ -39,3 +37,14 @@ class AllocSAETrainer(SAETrainer[Any, Any]):
             with self.metrics_path.open("a") as file:
                 file.write(json.dumps(row) + "\n")
         return output
+
+    def _prepare_optimizer(self) -> None:
+        if torch.device(self.cfg.device).type in ("cpu", "cuda"):
+            for group in self.optimizer.param_groups:
+                group["fused"] = True
+        sae = self.sae
+        if isinstance(sae, AllocationTrainingSAE):
+            self.optimizer.register_step_post_hook(
+                lambda *_: sae.gradient_memory.keep(sae.W_enc, sae.W_dec)
+            )
+        self._optimizer_is_prepared = True

@@ -5,10 +5,11 @@ from typing import NamedTuple
 
 import pytest
 import torch
+from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
 
 from sae_lens_alloc.ops import sparse
-from sae_lens_alloc.ops.pair_autoencoder import reconstruct_pairs
+from sae_lens_alloc.ops.pair_autoencoder import GradientMemory, reconstruct_pairs
 from sae_lens_alloc.ops.sparse import has_csr_kernels
 
 B, D_IN, F = 4, 3, 6
@@ -303,3 +304,40 @@ def test_nothing_dense_is_saved_for_backward():
     )
     # the weights themselves, 3 * 200
     assert sparse_ == d_in * n_features
+
+
+def test_gradients_take_over_the_memory_of_the_last_ones():
+    x, W_enc, b_enc, W_dec = (
+        nn.Parameter(tensor.detach()) for tensor in random_weights()
+    )
+    memory = GradientMemory()
+
+    def backward(mask: torch.Tensor) -> None:
+        rows, features = indices(mask)
+        pre_acts = (x @ W_enc + b_enc).detach()[rows, features]
+        reconstruct_pairs(
+            x, W_enc, b_enc, W_dec, rows, features, pre_acts, memory=memory
+        ).sin().sum().backward()
+
+    def grads() -> tuple[torch.Tensor, torch.Tensor]:
+        assert W_enc.grad is not None
+        assert W_dec.grad is not None
+        return W_enc.grad, W_dec.grad
+
+    second_mask = masks(2)[1:]
+    backward(second_mask)
+    expected = [grad.clone() for grad in grads()]
+    W_enc.grad = W_dec.grad = None
+    backward(masks(1))
+    addresses = [grad.data_ptr() for grad in grads()]
+
+    memory.keep(W_enc, W_dec)
+    backward(second_mask)
+
+    assert [grad.data_ptr() for grad in grads()] == addresses
+    for grad, other in zip(grads(), expected, strict=True):
+        torch.testing.assert_close(grad, other, rtol=0, atol=0)
+    # handed out once: a second backward adds to the first one's gradients
+    backward(second_mask)
+    for grad, other in zip(grads(), expected, strict=True):
+        torch.testing.assert_close(grad, 2 * other)
