@@ -305,18 +305,19 @@ def encode_auxiliary(
         k_aux: Features per token; all of them if there are fewer.
     """
     k_aux = min(k_aux, len(features))
-    part = encoder.part(features)
-    chosen, values = [], []
-    # Blocks of tokens, so that tokens x features of U is held no longer than a block either.
-    for chunk in x.split(block_width(len(features), x.device)):
-        top = part.affinities(chunk).topk(k_aux, dim=1, sorted=False)
-        ascending, order = top.indices.sort(dim=1)
-        chosen.append(features[ascending])
-        values.append(top.values.gather(1, order))
+    chosen = features.new_empty(len(x), 0)
+    values = x.new_empty(len(x), 0, dtype=_precise(x))
+    for block in features.split(block_width(len(x), x.device)):
+        affinities = encoder.part(block).affinities(x)
+        values = torch.cat([values, affinities], dim=1)
+        chosen = torch.cat([chosen, block.expand(affinities.shape)], dim=1)
+        best = values.topk(min(k_aux, values.shape[1]), dim=1, sorted=False)
+        values, chosen = best.values, chosen.gather(1, best.indices)
+    chosen, order = chosen.sort(dim=1)
     return SparseActivations(
         torch.arange(len(x), device=x.device).repeat_interleave(k_aux),
-        torch.cat(chosen).flatten(),
-        torch.cat(values).flatten(),
+        chosen.flatten(),
+        values.gather(1, order).flatten(),
         (len(x), encoder.n_features),
     )
 
