@@ -22,6 +22,11 @@ from sae_lens_alloc.saes.mutual_choice_sae import (
     MutualChoiceTrainingSAE,
     MutualChoiceTrainingSAEConfig,
 )
+from sae_lens_alloc.training.conversion import (
+    ConversionReport,
+    convert_sae,
+    warm_start,
+)
 from sae_lens_alloc.training.runner import AllocSAETrainingRunner
 from sae_lens_alloc.training.trainer import AllocSAETrainer
 
@@ -31,6 +36,7 @@ __all__ = [
     "AllocSAETrainer",
     "AllocSAETrainingRunner",
     "CalibrationReport",
+    "ConversionReport",
     "FeatureChoiceTrainingSAE",
     "FeatureChoiceTrainingSAEConfig",
     "MutualChoiceTrainingSAE",
@@ -38,9 +44,11 @@ __all__ = [
     "SparseActivations",
     "ZipfLaw",
     "calibrate_thresholds",
+    "convert_sae",
     "load_runner_config",
     "select_feature_choice",
     "select_mutual_choice",
+    "warm_start",
 ]
 
 

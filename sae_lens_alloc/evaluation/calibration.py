@@ -1,12 +1,19 @@
 """Inference thresholds set on activations, so that the saved SAE has the wanted L0."""
 
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 import torch
 
+from sae_lens_alloc.allocation.sparse_activations import SparseActivations
 from sae_lens_alloc.evaluation.equal_l0 import threshold_factor
 from sae_lens_alloc.saes.allocation_sae import AllocationTrainingSAE
+
+BATCH_SIZE = 4096
+# Thresholds below this share of the largest count as this much where they are scaled.
+SMALLEST_SHARE = 1e-6
 
 
 @dataclass(frozen=True)
@@ -40,7 +47,7 @@ def calibrate_thresholds(
     sae: AllocationTrainingSAE[Any],
     activations: torch.Tensor,
     target_l0: float | None = None,
-    batch_size: int = 4096,
+    batch_size: int = BATCH_SIZE,
 ) -> CalibrationReport:
     """
     Scales all thresholds of an SAE by one factor such that `target_l0` features per token
@@ -57,26 +64,17 @@ def calibrate_thresholds(
         batch_size: Tokens per batch of the training allocation that is compared with.
 
     Raises:
-        ValueError: if the activations are not of the SAE's d_in, or no thresholds give the
-            wanted L0.
+        ValueError: if the activations are not finite and of the SAE's d_in, or no thresholds
+            give the wanted L0.
     """
     wanted: float = sae.cfg.k if target_l0 is None else target_l0
-    if activations.ndim != 2 or activations.shape[1] != sae.cfg.d_in:
-        raise ValueError(
-            f"activations must have shape (tokens, {sae.cfg.d_in}), got "
-            f"{tuple(activations.shape)}."
-        )
-    training_l0, training_ev = _l0_and_ev(sae, activations, batch_size, False)
-    l0_before, ev_before = _l0_and_ev(sae, activations, batch_size, True)
-
-    thresholds = sae.allocation.threshold
-    if not thresholds.any():  # an SAE that has not been trained yet
-        thresholds.fill_(1.0)
-    thresholds *= threshold_factor(
-        sae.encoder(), sae.process_sae_in(activations), thresholds, wanted
-    )
-
-    l0, ev = _l0_and_ev(sae, activations, batch_size, True)
+    require_activations(sae, activations)
+    by_batch = partial(sae.autoencode_pairs, by_threshold=False)
+    by_threshold = partial(sae.autoencode_pairs, by_threshold=True)
+    training_l0, training_ev = l0_and_ev(by_batch, activations, batch_size)
+    l0_before, ev_before = l0_and_ev(by_threshold, activations, batch_size)
+    scale_thresholds(sae, activations, wanted)
+    l0, ev = l0_and_ev(by_threshold, activations, batch_size)
     report = CalibrationReport(
         target_l0=wanted,
         training_l0=training_l0,
@@ -91,16 +89,58 @@ def calibrate_thresholds(
     return report
 
 
-def _l0_and_ev(
-    sae: AllocationTrainingSAE[Any],
+def require_activations(
+    sae: AllocationTrainingSAE[Any], activations: torch.Tensor
+) -> None:
+    """Raises ValueError if activations are not finite and of shape (tokens, d_in)."""
+    if activations.ndim != 2 or activations.shape[1] != sae.cfg.d_in:
+        raise ValueError(
+            f"activations must have shape (tokens, {sae.cfg.d_in}), got "
+            f"{tuple(activations.shape)}."
+        )
+    if not torch.isfinite(activations).all():
+        raise ValueError(
+            "activations contain NaN or Inf: check the language model and its dtype."
+        )
+
+
+@torch.no_grad()
+def scale_thresholds(
+    sae: AllocationTrainingSAE[Any], activations: torch.Tensor, target_l0: float
+) -> None:
+    """
+    Multiplies all thresholds of an SAE by one factor such that `target_l0` features per
+    token are active on activations of shape (T, d_in).
+
+    Raises:
+        ValueError: if no thresholds give the wanted L0.
+    """
+    thresholds = sae.allocation.threshold
+    if not thresholds.any():  # an SAE that has not been trained yet, or was a ReLU
+        thresholds.fill_(1.0)
+    # no factor moves a threshold of 0, as features of a gated or JumpReLU SAE may have
+    thresholds.clamp_(min=SMALLEST_SHARE * float(thresholds.max()))
+    thresholds *= threshold_factor(
+        sae.encoder(), sae.process_sae_in(activations), thresholds, target_l0
+    )
+
+
+def l0_and_ev(
+    autoencode: Callable[[torch.Tensor], tuple[SparseActivations, torch.Tensor]],
     activations: torch.Tensor,
-    batch_size: int,
-    by_threshold: bool,
+    batch_size: int = BATCH_SIZE,
 ) -> tuple[float, float]:
-    """Features per token and explained variance, over batches of tokens."""
+    """
+    Features per token and explained variance on activations of shape (T, d_in).
+
+    Args:
+        autoencode: Gives the active pairs and the reconstruction of a batch of them.
+        activations: Activations as the SAE takes them.
+        batch_size: Tokens per batch.
+    """
     n_pairs, squared_error = 0, 0.0
     for batch in activations.split(batch_size):
-        pairs, sae_out = sae.autoencode_pairs(batch, by_threshold)
+        pairs, sae_out = autoencode(batch)
         n_pairs += len(pairs.values)
         squared_error += float((sae_out - batch).pow(2).sum(dtype=torch.float64))
     variance = float(

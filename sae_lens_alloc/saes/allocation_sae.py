@@ -126,12 +126,27 @@ class AllocationTrainingSAE(TrainingSAE[T_CONFIG]):
             by_threshold: By the thresholds, as inference does, rather than as one training
                 batch.
         """
+
+        def above_threshold(encoder: Encoder, inputs: torch.Tensor):
+            return encode_thresholds(encoder, inputs, self.allocation.threshold)
+
+        return self.autoencode_selected(
+            x, above_threshold if by_threshold else self._preview
+        )
+
+    @torch.no_grad()
+    def autoencode_selected(
+        self,
+        x: torch.Tensor,
+        select: Callable[[Encoder, torch.Tensor], SparseActivations],
+    ) -> tuple[SparseActivations, torch.Tensor]:
+        """
+        The same as `autoencode_pairs`, for the pairs that `select` gives for the encoder and
+        its inputs of shape (B, d_in).
+        """
         encoder = self.encoder()
         inputs = self.process_sae_in(x)
-        if by_threshold:
-            pairs = encode_thresholds(encoder, inputs, self.allocation.threshold)
-        else:
-            pairs = self._preview(encoder, inputs)
+        pairs = select(encoder, inputs)
         return pairs, self._finish_decode(
             self._reconstruct(encoder, inputs, [pairs])[0]
         )
@@ -165,9 +180,7 @@ class AllocationTrainingSAE(TrainingSAE[T_CONFIG]):
         """
         if not self.cfg.rescale_acts_by_decoder_norm:
             return None
-        weights = self.W_dec.detach()
-        weights = weights.to(torch.promote_types(weights.dtype, torch.float32))
-        return weights.norm(dim=-1).clamp(min=1e-8)
+        return decoder_norms(self.W_dec)
 
     def encoder(self) -> Encoder:
         """The encoder by blocks of features, detached from the graph."""
@@ -441,6 +454,12 @@ class AllocationTrainingSAE(TrainingSAE[T_CONFIG]):
             if buffer.is_floating_point():
                 state_dict[key] = state_dict[key].to(buffer.dtype).sum(0)
             state_dict[key] = state_dict[key].to(buffer.dtype)
+
+
+def decoder_norms(W_dec: torch.Tensor) -> torch.Tensor:
+    """Norms of the rows of W_dec in at least float32, shape (F,), without a gradient."""
+    weights = W_dec.detach().to(torch.promote_types(W_dec.dtype, torch.float32))
+    return weights.norm(dim=-1).clamp(min=1e-8)
 
 
 def _has_hooks(hook: HookPoint) -> bool:

@@ -31,6 +31,9 @@ Rule = Literal["mutual", "feature"]
 # itself are flat for about 16 ranks and then fall with an exponent of about 1.
 NATURAL_LAW = ZipfLaw(alpha=1.0, beta=16.0, scale=1.0)
 
+# Features that fired less often in a sample of tokens say nothing about the law's tail.
+MIN_EVENTS = 10
+
 
 class AllocationState(nn.Module):
     """
@@ -151,8 +154,8 @@ class AllocationState(nn.Module):
         if rule == "mutual":
             return self._allocate_mutual(encoder, x, budget)
         if previous_rule == "mutual":
-            self._anchor_quota_law(len(x))
-        return self._allocate_feature(encoder, x, budget, rule != previous_rule)
+            self._anchor_quota_law(fit_floor(len(x)))
+        return self._allocate_feature(encoder, x, budget, previous_rule == "mutual")
 
     def _allocate_mutual(
         self, encoder: Encoder | KnownAffinities, x: torch.Tensor, budget: int
@@ -169,12 +172,12 @@ class AllocationState(nn.Module):
         encoder: Encoder | KnownAffinities,
         x: torch.Tensor,
         budget: int,
-        is_first: bool,
+        after_mutual: bool,
     ) -> SparseActivations:
         if not self._knows_cut():
             self._track_cut(encode_mutual_choice(encoder, x, budget, None))
         # never tracked from 0, which a factor would not leave
-        restart = self.threshold <= (math.inf if is_first else 0.0)
+        restart = self.threshold <= (math.inf if after_mutual else 0.0)
         self.threshold.copy_(self.cut.where(restart, self.threshold))
         if self._bounds is None:
             self._bounds = torch.zeros_like(self.threshold)
@@ -192,6 +195,34 @@ class AllocationState(nn.Module):
         self.cut.copy_(track_threshold(self.cut, selection.demand.sum(), budget))
         self._update_density(selection.demand, len(x))
         return selection.pairs
+
+    @torch.no_grad()
+    def start_from(
+        self,
+        encoder: Encoder | KnownAffinities,
+        x: torch.Tensor,
+        budget: int,
+        keep_law: bool,
+    ) -> None:
+        """
+        Takes the cut, the densities and the law of the quotas from tokens, as if these had
+        been trained on already. Thresholds stay as they are.
+
+        Args:
+            encoder: What gives the affinities.
+            x: Encoder inputs of shape (T, d_in), allocated as one batch.
+            budget: Number of pairs M for all of them.
+            keep_law: Whether the law of the quotas stays, as it should where the densities
+                were shaped by it.
+        """
+        pairs = encode_mutual_choice(encoder, x, budget, None)
+        self.cut.zero_()
+        self._forget_derived()
+        self._track_cut(pairs)
+        self.density_tokens.zero_()
+        self._update_density(pairs.feature_counts(), len(x))
+        if not keep_law:
+            self._anchor_quota_law(MIN_EVENTS / len(x))
 
     @torch.no_grad()
     def preview(
@@ -236,14 +267,16 @@ class AllocationState(nn.Module):
         Args:
             n_tokens: Tokens per batch, which sets the density below which a rate is noise.
         """
-        floor = fit_floor(n_tokens)
+        return self._fit_above(fit_floor(n_tokens))
+
+    def _fit_above(self, floor: float) -> ZipfLaw | None:
         if int((self.density > floor).sum()) < 3:
             return None
         return ZipfLaw.fit(self.density, floor)
 
-    def _anchor_quota_law(self, n_tokens: int) -> None:
+    def _anchor_quota_law(self, floor: float) -> None:
         """Takes the law of the quotas from what Mutual Choice found, once and for all."""
-        law = self.fit_law(n_tokens)
+        law = self._fit_above(floor)
         if law is not None:
             self.quota_law.copy_(torch.tensor([law.alpha, law.beta]))
             self._rank_quotas = None

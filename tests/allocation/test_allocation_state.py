@@ -149,7 +149,7 @@ def test_density_counts_demand_rather_than_what_feature_choice_gave():
 
 
 @pytest.mark.parametrize(
-    ("previous", "start"), [("mutual", 2.0), (None, 2.0), ("feature", 7.0)]
+    ("previous", "start"), [("mutual", 2.0), (None, 7.0), ("feature", 7.0)]
 )
 def test_thresholds_restart_at_the_cut_at_a_change_of_rule(
     previous: Rule | None, start: float
