@@ -12,11 +12,16 @@ from typing import Annotated, Any
 
 import torch
 import typer
+from rich.console import Console
 from sae_lens.config import LanguageModelSAERunnerConfig
 from sae_lens.training._interruption import InterruptedException
 
-from sae_lens_alloc.config import load_runner_config
+from sae_lens_alloc.config import load_fine_tuning_config, load_runner_config
+from sae_lens_alloc.evaluation.results_table import results_table
+from sae_lens_alloc.training.conversion import require_convertible
+from sae_lens_alloc.training.fine_tuning_run import fine_tune
 from sae_lens_alloc.training.runner import METRICS_FILENAME, AllocSAETrainingRunner
+from sae_lens_alloc.training.source_sae import load_source_sae
 from sae_lens_alloc.training.summary import describe_run
 
 app = typer.Typer(
@@ -34,39 +39,43 @@ def main() -> None:
     app()
 
 
+ConfigArgument = Annotated[
+    Path,
+    typer.Argument(
+        metavar="CONFIG.yaml",
+        exists=True,
+        dir_okay=False,
+        help="The run: SAELens' own keys, with the SAE under `sae:` and LoggingConfig under "
+        "`logger:`.",
+    ),
+]
+OverridesArgument = Annotated[
+    list[str] | None,
+    typer.Argument(
+        metavar="KEY=VALUE",
+        help="Settings that replace the file's, such as `lr=1e-3` or `sae.k=16`.",
+    ),
+]
+OverwriteOption = Annotated[
+    bool,
+    typer.Option(
+        "--overwrite",
+        help="Write into the output folder even if it holds something, replacing files of "
+        "the same name.",
+    ),
+]
+DryRunOption = Annotated[
+    bool,
+    typer.Option("--dry-run", help="Check the run, say what it would do, and stop."),
+]
+
+
 @app.command()
 def train(
-    config: Annotated[
-        Path,
-        typer.Argument(
-            metavar="CONFIG.yaml",
-            exists=True,
-            dir_okay=False,
-            help="The run: SAELens' own keys, with the SAE under `sae:` and "
-            "LoggingConfig under `logger:`.",
-        ),
-    ],
-    overrides: Annotated[
-        list[str] | None,
-        typer.Argument(
-            metavar="KEY=VALUE",
-            help="Settings that replace the file's, such as `lr=1e-3` or `sae.k=16`.",
-        ),
-    ] = None,
-    overwrite: Annotated[
-        bool,
-        typer.Option(
-            "--overwrite",
-            help="Write into output_path even if it holds something, replacing files of "
-            "the same name.",
-        ),
-    ] = False,
-    dry_run: Annotated[
-        bool,
-        typer.Option(
-            "--dry-run", help="Check the run, say what it would do, and stop."
-        ),
-    ] = False,
+    config: ConfigArgument,
+    overrides: OverridesArgument = None,
+    overwrite: OverwriteOption = False,
+    dry_run: DryRunOption = False,
 ) -> None:
     """
     Train one SAE as a YAML file says.
@@ -82,13 +91,55 @@ def train(
         _require_machine(cfg)
         _claim_output(cfg, overwrite)
         runner = AllocSAETrainingRunner(cfg)
-    try:
+    with _interruptible(cfg):
         runner.run()
-    except (InterruptedException, KeyboardInterrupt):
-        kept = cfg.checkpoint_path or "nowhere: checkpoint_path is null"
-        typer.echo(f"interrupted; checkpoints are in {kept}", err=True)
-        raise typer.Exit(130) from None
     typer.echo(f"saved in {cfg.output_path}")
+
+
+@app.command()
+def finetune(
+    config: ConfigArgument,
+    source: Annotated[
+        str,
+        typer.Option(
+            "--from",
+            metavar="PATH|RELEASE:ID",
+            help="The SAE to start from: a folder with an SAE or a checkpoint, or an SAE of "
+            "SAELens' directory of pretrained ones.",
+        ),
+    ],
+    overrides: OverridesArgument = None,
+    overwrite: OverwriteOption = False,
+    dry_run: DryRunOption = False,
+) -> None:
+    """
+    Train an SAE that you have further, as Mutual Choice or Feature Choice, and compare it with
+    what it was.
+
+    The SAE may be of SAELens' topk, batchtopk, matryoshka_batchtopk, jumprelu, gated or
+    standard architecture, or one of ours. It is not changed.
+    """
+    with _one_sentence_errors():
+        loaded = load_source_sae(source, "cpu")
+        cfg, sae_overrides = load_fine_tuning_config(
+            config, overrides or [], loaded.sae.cfg
+        )
+        typer.echo(describe_run(cfg))
+        typer.echo(f"{'from':<12}{loaded.sae.cfg.architecture()}, {source}")
+        require_convertible(loaded.sae, cfg.sae.architecture())
+        if dry_run:
+            return
+        if cfg.output_path is None:
+            raise ValueError("output_path is missing: the result would be lost.")
+        _require_machine(cfg)
+        _claim_output(cfg, overwrite)
+        with _interruptible(cfg):
+            result = fine_tune(cfg, loaded, sae_overrides)
+    Console().print(results_table([result.before, result.after]))
+    typer.echo(
+        f"{result.revived_features:,} features revived, {result.died_features:,} died; "
+        f"saved in {cfg.output_path}, with report.html"
+    )
 
 
 @app.command(
@@ -128,12 +179,7 @@ def demo(
     output: Annotated[
         Path, typer.Option(help="Folder for the SAEs, the figures and report.html.")
     ] = Path("demo-output"),
-    overwrite: Annotated[
-        bool,
-        typer.Option(
-            "--overwrite", help="Write into the folder even if it holds something."
-        ),
-    ] = False,
+    overwrite: OverwriteOption = False,
 ) -> None:
     """
     Train a Mutual Choice SAE and a stock batchtopk SAE on the shipped language model,
@@ -143,6 +189,19 @@ def demo(
 
     with _one_sentence_errors(FileExistsError):
         run_demo(output, quick, overwrite)
+
+
+@contextmanager
+def _interruptible(
+    cfg: LanguageModelSAERunnerConfig[Any],
+) -> Generator[None, None, None]:
+    """Says where the checkpoints are when a run is interrupted, and exits with 130."""
+    try:
+        yield
+    except (InterruptedException, KeyboardInterrupt):
+        kept = cfg.checkpoint_path or "nowhere: checkpoint_path is null"
+        typer.echo(f"interrupted; checkpoints are in {kept}", err=True)
+        raise typer.Exit(130) from None
 
 
 @contextmanager

@@ -1,7 +1,8 @@
 """Reads a YAML file with SAELens' own keys into a LanguageModelSAERunnerConfig, and refuses what cannot work."""
 
 import difflib
-from collections.abc import Iterable, Sequence
+from collections.abc import Generator, Iterable, Sequence
+from contextlib import contextmanager
 from dataclasses import MISSING, fields
 from fractions import Fraction
 from pathlib import Path
@@ -11,7 +12,7 @@ import torch
 from sae_lens.config import LanguageModelSAERunnerConfig, LoggingConfig
 from sae_lens.constants import DTYPE_MAP
 from sae_lens.registry import SAE_TRAINING_CLASS_REGISTRY
-from sae_lens.saes.sae import SAEMetadata
+from sae_lens.saes.sae import SAEConfig, SAEMetadata
 
 from sae_lens_alloc.config_file import parse_value, read_mapping
 from sae_lens_alloc.typed_values import convert, in_words
@@ -71,14 +72,62 @@ def load_runner_config(
             a value has the wrong type, or the run could not work.
         FileNotFoundError: if there is no such file.
     """
+    with _named(path, overrides):
+        return _build(_settings(path, overrides))
+
+
+def load_fine_tuning_config(
+    path: str | Path, overrides: Sequence[str], source: SAEConfig
+) -> tuple[LanguageModelSAERunnerConfig[Any], dict[str, Any]]:
+    """
+    Reads a fine-tuning run as `load_runner_config` reads a training run. What the SAE to
+    start from settles may be left out: `sae.d_in`, `sae.d_sae` and `sae.k`. The learning rate warms up
+    over the first tenth of the steps unless the file says otherwise, so that the first steps,
+    without a history of gradients, do not break what was learned.
+
+    Args:
+        path: The YAML file.
+        overrides: Settings that replace the file's.
+        source: Config of the SAE to start from.
+
+    Returns:
+        The run, and those fields of its SAE that were given and are not settled by the source.
+
+    Raises:
+        ValueError: as load_runner_config, and if d_in or d_sae are not the source's.
+    """
+    with _named(path, overrides):
+        settings = {"lr_warm_up_steps": "10%", **_settings(path, overrides)}
+        given = _mapping(settings, "sae")
+        size = {"d_in": source.d_in, "d_sae": source.d_sae}
+        # where it is not known, it is measured once there are activations
+        known_k = getattr(source, "k", None) or source.metadata.l0 or 1.0
+        cfg = _build({**settings, "sae": {"k": known_k, **size, **given}})
+        for name, value in size.items():
+            if getattr(cfg.sae, name) != value:
+                raise ValueError(
+                    f"sae.{name} is {getattr(cfg.sae, name)}, but that of the SAE to start "
+                    f"from is {value}: leave it out."
+                )
+    chosen = given.keys() - size.keys() - {"architecture"}
+    return cfg, {name: getattr(cfg.sae, name) for name in sorted(chosen)}
+
+
+@contextmanager
+def _named(path: str | Path, overrides: Sequence[str]) -> Generator[None, None, None]:
+    """Puts the file and the overrides in front of what is wrong with them."""
     source = " with ".join([str(path), *([", ".join(overrides)] if overrides else [])])
     try:
-        settings = read_mapping(path)
-        for override in overrides:
-            _apply_override(settings, override)
-        return _build(settings)
+        yield
     except ValueError as error:
         raise ValueError(f"{source}: {error}") from error
+
+
+def _settings(path: str | Path, overrides: Sequence[str]) -> dict[str, Any]:
+    settings = read_mapping(path)
+    for override in overrides:
+        _apply_override(settings, override)
+    return settings
 
 
 def _apply_override(settings: dict[str, Any], override: str) -> None:

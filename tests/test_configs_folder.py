@@ -11,7 +11,8 @@ from sae_lens_alloc import load_runner_config
 
 FOLDER = Path(__file__).parent.parent / "configs"
 DEMO_CONFIG = FOLDER / "demo_mutual_choice.yaml"
-CONFIGS = sorted(set(FOLDER.glob("*.yaml")) - {DEMO_CONFIG})
+# the others are tested where the commands that read them are
+CONFIGS = sorted(path for path in FOLDER.glob("*_choice.yaml") if path != DEMO_CONFIG)
 # d_in and number of blocks of the models
 MODELS = {
     "gpt2": (768, 12),

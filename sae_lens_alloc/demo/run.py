@@ -10,7 +10,6 @@ import pyarrow.parquet as pq
 import sae_lens
 import torch
 from rich.console import Console
-from rich.table import Table
 from sae_lens import SAE
 from sae_lens.load_model import load_model
 from safetensors.torch import save_file
@@ -28,7 +27,8 @@ from sae_lens_alloc.evaluation.baseline import measure_baseline
 from sae_lens_alloc.evaluation.contexts import held_out_contexts
 from sae_lens_alloc.evaluation.metrics import evaluate_sae
 from sae_lens_alloc.evaluation.report import write_report
-from sae_lens_alloc.evaluation.report_run import ReportRun
+from sae_lens_alloc.evaluation.report_run import ReportRun, read_history
+from sae_lens_alloc.evaluation.results_table import results_table
 from sae_lens_alloc.evaluation.snippets import Snippet, take_snippets
 from sae_lens_alloc.training.runner import METRICS_FILENAME
 
@@ -113,39 +113,6 @@ def evaluate(
     ]
     shown = [len(tokens) * (2 * i + 1) // (2 * N_SNIPPETS) for i in range(N_SNIPPETS)]
     return runs, take_snippets(tokens, tokenizer, shown)
-
-
-def read_history(path: Path) -> list[dict[str, float]]:
-    """The rows of a metrics.jsonl."""
-    return [json.loads(line) for line in path.read_text().splitlines()]
-
-
-def results_table(runs: Sequence[ReportRun]) -> Table:
-    """The main figures, one run a row."""
-    n_tokens = runs[0].evaluation.n_tokens
-    table = Table(
-        title=f"Saved SAEs on {n_tokens:,} tokens of held-out text",
-        caption="EV: explained variance. CE: cross-entropy recovered against mean and zero "
-        "ablation. L0: features per token. rare: on fewer than 1 token in 10,000. "
-        "s: seconds of training.",
-    )
-    table.add_column("SAE", style="bold", no_wrap=True)
-    # short, for a terminal of 80 columns
-    for column in ("EV", "CE mean", "CE zero", "L0", "dead", "rare", "s"):
-        table.add_column(column, justify="right", no_wrap=True)
-    for run in runs:
-        figures = run.evaluation
-        table.add_row(
-            run.name,
-            f"{figures.explained_variance:.4f}",
-            f"{figures.loss_recovered_mean:.4f}",
-            f"{figures.loss_recovered_zero:.4f}",
-            f"{figures.l0:.2f}",
-            f"{figures.dead_features:,}",
-            f"{figures.rare_features:,}",
-            f"{run.seconds:.0f}",
-        )
-    return table
 
 
 def write_results(

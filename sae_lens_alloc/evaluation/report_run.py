@@ -1,7 +1,9 @@
 """What the report shows of one trained SAE."""
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 
@@ -64,3 +66,8 @@ class ReportRun:
 def colour(index: int) -> str:
     """Colour of the run at `index` in every plot of a report."""
     return COLOURS[index % len(COLOURS)]
+
+
+def read_history(path: Path) -> list[dict[str, float]]:
+    """The rows of a metrics.jsonl."""
+    return [json.loads(line) for line in path.read_text().splitlines()]

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 
@@ -13,6 +14,8 @@ from sae_lens_alloc.allocation.sparse_activations import SparseActivations
 # Elements of a block of affinities: small enough for the caches of a CPU, large enough to
 # fill a GPU.
 _BLOCK_ELEMENTS = {"cpu": 2**20, "cuda": 2**26}
+# A block takes at most one part in so many of a GPU's free memory.
+_BLOCK_MEMORY_SHARE = 16
 # A batch's cut is within a few percent of the last one: this share of it is a safe bound.
 _BOUND_SHARE = 0.9
 
@@ -124,7 +127,19 @@ class KnownAffinities:
 def block_width(n_tokens: int, device: torch.device) -> int:
     """Features per block, a multiple of 64."""
     elements = _BLOCK_ELEMENTS.get(device.type, _BLOCK_ELEMENTS["cpu"])
+    if device.type == "cuda":
+        elements = min(elements, _free_elements(device))
     return max(64, elements // max(n_tokens, 1) // 64 * 64)
+
+
+@cache
+def _free_elements(device: torch.device) -> int:
+    """
+    Elements of a block that leaves most of the free memory free. Asked once, as products of
+    other shapes may round differently: the blocks of a run must not change.
+    """
+    free_bytes, _ = torch.cuda.mem_get_info(device)
+    return free_bytes // (_BLOCK_MEMORY_SHARE * 4)
 
 
 @torch.no_grad()

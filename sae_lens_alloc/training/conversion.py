@@ -114,8 +114,8 @@ def convert_sae(
         ValueError: if the SAE cannot be converted, there is nothing to take k from, or an
             override does not fit the weights.
     """
-    target_class, config_class = _target_classes(architecture)
-    _require_supported(sae)
+    require_convertible(sae, architecture)
+    target_class, config_class = SAE_TRAINING_CLASS_REGISTRY[architecture]
     for name in NOT_OVERRIDABLE:
         if name in config_overrides:
             raise ValueError(
@@ -196,23 +196,17 @@ def warm_start(
     return report
 
 
-def _target_classes(
-    architecture: str,
-) -> tuple[type[AllocationTrainingSAE[Any]], type[Any]]:
-    ours = {
-        name: (sae_class, config_class)
-        for name, (sae_class, config_class) in SAE_TRAINING_CLASS_REGISTRY.items()
+def require_convertible(source: SAE[Any], architecture: str) -> None:
+    """Raises ValueError if an SAE cannot be converted to an architecture."""
+    targets = sorted(
+        name
+        for name, (sae_class, _) in SAE_TRAINING_CLASS_REGISTRY.items()
         if issubclass(sae_class, AllocationTrainingSAE)
-    }
-    if architecture not in ours:
+    )
+    if architecture not in targets:
         raise ValueError(
-            f"an SAE can be converted to {' or '.join(sorted(ours))}, "
-            f"not to {architecture!r}."
+            f"an SAE can be converted to {' or '.join(targets)}, not to {architecture!r}."
         )
-    return ours[architecture]
-
-
-def _require_supported(source: SAE[Any]) -> None:
     # by name, since AbsTopK is a subclass of TopK and activates other features
     name = source.cfg.architecture()
     if name not in STOCK_ARCHITECTURES and not isinstance(

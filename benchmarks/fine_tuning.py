@@ -1,0 +1,112 @@
+"""
+A stock TopK SAE of the demo's language model, trained further for a fifth of its tokens: as
+TopK, as Mutual Choice, as Feature Choice. Over seeds, on the same text in the same order, and
+judged on held-out text. Finished seeds are kept; docs/fine-tuning.md has the table.
+
+    python -m benchmarks.fine_tuning docs/results/fine_tuning.json --work output/fine_tuning
+"""
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+import sae_lens
+import torch
+from sae_lens.config import LanguageModelSAERunnerConfig
+
+import sae_lens_alloc
+from sae_lens_alloc.config import load_fine_tuning_config, load_runner_config
+from sae_lens_alloc.demo.methods import Trained
+from sae_lens_alloc.demo.run import CONTEXTS, evaluate
+from sae_lens_alloc.training.fine_tuning import FineTuningRunner
+from sae_lens_alloc.training.runner import AllocSAETrainingRunner
+from sae_lens_alloc.training.source_sae import load_source_sae
+
+CONFIGS = Path(__file__).parent.parent / "configs"
+TOPK = "sae={architecture: topk, d_in: 192, d_sae: 3072, k: 16}"
+SEEDS = (0, 1, 2)
+# tried for every continuation alike
+LEARNING_RATES = (1e-3, 2e-3)
+
+
+def train_topk(folder: Path, seed: int) -> Trained:
+    """The stock SAE to start from, saved for inference and, in `training`, to go on with."""
+    cfg = load_runner_config(
+        CONFIGS / "demo_mutual_choice.yaml",
+        [TOPK, f"seed={seed}", f"output_path={folder}", "verbose=false"],
+    )
+    sae = AllocSAETrainingRunner(cfg).run()
+    sae.save_model(folder / "training")
+    return Trained("topk", cfg, folder, 0.0, None)
+
+
+def go_on(name: str, start: Trained, folder: Path, seed: int, lr: float) -> Trained:
+    """The same SAE after a fifth of its tokens more."""
+    source = load_source_sae(str(start.folder), "cpu")
+    settings = [
+        f"lr={lr}",
+        f"seed={100 + seed}",
+        f"output_path={folder}",
+        "verbose=false",
+    ]
+    cfg: LanguageModelSAERunnerConfig[Any]
+    if name == "topk":
+        sae = f"sae={{architecture: topk, k: {source.sae.cfg.k}}}"
+        start_from = f"from_pretrained_path={start.folder / 'training'}"
+        cfg, _ = load_fine_tuning_config(
+            CONFIGS / "finetune_demo.yaml", [*settings, sae, start_from], source.sae.cfg
+        )
+        AllocSAETrainingRunner(cfg).run()
+    else:
+        overrides = {
+            "mutual_choice": [],
+            "feature_choice": ["sae={architecture: feature_choice, aux_loss: none}"],
+        }[name]
+        cfg, chosen = load_fine_tuning_config(
+            CONFIGS / "finetune_demo.yaml", [*settings, *overrides], source.sae.cfg
+        )
+        FineTuningRunner(cfg, source, chosen).run()
+    return Trained(f"{name}, lr {lr:g}", cfg, folder, 0.0, None)
+
+
+def run_seed(work: Path, seed: int) -> dict[str, dict[str, Any]]:
+    """Figures on held-out text of the SAE to start from and of each continuation."""
+    start = train_topk(work / f"topk_{seed}", seed)
+    trained = [start]
+    for name in ("topk", "mutual_choice", "feature_choice"):
+        for lr in LEARNING_RATES:
+            folder = work / f"{name}_{lr:g}_{seed}"
+            trained.append(go_on(name, start, folder, seed, lr))
+    runs, _ = evaluate(trained, CONTEXTS)
+    return {
+        "start" if run is runs[0] else run.name: run.evaluation.to_dict()
+        for run in runs
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("results", type=Path)
+    parser.add_argument("--work", type=Path, default=Path("output/fine_tuning"))
+    args = parser.parse_args()
+    report: dict[str, Any] = {
+        "versions": {
+            "sae_lens_alloc": sae_lens_alloc.__version__,
+            "sae_lens": sae_lens.__version__,
+            "torch": torch.__version__,
+        },
+        "threads": torch.get_num_threads(),
+        "command": "python -m benchmarks.fine_tuning docs/results/fine_tuning.json",
+        "seeds": {},
+    }
+    if args.results.exists():
+        report["seeds"] = json.loads(args.results.read_text())["seeds"]
+    for seed in SEEDS:
+        if str(seed) not in report["seeds"]:
+            report["seeds"][str(seed)] = run_seed(args.work, seed)
+            args.results.write_text(json.dumps(report, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()

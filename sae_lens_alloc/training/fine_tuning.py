@@ -1,0 +1,103 @@
+"""Training that starts from another SAE instead of random weights."""
+
+import copy
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from sae_lens import SAE
+from sae_lens.config import LanguageModelSAERunnerConfig
+from sae_lens.saes.sae import TrainingSAE
+
+from sae_lens_alloc.training.conversion import ConversionReport, convert_sae
+from sae_lens_alloc.training.runner import CALIBRATION_TOKENS, AllocSAETrainingRunner
+from sae_lens_alloc.training.source_sae import SourceSAE
+
+# A file read as another architecture is off by more than this: a TopK SAE read as a ReLU one
+# has 5 to 20 times the features per token (SAELens #308, #553).
+MAX_L0_RATIO = 2.0
+MAX_EV_LOSS = 0.2
+
+
+class FineTuningRunner(AllocSAETrainingRunner):
+    """
+    `AllocSAETrainingRunner` that starts from another SAE, converted to the architecture of
+    the config, with statistics and thresholds estimated on 65k tokens of the training text.
+    """
+
+    start: ConversionReport
+
+    def __init__(
+        self,
+        cfg: LanguageModelSAERunnerConfig[Any],
+        source: SourceSAE,
+        sae_overrides: dict[str, Any],
+    ) -> None:
+        """
+        Args:
+            cfg: The run; of `cfg.sae` only the architecture counts.
+            source: The SAE to start from.
+            sae_overrides: Fields in which the new SAE's config differs from the source's, or
+                from the defaults where the source has no such field.
+
+        Raises:
+            ValueError: if the source cannot be converted, or is not what it claims to be on
+                the model's activations.
+        """
+        super().__init__(cfg)
+        activations = self._take_activations(CALIBRATION_TOKENS)
+        sae = convert_sae(
+            source.sae,
+            cfg.sae.architecture(),
+            activations=activations,
+            scaling_factor=source.scaling_factor,
+            **{"device": cfg.device, **sae_overrides},
+        )
+        self.start = ConversionReport(**sae.cfg.metadata.conversion)
+        require_plausible(source, self.start)
+        self.sae = sae
+        self.cfg.sae = sae.cfg
+
+    def _take_activations(self, n_tokens: int) -> torch.Tensor:
+        n_batches = -(-n_tokens // self.cfg.train_batch_size_tokens)
+        batches = [next(self.activations_store) for _ in range(n_batches)]
+        return torch.cat(batches).to(self.cfg.device)
+
+
+def require_plausible(source: SourceSAE, start: ConversionReport) -> None:
+    """
+    Raises ValueError if an SAE does not behave on real activations as it should: it was
+    loaded as another architecture, or belongs to another model or hook.
+    """
+    ev = start.source_ev
+    found = (
+        f"{source.name!r} has {start.source_l0:.1f} features per token and an explained "
+        f"variance of {ev:.3f} on this model's activations"
+    )
+    expected = source.expected_l0
+    if expected and not (
+        expected / MAX_L0_RATIO <= start.source_l0 <= expected * MAX_L0_RATIO
+    ):
+        raise ValueError(
+            f"{found}, but should have about {expected:.1f} features: it was saved as another "
+            "architecture than it is, or belongs to another model or hook."
+        )
+    if ev < (source.expected_ev or MAX_EV_LOSS) - MAX_EV_LOSS:
+        wanted = f" instead of {source.expected_ev:.3f}" if source.expected_ev else ""
+        raise ValueError(
+            f"{found}{wanted}: it belongs to another model, hook or normalization of the "
+            "activations."
+        )
+
+
+def inference_sae(source: SourceSAE) -> SAE[Any]:
+    """An SAE as its users would load it: of a training SAE, what its run would have saved."""
+    if not isinstance(source.sae, TrainingSAE):
+        return source.sae
+    sae = copy.deepcopy(source.sae)
+    if source.scaling_factor is not None:
+        sae.fold_activation_norm_scaling_factor(source.scaling_factor)
+    with TemporaryDirectory() as folder:
+        sae.save_inference_model(Path(folder))
+        return SAE.load_from_disk(folder, str(sae.device))

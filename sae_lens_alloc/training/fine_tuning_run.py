@@ -1,0 +1,147 @@
+"""A whole fine-tuning: train, compare with the SAE it started from, report."""
+
+import json
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from sae_lens import SAE
+from sae_lens.config import LanguageModelSAERunnerConfig
+
+from sae_lens_alloc.evaluation.baseline import measure_baseline
+from sae_lens_alloc.evaluation.metrics import Evaluation, evaluate_sae
+from sae_lens_alloc.evaluation.report import write_report
+from sae_lens_alloc.evaluation.report_run import ReportRun, read_history
+from sae_lens_alloc.training.conversion import ConversionReport
+from sae_lens_alloc.training.fine_tuning import FineTuningRunner, inference_sae
+from sae_lens_alloc.training.runner import METRICS_FILENAME
+from sae_lens_alloc.training.source_sae import SourceSAE
+
+EVALUATION_TOKENS = 65_536
+RESULTS_FILENAME = "fine_tuning.json"
+REPORT_FILENAME = "report.html"
+
+
+@dataclass(frozen=True, eq=False)
+class FineTuned:
+    """
+    What fine-tuning changed, on text that neither of the two was fine-tuned on.
+
+    Args:
+        before: The SAE it started from.
+        after: The saved SAE.
+        start: How the converted SAE started.
+    """
+
+    before: ReportRun
+    after: ReportRun
+    start: ConversionReport
+
+    @property
+    def revived_features(self) -> int:
+        """Number of features that were active on no token before, and on some after."""
+        return _newly_dead(self.after.evaluation, self.before.evaluation)
+
+    @property
+    def died_features(self) -> int:
+        """Number of features that were active on some token before, and on none after."""
+        return _newly_dead(self.before.evaluation, self.after.evaluation)
+
+
+def fine_tune(
+    cfg: LanguageModelSAERunnerConfig[Any],
+    source: SourceSAE,
+    sae_overrides: dict[str, Any],
+) -> FineTuned:
+    """
+    Fine-tunes an SAE and compares it with what it was. The SAE, the figures of both
+    (`fine_tuning.json`) and `report.html` go to `cfg.output_path`.
+
+    Args:
+        cfg: The run, with an output path.
+        source: The SAE to start from.
+        sae_overrides: See FineTuningRunner.
+
+    Raises:
+        ValueError: as FineTuningRunner.
+    """
+    assert cfg.output_path is not None
+    output = Path(cfg.output_path)
+    runner = FineTuningRunner(cfg, source, sae_overrides)
+    # off the stream of training text before training starts, so that it is not trained on
+    tokens = _take_contexts(runner, EVALUATION_TOKENS)
+    excluded = runner.activations_store.exclude_special_tokens
+    special = [] if excluded is None else excluded.tolist()
+    baseline = measure_baseline(runner.model, tokens, cfg.hook_name, special)
+
+    def evaluate(sae: SAE[Any]) -> Evaluation:
+        return evaluate_sae(sae, runner.model, tokens, cfg.hook_name, baseline, special)
+
+    before = ReportRun("before", evaluate(inference_sae(source)), 0.0)
+    start = time.perf_counter()
+    runner.run()
+    seconds = time.perf_counter() - start
+    after = ReportRun(
+        "after",
+        evaluate(SAE.load_from_disk(output, cfg.device)),
+        seconds,
+        read_history(output / METRICS_FILENAME),
+    )
+    result = FineTuned(before, after, runner.start)
+    _write_results(output, cfg, source, result)
+    return result
+
+
+def _take_contexts(runner: FineTuningRunner, n_tokens: int) -> torch.Tensor:
+    """Contexts of the training text, shape (contexts, context_size)."""
+    n_contexts = -(-n_tokens // runner.cfg.context_size)
+    return runner.activations_store.get_batch_tokens(n_contexts)
+
+
+def _newly_dead(first: Evaluation, second: Evaluation) -> int:
+    return int(((first.densities > 0) & (second.densities == 0)).sum())
+
+
+def _write_results(
+    output: Path,
+    cfg: LanguageModelSAERunnerConfig[Any],
+    source: SourceSAE,
+    result: FineTuned,
+) -> None:
+    runs: Sequence[ReportRun] = (result.after, result.before)
+    facts = {
+        "from": f"{source.sae.cfg.architecture()}, {source.name}",
+        "to": cfg.sae.architecture(),
+        "trained on": f"{cfg.training_tokens:,} tokens",
+        "activations": f"{cfg.hook_name}, {cfg.sae.d_in} dimensions",
+        "revived features": f"{result.revived_features:,}",
+    }
+    figures = {
+        "source": source.name,
+        "source_architecture": source.sae.cfg.architecture(),
+        "architecture": cfg.sae.architecture(),
+        "training_tokens": cfg.training_tokens,
+        "start": asdict(result.start),
+        **{
+            run.name: {
+                **run.evaluation.to_dict(),
+                "zipf": None if (law := run.zipf_law()) is None else asdict(law),
+            }
+            for run in runs
+        },
+        "revived_features": result.revived_features,
+        "died_features": result.died_features,
+        "seconds": result.after.seconds,
+    }
+    (output / RESULTS_FILENAME).write_text(json.dumps(figures, indent=2) + "\n")
+    write_report(
+        output / REPORT_FILENAME,
+        "Before and after fine-tuning",
+        "One sparse autoencoder as it was, and after it was trained further with another rule "
+        "for who gets the features.",
+        runs,
+        facts=facts,
+    )

@@ -1,0 +1,120 @@
+"""The SAE that a fine-tuning starts from: a folder, or a release of SAELens' directory."""
+
+import difflib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from sae_lens import SAE
+from sae_lens.constants import (
+    ACTIVATION_SCALER_CFG_FILENAME,
+    ACTIVATION_WHITENING_FILENAME,
+    SAE_CFG_FILENAME,
+    SAE_WEIGHTS_FILENAME,
+)
+from sae_lens.loading.pretrained_saes_directory import get_pretrained_saes_directory
+from sae_lens.saes.sae import TrainingSAE
+
+# Every training config has this field and no inference config does, while some names, such as
+# topk, stand for one architecture of each kind.
+TRAINING_ONLY_FIELD = "decoder_init_norm"
+
+
+@dataclass(frozen=True)
+class SourceSAE:
+    """
+    An SAE to start from.
+
+    Args:
+        name: What the user calls it.
+        sae: The inference or training SAE.
+        scaling_factor: Factor of the activations it was trained on, from the checkpoint of a
+            run with "expected_average_only_in", or None.
+        expected_l0: Features per token that its training or its release states, or None.
+        expected_ev: Explained variance that its release states, or None.
+    """
+
+    name: str
+    sae: SAE[Any]
+    scaling_factor: float | None
+    expected_l0: float | None
+    expected_ev: float | None
+
+
+def load_source_sae(name: str, device: str) -> SourceSAE:
+    """
+    Loads an SAE from disk or from SAELens' directory of pretrained SAEs.
+
+    Args:
+        name: A folder with an inference SAE or a training checkpoint, or RELEASE:ID.
+        device: Where to load it.
+
+    Raises:
+        ValueError: if there is no such SAE, or it cannot be had without a network.
+    """
+    folder = Path(name)
+    if folder.is_dir():
+        return _from_folder(folder, device)
+    release, colon, sae_id = name.partition(":")
+    if not colon:
+        raise ValueError(
+            f"{name!r} is neither a folder nor RELEASE:ID of a pretrained SAE."
+        )
+    return _from_release(release, sae_id, device)
+
+
+def _from_folder(folder: Path, device: str) -> SourceSAE:
+    for filename in (SAE_CFG_FILENAME, SAE_WEIGHTS_FILENAME):
+        if not (folder / filename).is_file():
+            raise ValueError(
+                f"{str(folder)!r} holds no SAE of SAELens: {filename} is missing."
+            )
+    if (folder / ACTIVATION_WHITENING_FILENAME).exists():
+        raise ValueError(
+            f"{str(folder)!r} is a checkpoint of a run on whitened activations, which cannot "
+            "be carried over: give the SAE that the run saved at its end."
+        )
+    settings: dict[str, Any] = json.loads((folder / SAE_CFG_FILENAME).read_text())
+    kind = TrainingSAE if TRAINING_ONLY_FIELD in settings else SAE
+    try:
+        sae = kind.load_from_disk(folder, device)
+    except (ValueError, KeyError, RuntimeError) as error:
+        raise ValueError(f"{str(folder)!r} cannot be loaded: {error}") from error
+    scaler = folder / ACTIVATION_SCALER_CFG_FILENAME
+    factor = (
+        json.loads(scaler.read_text()).get("scaling_factor")
+        if scaler.exists()
+        else None
+    )
+    details = sae.cfg.metadata.training_architecture_details or {}
+    expected_l0 = sae.cfg.metadata.l0 or details.get("k") or getattr(sae.cfg, "k", None)
+    return SourceSAE(str(folder), sae, factor, expected_l0, None)
+
+
+def _from_release(release: str, sae_id: str, device: str) -> SourceSAE:
+    directory = get_pretrained_saes_directory()
+    if release not in directory:
+        raise ValueError(_unknown("release", release, list(directory)))
+    known = directory[release]
+    if sae_id not in known.saes_map:
+        raise ValueError(_unknown(f"SAE of {release}", sae_id, list(known.saes_map)))
+    try:
+        sae = SAE.from_pretrained(release, sae_id, device)
+    except OSError as error:  # those of requests and huggingface_hub are OSErrors, too
+        raise ValueError(
+            f"{release}:{sae_id} is not in the Hugging Face cache of this machine and could "
+            "not be downloaded: run this once where there is a network, or give a folder."
+        ) from error
+    return SourceSAE(
+        f"{release}:{sae_id}",
+        sae,
+        None,
+        known.expected_l0.get(sae_id) or getattr(sae.cfg, "k", None),
+        known.expected_var_explained.get(sae_id),
+    )
+
+
+def _unknown(what: str, name: str, known: list[str]) -> str:
+    nearest = difflib.get_close_matches(name, known, n=1, cutoff=0)[0]
+    return f"there is no {what} {name!r}, did you mean {nearest!r}?"
