@@ -16,7 +16,6 @@ from sae_lens_alloc.evaluation.equal_l0 import mean_l0, set_l0
 from sae_lens_alloc.saes.mutual_choice_sae import MutualChoiceTrainingSAEConfig
 from sae_lens_alloc.training.runner import (
     CALIBRATION_TOKENS,
-    METRICS_FILENAME,
     AllocSAETrainingRunner,
 )
 
@@ -78,11 +77,11 @@ def train(name: str, cfg: RunnerConfig) -> Trained:
     """Trains one SAE and saves it, ready for use at k features per token."""
     assert cfg.output_path is not None
     folder = Path(cfg.output_path)
-    # The runner goes on with the metrics of an interrupted run; here a run starts afresh.
-    (folder / METRICS_FILENAME).unlink(missing_ok=True)
     with warnings.catch_warnings():
         # SAELens recommends to tokenize the corpus first, which would not pay here.
         warnings.filterwarnings("ignore", "Dataset is not tokenized")
+        # batchtopk does not save what it trained; _set_saved_l0 sees to it
+        warnings.filterwarnings("ignore", "The saved SAE, loaded with SAELens")
         runner = AllocSAETrainingRunner(cfg)
         start = time.perf_counter()
         runner.run()

@@ -1,5 +1,12 @@
-"""SAELens' runner with calibrated thresholds at the end, and seeded."""
+"""SAELens' runner with runs that can be repeated, resumed and trusted."""
 
+import copy
+import math
+import os
+import shutil
+import signal
+from collections.abc import Generator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,19 +21,41 @@ from typing_extensions import override
 
 from sae_lens_alloc.evaluation.calibration import calibrate_thresholds
 from sae_lens_alloc.saes.allocation_sae import AllocationTrainingSAE
+from sae_lens_alloc.training.activations_store import make_resumable
+from sae_lens_alloc.training.checkpoint import find_checkpoint, require_same_sae
+from sae_lens_alloc.training.held_out import held_out_metrics
+from sae_lens_alloc.training.metrics_file import drop_rows_from
+from sae_lens_alloc.training.provenance import provenance
+from sae_lens_alloc.training.rng_state import rng_state, seed_all, set_rng_state
+from sae_lens_alloc.training.self_check import check_saved_sae
 from sae_lens_alloc.training.trainer import AllocSAETrainer
 
 METRICS_FILENAME = "metrics.jsonl"
+RNG_STATE_FILENAME = "rng_state.pt"
 CALIBRATION_TOKENS = 65_536
+# At most, and a hundredth of the training tokens in a short run.
+HELD_OUT_TOKENS = 16_384
 
 
 class AllocSAETrainingRunner(LanguageModelSAETrainingRunner):
     """
-    SAELens' `LanguageModelSAETrainingRunner` that seeds torch with `cfg.seed`, trains with
-    `AllocSAETrainer`, writes the metrics to `metrics.jsonl` in the output folder, and, for
-    Mutual Choice and Feature Choice, calibrates the thresholds on 65k tokens of the training
-    text before saving. Runs any architecture.
+    SAELens' `LanguageModelSAETrainingRunner` for any architecture, which besides
+
+    - seeds all random generators with `cfg.seed`, so that two runs are equal;
+    - trains with `AllocSAETrainer` and writes the metrics to `metrics.jsonl` in the output
+      folder, among them metrics on held-out activations;
+    - goes on bit for bit from its own checkpoints, which are never half-written;
+      `cfg.resume_from_checkpoint` may also be the folder that holds them, for the last whole
+      one. On SIGINT and SIGTERM it saves one after the running step; the second time it stops
+      at once;
+    - for Mutual Choice and Feature Choice, calibrates the thresholds on 65k tokens of the
+      training text before saving;
+    - returns the SAE in evaluation mode, records its metrics on held-out activations, seed,
+      versions and git commit in its metadata, and warns if the saved SAE does not give the
+      same when SAELens loads it.
     """
+
+    held_out: torch.Tensor  # activations that are not trained on, (n_tokens, d_in)
 
     def __init__(
         self,
@@ -35,9 +64,22 @@ class AllocSAETrainingRunner(LanguageModelSAETrainingRunner):
         override_model: HookedRootModule | None = None,
         override_sae: TrainingSAE[Any] | None = None,
     ) -> None:
+        if cfg.resume_from_checkpoint is not None:
+            checkpoint = find_checkpoint(cfg.resume_from_checkpoint)
+            require_same_sae(checkpoint, cfg.sae)
+            cfg = copy.copy(cfg)
+            cfg.resume_from_checkpoint = str(checkpoint)
         # SAELens seeds nothing, so the weights of two runs would differ
-        torch.manual_seed(cfg.seed)
+        seed_all(cfg.seed)
         super().__init__(cfg, override_dataset, override_model, override_sae)
+        n_tokens = min(HELD_OUT_TOKENS, math.ceil(cfg.training_tokens / 100))
+        self.held_out = make_resumable(self.activations_store).hold_out(n_tokens)
+
+    @override
+    def run(self) -> TrainingSAE[Any]:
+        # again, so that it does not matter what was drawn since the runner was made
+        seed_all(self.cfg.seed)
+        return super().run()
 
     @override
     def run_trainer_with_interruption_handling(
@@ -46,29 +88,86 @@ class AllocSAETrainingRunner(LanguageModelSAETrainingRunner):
         # SAELens' run() builds its trainer itself and offers no seam to pass another class.
         trainer.__class__ = AllocSAETrainer
         assert isinstance(trainer, AllocSAETrainer)
+        trainer.held_out = self.held_out
         if self.cfg.output_path is not None:
             output = Path(self.cfg.output_path)
             output.mkdir(parents=True, exist_ok=True)
             trainer.metrics_path = output / METRICS_FILENAME
-        try:
-            sae = super().run_trainer_with_interruption_handling(trainer)
-        except (KeyboardInterrupt, InterruptedException):
-            # SAELens saves only the position in the data and the config then
-            if self.cfg.checkpoint_path is not None:
-                trainer.save_checkpoint(str(trainer.n_training_samples))
-            raise
+            drop_rows_from(trainer.metrics_path, trainer.n_training_steps)
+        if self.cfg.resume_from_checkpoint is not None:
+            _restore_rng_state(Path(self.cfg.resume_from_checkpoint))
+        with _interrupted_between_steps(trainer):
+            sae = trainer.fit()
         if isinstance(sae, AllocationTrainingSAE):
             report = calibrate_thresholds(sae, self._calibration_activations(trainer))
             sae.cfg.metadata.l0 = report.l0
+        sae.eval()
+        sae.cfg.metadata.held_out = {
+            **held_out_metrics(sae, self.held_out, self.cfg.train_batch_size_tokens),
+            "n_tokens": len(self.held_out),
+        }
+        sae.cfg.metadata.provenance = provenance(self.cfg.seed)
         return sae
 
     @override
     def save_checkpoint(self, checkpoint_path: Path | None) -> None:
-        if checkpoint_path is not None:  # SAELens misses its folder when interrupted
-            checkpoint_path.mkdir(parents=True, exist_ok=True)
         super().save_checkpoint(checkpoint_path)
+        if checkpoint_path is not None:
+            torch.save(rng_state(), checkpoint_path / RNG_STATE_FILENAME)
+
+    @override
+    def save_final_sae(
+        self,
+        sae: TrainingSAE[Any],
+        output_path: str,
+        log_feature_sparsity: torch.Tensor | None = None,
+    ) -> None:
+        output = Path(output_path)
+        partial = output.with_name(f"{output.name}.partial")
+        shutil.rmtree(partial, ignore_errors=True)
+        super().save_final_sae(sae, str(partial), log_feature_sparsity)
+        output.mkdir(parents=True, exist_ok=True)
+        for file in partial.iterdir():
+            os.replace(file, output / file.name)
+        partial.rmdir()
+        check_saved_sae(
+            output,
+            sae.cfg.metadata.held_out,
+            self.held_out,
+            self.cfg.train_batch_size_tokens,
+            self.cfg.device,
+        )
 
     def _calibration_activations(self, trainer: SAETrainer[Any, Any]) -> torch.Tensor:
         n_batches = -(-CALIBRATION_TOKENS // self.cfg.train_batch_size_tokens)
         batches = [next(trainer.data_provider) for _ in range(n_batches)]
         return torch.cat(batches).to(self.cfg.device)
+
+
+def _restore_rng_state(checkpoint: Path) -> None:
+    path = checkpoint / RNG_STATE_FILENAME
+    if path.exists():  # SAELens' own checkpoints have none
+        set_rng_state(torch.load(path, map_location="cpu", weights_only=True))
+
+
+@contextmanager
+def _interrupted_between_steps(trainer: AllocSAETrainer) -> Generator[None, None, None]:
+    """
+    On SIGINT and SIGTERM, lets the trainer stop after the running step: SAELens stops within
+    it, with a batch that counts as seen and was not learned. The second time stops at once.
+    """
+
+    def interrupt(*_: Any) -> None:
+        if trainer.interrupted:
+            raise InterruptedException()
+        trainer.interrupted = True
+
+    before = {
+        number: signal.signal(number, interrupt)
+        for number in (signal.SIGINT, signal.SIGTERM)
+    }
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler or signal.SIG_DFL)

@@ -1,27 +1,49 @@
-"""SAELens' trainer with a fused optimizer and metrics in a file."""
+"""SAELens' trainer with a fused optimizer, metrics in a file, and checkpoints to rely on."""
 
-import json
-import math
+import shutil
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
+import wandb
+from sae_lens import logger
 from sae_lens.saes.sae import TrainStepOutput
+from sae_lens.training._interruption import InterruptedException
+from sae_lens.training.prefetch import PrefetchingIterator
 from sae_lens.training.sae_trainer import SAETrainer
 from typing_extensions import override
 
 from sae_lens_alloc.saes.allocation_sae import AllocationTrainingSAE
+from sae_lens_alloc.training.checkpoint import partial_path, publish_checkpoint
+from sae_lens_alloc.training.held_out import held_out_metrics
+from sae_lens_alloc.training.metrics_file import append_row
 
 
 class AllocSAETrainer(SAETrainer[Any, Any]):
     """
-    SAELens' `SAETrainer` that uses fused Adam where the device has it and, where
-    `metrics_path` is set, appends the metrics that SAELens logs to W&B to that file as JSON
-    lines. Trains any architecture.
+    SAELens' `SAETrainer` with fused Adam where the device has it. Trains any architecture.
+
+    Its checkpoints are written to a temporary folder and renamed, and count the steps that
+    they hold. Where `metrics_path` is set, the metrics that SAELens logs to W&B are appended
+    to that file; where `held_out` is set, activations of shape (n_tokens, d_in), metrics on
+    them are logged as often as SAELens evaluates. Where `interrupted` becomes True, training
+    stops after the running step with a checkpoint.
     """
 
     metrics_path: Path | None = None
+    held_out: torch.Tensor | None = None
+    interrupted: bool = False
+
     _optimizer_is_prepared = False
+
+    @override
+    def fit(self) -> Any:
+        # a resumed trainer has passed some already, and would save once a step for each
+        self.checkpoint_thresholds = [
+            n for n in self.checkpoint_thresholds if n >= self.n_training_samples
+        ]
+        return super().fit()
 
     @override
     def step(self, batch: torch.Tensor) -> TrainStepOutput:
@@ -29,13 +51,8 @@ class AllocSAETrainer(SAETrainer[Any, Any]):
             self._prepare_optimizer()
         output = super().step(batch)
         every = self.cfg.logger.wandb_log_frequency
-        if self.metrics_path is not None and (self.n_training_steps + 1) % every == 0:
-            metrics = self.build_train_step_log_dict(output, self.n_training_samples)
-            row = {"step": self.n_training_steps, **metrics}
-            # JSON has no NaN; a law that could not be fitted yet is null
-            row = {k: v if math.isfinite(v) else None for k, v in row.items()}
-            with self.metrics_path.open("a") as file:
-                file.write(json.dumps(row) + "\n")
+        if (self.n_training_steps + 1) % every == 0:
+            self._log(output)
         return output
 
     def _prepare_optimizer(self) -> None:
@@ -48,3 +65,69 @@ class AllocSAETrainer(SAETrainer[Any, Any]):
                 lambda *_: sae.gradient_memory.keep(sae.W_enc, sae.W_dec)
             )
         self._optimizer_is_prepared = True
+
+    def _log(self, output: TrainStepOutput) -> None:
+        interval = (
+            self.cfg.logger.wandb_log_frequency
+            * self.cfg.logger.eval_every_n_wandb_logs
+        )
+        held_out = {}
+        if self.held_out is not None and (self.n_training_steps + 1) % interval == 0:
+            held_out = {
+                f"held_out/{name}": value
+                for name, value in held_out_metrics(
+                    self.sae,
+                    self.activation_scaler(self.held_out),
+                    self.cfg.train_batch_size_samples,
+                ).items()
+            }
+            if self.cfg.logger.log_to_wandb:
+                wandb.log(held_out, step=self.n_training_steps)
+        if self.metrics_path is not None:
+            metrics = self.build_train_step_log_dict(output, self.n_training_samples)
+            append_row(
+                self.metrics_path,
+                {"step": self.n_training_steps, **metrics, **held_out},
+            )
+
+    # private in SAELens, but called once between two steps, with nothing half done
+    @override
+    def _checkpoint_if_needed(self) -> None:
+        # SAELens saves before it counts the step, so that a resumed trainer is one behind
+        self.n_training_steps += 1
+        super()._checkpoint_if_needed()
+        if self.interrupted:
+            self._stop()
+        self.n_training_steps -= 1
+
+    def _stop(self) -> None:
+        if self.cfg.checkpoint_path is None:
+            logger.warning("interrupted; checkpoint_path is None, so nothing is saved")
+        else:
+            logger.warning("interrupted, saving progress")
+            self.save_checkpoint(str(self.n_training_samples))
+        raise InterruptedException()
+
+    @override
+    def save_checkpoint(
+        self,
+        checkpoint_name: str,
+        base_path: Path | str | None = None,
+        wandb_aliases: list[str] | None = None,
+    ) -> None:
+        base = self.cfg.checkpoint_path if base_path is None else base_path
+        if base is None:
+            super().save_checkpoint(checkpoint_name, None, wandb_aliases)
+            return
+        checkpoint = Path(base) / checkpoint_name
+        partial = partial_path(checkpoint)
+        shutil.rmtree(partial, ignore_errors=True)
+        provider = self.data_provider
+        # so that the store's state does not change while it is saved
+        with (
+            provider.paused()
+            if isinstance(provider, PrefetchingIterator)
+            else nullcontext()
+        ):
+            super().save_checkpoint(partial.name, base, wandb_aliases)
+        publish_checkpoint(checkpoint, self.n_training_samples)

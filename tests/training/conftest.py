@@ -17,6 +17,7 @@ from sae_lens.training.sae_trainer import SAETrainer
 from transformer_lens.HookedTransformer import HookedRootModule
 
 import sae_lens_alloc
+from sae_lens_alloc.training import runner as runner_module
 from tests.saes.conftest import one_thread
 
 __all__ = ["one_thread"]
@@ -30,17 +31,30 @@ OTHER_HOOK = "transformer.h.1"
 D_MODEL = 192
 
 
-@pytest.fixture(scope="session")
-def demo_model() -> HookedRootModule:
+def load_demo_model() -> HookedRootModule:
     """The shipped language model, as SAELens' runner would load it."""
     return load_model(MODEL_CLASS, MODEL, device="cpu", hook_names=[HOOK, OTHER_HOOK])
 
 
-@pytest.fixture(scope="session")
-def demo_text() -> Dataset:
+def short_documents(n: int) -> Dataset:
     """A few short documents of the shipped corpus: short ones are quick to tokenize."""
     texts: list[str] = pd.read_parquet(Path(CORPUS) / "train.parquet")["text"].tolist()
-    return Dataset.from_dict({"text": [t for t in texts if 500 < len(t) < 3000][:60]})
+    return Dataset.from_dict({"text": [t for t in texts if 500 < len(t) < 3000][:n]})
+
+
+@pytest.fixture(scope="session")
+def demo_model() -> HookedRootModule:
+    return load_demo_model()
+
+
+@pytest.fixture(scope="session")
+def demo_text() -> Dataset:
+    return short_documents(60)
+
+
+@pytest.fixture
+def few_calibration_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(runner_module, "CALIBRATION_TOKENS", 1024)
 
 
 @pytest.fixture

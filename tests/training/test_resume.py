@@ -1,6 +1,7 @@
 """A run that is interrupted and resumed from a checkpoint continues as if nothing had been."""
 
 import os
+import pickle
 import signal
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from sae_lens_alloc import (
     MutualChoiceTrainingSAEConfig,
 )
 from sae_lens_alloc.saes.allocation_sae import AllocationTrainingSAE
+from sae_lens_alloc.training.checkpoint import MANIFEST_FILENAME
 from tests.saes.conftest import changed, make_sae, state_of, statistics, tokens
 from tests.training.conftest import D_MODEL, lm_config, make_trainer
 
@@ -128,7 +130,7 @@ def test_run_resumed_from_a_checkpoint_that_sae_lens_saved_on_the_way_is_bit_ide
 ):
     # SAELens saves before it counts the step: after 13 of 24 steps its checkpoint says
     # n_training_steps = 12, and the resumed run counts one step behind. Rules, budgets and
-    # flags must go on with the step that comes next all the same.
+    # flags must go on with the step that comes next all the same. Our trainer counts right.
     uninterrupted = make_trainer(
         new_sae(run),
         batches(),
@@ -149,6 +151,7 @@ def test_run_resumed_from_a_checkpoint_that_sae_lens_saved_on_the_way_is_bit_ide
         trainer_class,
     )
     resumed.load_trainer_state(checkpoint)
+    assert resumed.n_training_steps == (12 if trainer_class is SAETrainer else 13)
     resumed.sae.load_weights_from_checkpoint(checkpoint)
     resumed.fit()
     assert_same_end(resumed, uninterrupted)
@@ -209,37 +212,161 @@ def make_like(sae: Any) -> AllocationTrainingSAE[Any]:
     return type(sae)(sae.cfg)
 
 
-@pytest.mark.usefixtures("restore_signals")
-def test_terminated_run_leaves_a_checkpoint_that_can_be_resumed(
-    demo_model: HookedRootModule, demo_text: Dataset, tmp_path: Path
-):
-    cfg = lm_config(
-        MutualChoiceTrainingSAEConfig(d_in=D_MODEL, d_sae=256, k=8),
-        checkpoint_path=str(tmp_path),
-        logger=LoggingConfig(log_to_wandb=False, wandb_id="run"),
+OURS: dict[str, Any] = {
+    "output_path": "sae",
+    "n_checkpoints": 3,
+    "checkpoint_path": "checkpoints",
+    "logger": LoggingConfig(log_to_wandb=False, wandb_id="run", wandb_log_frequency=1),
+}
+
+
+def our_runner(
+    folder: Path, demo_model: HookedRootModule, demo_text: Dataset, **overrides: Any
+) -> AllocSAETrainingRunner:
+    """Our runner, with checkpoints in folder/checkpoints/run and the result in folder/sae."""
+    settings = {**OURS, **overrides}
+    for key in ("output_path", "checkpoint_path"):
+        settings[key] = str(folder / settings[key])
+    sae = MutualChoiceTrainingSAEConfig(
+        d_in=D_MODEL, d_sae=128, k=8, feature_choice_steps=5
     )
-    interrupted = AllocSAETrainingRunner(cfg, demo_text, demo_model)
+    return AllocSAETrainingRunner(lm_config(sae, **settings), demo_text, demo_model)
+
+
+def send_in_step(runner: AllocSAETrainingRunner, step: int, *signals: int) -> None:
+    """Sends signals to this process in the middle of a training step."""
     n_calls = 0
 
-    def terminate_in_step_3(tensor: torch.Tensor, hook: HookPoint) -> None:
+    def send(tensor: torch.Tensor, hook: HookPoint) -> None:
         nonlocal n_calls
         n_calls += 1
-        if n_calls == 4:
-            os.kill(os.getpid(), signal.SIGTERM)
+        if n_calls == step:
+            for number in signals:
+                os.kill(os.getpid(), number)
 
-    interrupted.sae.hook_sae_recons.add_hook(terminate_in_step_3)
+    runner.sae.hook_sae_recons.add_hook(send)
+
+
+@pytest.mark.usefixtures("few_calibration_tokens")
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_terminated_run_is_resumed_bit_for_bit(
+    number: int, demo_model: HookedRootModule, demo_text: Dataset, tmp_path: Path
+):
+    our_runner(tmp_path / "whole", demo_model, demo_text).run()
+
+    handler = signal.getsignal(number)
+    terminated = our_runner(tmp_path / "stopped", demo_model, demo_text)
+    send_in_step(terminated, 4, number)
     with pytest.raises(InterruptedException):
-        interrupted.run()
-    (checkpoint,) = (tmp_path / "run").iterdir()
+        terminated.run()
+    assert signal.getsignal(number) is handler
+    checkpoints = tmp_path / "stopped" / "checkpoints" / "run"
+    # after 3 of 8 steps by n_checkpoints, and after the 4th, which was finished
+    assert {path.name for path in checkpoints.iterdir()} == {"768", "1024"}
 
-    cfg = lm_config(
-        MutualChoiceTrainingSAEConfig(d_in=D_MODEL, d_sae=256, k=8),
-        resume_from_checkpoint=str(checkpoint),
-        training_tokens=int(checkpoint.name) + 2 * 256,
+    resumed = our_runner(
+        tmp_path / "stopped",
+        demo_model,
+        demo_text,
+        resume_from_checkpoint=str(checkpoints),
     )
-    resumed = LanguageModelSAETrainingRunner(cfg, demo_text, demo_model)
-    before = state_of(resumed.sae)
     resumed.run()
-    assert {"W_enc", "W_dec", "allocation.cut"} <= changed(before, resumed.sae)
-    # two more batches; the one that was interrupted counts as seen
-    assert statistics(resumed.sae).density_tokens.item() == cfg.training_tokens
+    for file in ("sae_weights.safetensors", "cfg.json", "metrics.jsonl"):
+        expected, found = (
+            tmp_path / run / "sae" / file for run in ("whole", "stopped")
+        )
+        assert found.read_bytes() == expected.read_bytes(), file
+    # those that were passed before are not saved again
+    whole = (tmp_path / "whole" / "checkpoints" / "run").iterdir()
+    assert {path.name for path in checkpoints.iterdir()} == {
+        *(path.name for path in whole),
+        "1024",
+    }
+
+
+def test_second_signal_stops_at_once(
+    demo_model: HookedRootModule, demo_text: Dataset, tmp_path: Path
+):
+    runner = our_runner(tmp_path, demo_model, demo_text, n_checkpoints=0)
+    send_in_step(runner, 2, signal.SIGINT, signal.SIGINT)
+    with pytest.raises(InterruptedException):
+        runner.run()
+    assert not (tmp_path / "checkpoints").exists()
+    assert statistics(runner.sae).density_tokens.item() == 2 * 256  # never a third
+
+
+@pytest.mark.usefixtures("few_calibration_tokens")
+def test_prefetching_run_can_be_resumed(
+    demo_model: HookedRootModule, demo_text: Dataset, tmp_path: Path
+):
+    our_runner(tmp_path, demo_model, demo_text, prefetch_llm_batches=2).run()
+    sae = our_runner(
+        tmp_path,
+        demo_model,
+        demo_text,
+        prefetch_llm_batches=2,
+        resume_from_checkpoint=str(tmp_path / "checkpoints" / "run" / "768"),
+    ).run()
+    assert statistics(sae).density_tokens.item() == 8 * 256
+
+
+@pytest.mark.usefixtures("few_calibration_tokens", "restore_signals")
+def test_checkpoint_of_sae_lens_can_be_resumed_by_our_runner(
+    demo_model: HookedRootModule,
+    demo_text: Dataset,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+):
+    runner(
+        demo_model,
+        demo_text,
+        n_checkpoints=1,
+        checkpoint_path=str(tmp_path),
+        logger=LoggingConfig(log_to_wandb=False, wandb_id="run"),
+    ).run()
+    cfg = lm_config(
+        MutualChoiceTrainingSAEConfig(
+            d_in=D_MODEL, d_sae=256, k=8, feature_choice_steps=5
+        ),
+        resume_from_checkpoint=str(tmp_path / "run"),
+    )
+    sae = AllocSAETrainingRunner(cfg, demo_text, demo_model).run()
+    assert "was not saved by AllocSAETrainingRunner" in caplog.text
+    assert statistics(sae).density_tokens.item() == 8 * 256
+
+
+@pytest.mark.usefixtures("few_calibration_tokens", "restore_signals")
+def test_our_checkpoint_can_be_resumed_by_sae_lens_runner(
+    demo_model: HookedRootModule, demo_text: Dataset, tmp_path: Path
+):
+    ours = our_runner(tmp_path, demo_model, demo_text, n_checkpoints=1)
+    ours.run()
+    (checkpoint,) = (tmp_path / "checkpoints" / "run").iterdir()
+    cfg = lm_config(ours.cfg.sae, resume_from_checkpoint=str(checkpoint))
+    sae = LanguageModelSAETrainingRunner(cfg, demo_text, demo_model).run()
+    assert statistics(sae).density_tokens.item() == 8 * 256
+
+
+class Malicious:
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.mkdir, (str(self.folder),)
+
+
+@pytest.mark.parametrize("file", ["trainer_state.pt", "rng_state.pt"])
+@pytest.mark.usefixtures("few_calibration_tokens")
+def test_nothing_in_a_checkpoint_is_executed(
+    file: str, demo_model: HookedRootModule, demo_text: Dataset, tmp_path: Path
+):
+    our_runner(tmp_path, demo_model, demo_text, n_checkpoints=1).run()
+    (checkpoint,) = (tmp_path / "checkpoints" / "run").iterdir()
+    torch.save(Malicious(tmp_path / "executed"), checkpoint / file)
+    (checkpoint / MANIFEST_FILENAME).unlink()  # which would have found it damaged
+    resumed = our_runner(
+        tmp_path, demo_model, demo_text, resume_from_checkpoint=str(checkpoint)
+    )
+    with pytest.raises(pickle.UnpicklingError, match="(?i)weights.only"):
+        resumed.run()
+    assert not (tmp_path / "executed").exists()

@@ -1,6 +1,7 @@
 """SAELens' runners, unchanged, and ours, on the shipped language model."""
 
 import json
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import torch
 from datasets import Dataset
 from sae_lens import (
     SAE,
+    BatchTopKTrainingSAEConfig,
     LanguageModelSAETrainingRunner,
     MultiSAETrainingRunner,
     MultiSAETrainingRunnerConfig,
@@ -25,6 +27,7 @@ from sae_lens.synthetic import (
 from sae_lens.training.activation_scaler import ActivationScaler
 from sae_lens.training.sae_trainer import SAETrainer
 from torch._dynamo.utils import counters
+from transformer_lens import HookedTransformer, HookedTransformerConfig
 from transformer_lens.HookedTransformer import HookedRootModule
 
 from sae_lens_alloc import (
@@ -34,6 +37,7 @@ from sae_lens_alloc import (
 )
 from sae_lens_alloc.saes.allocation_sae_config import AllocationTrainingSAEConfig
 from sae_lens_alloc.training import runner as runner_module
+from sae_lens_alloc.training.held_out import held_out_metrics
 from tests.saes.conftest import ARCHITECTURES, changed, state_of, statistics
 from tests.training.conftest import (
     CORPUS,
@@ -236,6 +240,126 @@ def test_our_runner_calibrates_and_records_what_it_did(
     assert [line["step"] for line in metrics] == [1, 3, 5, 7]
     assert all("metrics/threshold_l0" in line for line in metrics)
 
+    held_out = recorded["held_out"]
+    assert held_out["n_tokens"] == len(runner.held_out)
+    for key, value in held_out_metrics(saved, runner.held_out, 256).items():
+        assert held_out[key] == pytest.approx(value, rel=1e-3), key
+    assert recorded["provenance"]["seed"] == cfg.seed
+    assert recorded["provenance"]["versions"]["torch"] == torch.__version__
+    assert not tmp_path.with_name(f"{tmp_path.name}.partial").exists()
+
+
+@pytest.mark.usefixtures("few_calibration_tokens")
+def test_run_is_reproducible_bit_for_bit(
+    demo_model: HookedRootModule, demo_text: Dataset, tmp_path: Path
+):
+    for name in ("first", "second"):
+        cfg = lm_config(
+            sae_config("feature_choice", aux_loss="aux_zipf"),
+            output_path=str(tmp_path / name),
+        )
+        runner = AllocSAETrainingRunner(cfg, demo_text, demo_model)
+        torch.rand(3 if name == "second" else 5)  # does not matter
+        runner.run()
+    for file in ("sae_weights.safetensors", "cfg.json", "metrics.jsonl"):
+        first, second = (tmp_path / name / file for name in ("first", "second"))
+        assert first.read_bytes() == second.read_bytes(), file
+
+
+@pytest.mark.usefixtures("few_calibration_tokens")
+def test_our_runner_logs_held_out_metrics_at_the_interval_of_sae_lens_evaluations(
+    demo_model: HookedRootModule, demo_text: Dataset, tmp_path: Path
+):
+    cfg = lm_config(
+        sae_config(normalize_activations="expected_average_only_in"),
+        output_path=str(tmp_path),
+        logger=LoggingConfig(
+            log_to_wandb=False, wandb_log_frequency=2, eval_every_n_wandb_logs=2
+        ),
+    )
+    AllocSAETrainingRunner(cfg, demo_text, demo_model).run()
+    rows = [
+        json.loads(line)
+        for line in (tmp_path / "metrics.jsonl").read_text().splitlines()
+    ]
+    assert {row["step"]: "held_out/l0" in row for row in rows} == {
+        1: False,
+        3: True,
+        5: False,
+        7: True,
+    }
+    assert (
+        rows[3]["held_out/explained_variance"] > rows[1]["held_out/explained_variance"]
+    )
+    assert 0 <= rows[3]["held_out/dead_features"] < D_SAE
+
+
+@pytest.mark.usefixtures("few_calibration_tokens")
+def test_hook_z_through_our_runner(tmp_path: Path):
+    n_heads, d_head = 3, 4
+    model = HookedTransformer(
+        HookedTransformerConfig(
+            n_layers=1,
+            d_model=12,
+            n_ctx=16,
+            n_heads=n_heads,
+            d_head=d_head,
+            d_vocab=40,
+            act_fn="gelu",
+            seed=0,
+        )
+    )
+    generator = torch.Generator().manual_seed(0)
+    text = torch.randint(40, (300, 16), generator=generator)
+    cfg = lm_config(
+        sae_config(d_in=12, d_sae=64, k=4, reshape_activations="hook_z"),
+        model_class_name="HookedTransformer",
+        hook_name="blocks.0.attn.hook_z",
+        is_dataset_tokenized=True,
+        exclude_special_tokens=False,
+        context_size=16,
+        n_batches_in_buffer=32,
+        output_path=str(tmp_path),
+    )
+    dataset = Dataset.from_dict({"tokens": text.tolist()})
+    # the self-check passes
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", "The saved SAE")
+        sae = AllocSAETrainingRunner(cfg, dataset, model).run()
+
+    saved = SAE.load_from_disk(tmp_path)
+    assert saved.cfg.reshape_activations == "hook_z"
+    z = torch.randn(5, 7, n_heads, d_head, generator=generator)
+    flat = z.flatten(-2)
+    torch.testing.assert_close(saved.encode(z), sae.encode(flat), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(saved(z).flatten(-2), sae(flat), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.usefixtures("few_calibration_tokens")
+def test_our_runner_goes_on_from_a_pretrained_sae(
+    demo_model: HookedRootModule, demo_text: Dataset, tmp_path: Path
+):
+    cfg = lm_config(sae_config())
+    pretrained = AllocSAETrainingRunner(cfg, demo_text, demo_model).run()
+    pretrained.save_model(tmp_path)
+
+    cfg = lm_config(sae_config(), from_pretrained_path=str(tmp_path))
+    runner = AllocSAETrainingRunner(cfg, demo_text, demo_model)
+    assert changed(state_of(pretrained), runner.sae) == set()
+    sae = runner.run()
+    assert statistics(sae).density_tokens.item() == 2 * 8 * 256
+    assert {"W_enc", "W_dec"} <= changed(state_of(pretrained), sae)
+
+
+def test_saved_sae_that_differs_from_the_trained_one_is_reported(
+    demo_model: HookedRootModule, demo_text: Dataset, tmp_path: Path
+):
+    # SAELens' threshold for inference starts at 0 and is far too low after so few steps
+    stock = BatchTopKTrainingSAEConfig(d_in=D_MODEL, d_sae=D_SAE, k=K)
+    cfg = lm_config(stock, output_path=str(tmp_path))
+    with pytest.warns(UserWarning, match="^The saved SAE, loaded with SAELens, has L0"):
+        AllocSAETrainingRunner(cfg, demo_text, demo_model).run()
+
 
 def test_our_runner_is_reproducible_and_trains_stock_architectures(
     demo_model: HookedRootModule, demo_text: Dataset
@@ -259,10 +383,10 @@ def test_run_evals(
     monkeypatch: pytest.MonkeyPatch,
 ):
     monkeypatch.setattr(runner_module, "CALIBRATION_TOKENS", 4000)
-    cfg = lm_config(sae_config(), training_tokens=16 * 256, lr=3e-3)
+    cfg = lm_config(sae_config(), training_tokens=24 * 256, lr=3e-3)
     runner = AllocSAETrainingRunner(cfg, demo_text, demo_model)
     sae = runner.run()
-    sae.eval()
+    assert not sae.training
     before = state_of(sae)
     metrics, per_feature = run_evals(
         sae=sae,

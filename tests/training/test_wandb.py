@@ -13,7 +13,7 @@ from sae_lens.config import LoggingConfig
 from transformer_lens.HookedTransformer import HookedRootModule
 from wandb.proto import wandb_internal_pb2
 
-from sae_lens_alloc import MutualChoiceTrainingSAEConfig
+from sae_lens_alloc import AllocSAETrainingRunner, MutualChoiceTrainingSAEConfig
 from tests.training.conftest import D_MODEL, lm_config
 from tests.training.test_sae_trainer import METRICS
 
@@ -58,8 +58,12 @@ def logged_rows(directory: Path) -> list[dict[str, str]]:
     return rows
 
 
-@pytest.mark.usefixtures("restore_signals")
+@pytest.mark.usefixtures("restore_signals", "few_calibration_tokens")
+@pytest.mark.parametrize(
+    "runner_class", [LanguageModelSAETrainingRunner, AllocSAETrainingRunner]
+)
 def test_offline_run_logs_our_metrics(
+    runner_class: type[LanguageModelSAETrainingRunner],
     demo_model: HookedRootModule,
     demo_text: Dataset,
     tmp_path: Path,
@@ -82,9 +86,11 @@ def test_offline_run_logs_our_metrics(
         sae,
         training_tokens=6 * 256,
         logger=logger,
+        n_checkpoints=1,
+        checkpoint_path=str(tmp_path / "checkpoints"),
         output_path=str(tmp_path / "sae"),
     )
-    LanguageModelSAETrainingRunner(cfg, demo_text, demo_model).run()
+    runner_class(cfg, demo_text, demo_model).run()
     assert wandb.run is None  # finished
     wandb.teardown()  # writes what is left, and forgets our folders
 
@@ -99,3 +105,5 @@ def test_offline_run_logs_our_metrics(
         row["_step"] for row in rows if any("ce_loss_score" in key for key in row)
     ]
     assert evaluated == ["3"]
+    held_out = [row["_step"] for row in logged_rows(tmp_path) if "held_out/l0" in row]
+    assert held_out == (["3"] if runner_class is AllocSAETrainingRunner else [])

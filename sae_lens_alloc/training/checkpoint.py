@@ -1,0 +1,166 @@
+"""Checkpoints that are whole or recognised as not."""
+
+import hashlib
+import json
+import math
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+from sae_lens import logger
+from sae_lens.constants import (
+    RUNNER_CFG_FILENAME,
+    SAE_CFG_FILENAME,
+    TRAINER_STATE_FILENAME,
+)
+from sae_lens.saes.sae import TrainingSAEConfig
+
+# Written last: a checkpoint is whole if it is there and agrees with the other files.
+MANIFEST_FILENAME = "checkpoint.json"
+PARTIAL_PREFIX = ".partial-"
+
+
+def partial_path(checkpoint: Path) -> Path:
+    """The temporary folder, beside it, that a checkpoint is written to first."""
+    return checkpoint.with_name(f"{PARTIAL_PREFIX}{checkpoint.name}")
+
+
+def publish_checkpoint(checkpoint: Path, n_training_samples: int) -> None:
+    """
+    Completes the checkpoint in `partial_path(checkpoint)` with the checksums of its files,
+    forces it to the disk, renames it, and removes what killed runs left half-written. The
+    last whole checkpoint is found at any moment, even while one of the same name is
+    replaced, since what is whole is found by whatever name.
+
+    Args:
+        checkpoint: The checkpoint's folder.
+        n_training_samples: Tokens learned from so far.
+    """
+    partial = partial_path(checkpoint)
+    files = sorted(partial.iterdir())
+    manifest = {
+        "n_training_samples": n_training_samples,
+        "sha256": {file.name: _sha256(file) for file in files},
+    }
+    for file in files:
+        _flush(file)
+    (partial / MANIFEST_FILENAME).write_text(json.dumps(manifest))
+    _flush(partial / MANIFEST_FILENAME)
+    _flush(partial)
+    if checkpoint.exists():
+        shutil.rmtree(checkpoint)
+    partial.rename(checkpoint)
+    _flush(checkpoint.parent)
+    for leftover in checkpoint.parent.glob(f"{PARTIAL_PREFIX}*"):
+        shutil.rmtree(leftover)
+
+
+def find_checkpoint(path: str | Path) -> Path:
+    """
+    The checkpoint to resume from: `path` itself if it is one, or the last whole one in it.
+    Damaged and half-written ones on the way are reported and skipped. So are those that
+    SAELens calls `final_...`: the normalization is folded into their weights.
+
+    Raises:
+        ValueError: if `path` is a damaged checkpoint, or there is no whole one in it.
+    """
+    path = Path(path)
+    if not path.is_dir():
+        raise ValueError(f"There is no folder {path} to resume from.")
+    if (path / MANIFEST_FILENAME).exists() or (path / TRAINER_STATE_FILENAME).exists():
+        reason = _damage(path)
+        if reason is not None:
+            raise ValueError(
+                f"The checkpoint {path} cannot be resumed from: {reason}. Give its parent "
+                "folder to resume from the last whole one."
+            )
+        return path
+    folders = [folder for folder in path.iterdir() if folder.is_dir()]
+    folders = [folder for folder in folders if not _is_final(folder)]
+    for folder in sorted(folders, key=_progress, reverse=True):
+        reason = _damage(folder)
+        if reason is None:
+            return folder
+        logger.warning(f"Skipping the checkpoint {folder}: {reason}.")
+    raise ValueError(
+        f"There is no whole checkpoint in {path}, so there is nothing to resume from; "
+        "leave resume_from_checkpoint out to start anew."
+    )
+
+
+def require_same_sae(checkpoint: Path, cfg: TrainingSAEConfig) -> None:
+    """
+    Refuses a checkpoint of another SAE than the one that is to be trained.
+
+    Raises:
+        ValueError: if architecture, sizes or normalization differ.
+    """
+    saved: dict[str, Any] = json.loads((checkpoint / SAE_CFG_FILENAME).read_text())
+    wanted = cfg.to_dict()
+    for key in ("architecture", "d_in", "d_sae", "normalize_activations"):
+        if saved[key] != wanted[key]:
+            raise ValueError(
+                f"The checkpoint {checkpoint} cannot be resumed from: its SAE has {key} "
+                f"{saved[key]!r}, and the one to be trained {wanted[key]!r}."
+            )
+
+
+def _is_final(checkpoint: Path) -> bool:
+    return checkpoint.name.removeprefix(PARTIAL_PREFIX).startswith("final_")
+
+
+def _damage(checkpoint: Path) -> str | None:
+    """What is wrong with a checkpoint, or None if it is whole."""
+    manifest = _read_json(checkpoint / MANIFEST_FILENAME)
+    if manifest is None:
+        if (checkpoint / MANIFEST_FILENAME).exists():
+            return f"{MANIFEST_FILENAME} is damaged"
+        # SAELens writes no checksums; the runner's config comes last
+        by_sae_lens = (
+            not checkpoint.name.startswith(PARTIAL_PREFIX)
+            and (checkpoint / TRAINER_STATE_FILENAME).exists()
+            and _read_json(checkpoint / RUNNER_CFG_FILENAME) is not None
+        )
+        return None if by_sae_lens else "it was not written to the end"
+    for name, checksum in manifest["sha256"].items():
+        file = checkpoint / name
+        if not file.exists():
+            return f"{name} is missing"
+        if _sha256(file) != checksum:
+            return f"{name} is damaged"
+    return None
+
+
+def _progress(checkpoint: Path) -> float:
+    """Tokens learned from, infinite where that is not known."""
+    manifest = _read_json(checkpoint / MANIFEST_FILENAME)
+    if manifest is not None:
+        return manifest["n_training_samples"]
+    return int(checkpoint.name) if checkpoint.name.isdecimal() else math.inf
+
+
+def _read_json(path: Path) -> dict[str, Any] | None:
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError):
+        return None
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(2**20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _flush(path: Path) -> None:
+    """Forces a file, or the names in a folder, to the disk."""
+    if os.name == "nt":  # which opens no folders
+        return
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,35 @@
+"""What one needs to know to make a run again."""
+
+import platform
+import subprocess
+from importlib.metadata import version
+from typing import Any
+
+LIBRARIES = ("sae-lens", "transformer-lens", "torch", "transformers", "datasets")
+
+
+def provenance(seed: int) -> dict[str, Any]:
+    """
+    Seed, versions, and the git commit of the current directory, which ends in `-dirty` where
+    files differ from it and is None outside of a repository.
+    """
+    import sae_lens_alloc  # whose import imports this module
+
+    return {
+        "seed": seed,
+        "git_commit": _git_commit(),
+        "versions": {
+            "python": platform.python_version(),
+            "sae-lens-alloc": sae_lens_alloc.__version__,
+            **{name: version(name) for name in LIBRARIES},
+        },
+    }
+
+
+def _git_commit() -> str | None:
+    command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    try:
+        result = subprocess.run(command, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return result.stdout.strip()

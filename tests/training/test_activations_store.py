@@ -1,0 +1,178 @@
+"""The store yields SAELens' batches, and goes on with them after it was saved and loaded."""
+
+from collections.abc import Iterator
+from itertools import count, islice
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from datasets import Array2D, Dataset, Features
+from hypothesis import given
+from hypothesis import strategies as st
+from sae_lens.training.activations_store import ActivationsStore
+from sae_lens.training.mixing_buffer import mixing_buffer
+from transformer_lens.HookedTransformer import HookedRootModule
+
+from sae_lens_alloc import MutualChoiceTrainingSAEConfig
+from sae_lens_alloc.training.activations_store import (
+    ResumableActivationsStore,
+    make_resumable,
+)
+from sae_lens_alloc.training.mixing_buffer import MixingBuffer
+from tests.training.conftest import D_MODEL, HOOK, lm_config
+
+CONTEXT, PROMPTS = 64, 8  # as in lm_config
+
+
+def numbered(sizes: list[int]) -> Iterator[torch.Tensor]:
+    """Tokens 0, 1, 2, ... in chunks of these sizes, over and over."""
+    first = 0
+    for i in count():
+        size = sizes[i % len(sizes)]
+        yield torch.arange(first, first + size).unsqueeze(1)
+        first += size
+
+
+@given(
+    sizes=st.lists(st.integers(1, 40), min_size=1, max_size=4),
+    batch_size=st.integers(1, 20),
+    extra=st.integers(0, 40),
+    mix_fraction=st.sampled_from([0.0, 0.25, 0.5, 1.0]),
+)
+def test_mixing_buffer_serves_what_sae_lens_serves(
+    sizes: list[int], batch_size: int, extra: int, mix_fraction: float
+):
+    served: list[list[torch.Tensor]] = []
+    for buffer in (mixing_buffer, MixingBuffer):
+        torch.manual_seed(0)
+        batches = buffer(batch_size + extra, batch_size, numbered(sizes), mix_fraction)
+        served.append(list(islice(batches, 12)))
+    assert all(torch.equal(*pair) for pair in zip(*served, strict=True))
+
+
+@pytest.mark.parametrize(("buffer_size", "mix_fraction"), [(3, 0.5), (4, 1.5)])
+def test_mixing_buffer_refuses_what_sae_lens_refuses(
+    buffer_size: int, mix_fraction: float
+):
+    with pytest.raises(ValueError):
+        next(mixing_buffer(buffer_size, 4, numbered([4]), mix_fraction))
+    with pytest.raises(ValueError, match="n_batches_in_buffer|mix_fraction"):
+        MixingBuffer(buffer_size, 4, numbered([4]), mix_fraction)
+
+
+def store(
+    demo_model: HookedRootModule, text: Dataset, **overrides: Any
+) -> ActivationsStore:
+    cfg = lm_config(
+        MutualChoiceTrainingSAEConfig(d_in=D_MODEL, d_sae=64, k=4), **overrides
+    )
+    return ActivationsStore.from_config(demo_model, cfg, text)
+
+
+def resumable(
+    demo_model: HookedRootModule, text: Dataset, **overrides: Any
+) -> ResumableActivationsStore:
+    """A store that holds out one batch of contexts, as the runner makes it."""
+    made = make_resumable(store(demo_model, text, **overrides))
+    made.hold_out(n_tokens=1)
+    return made
+
+
+def contexts(source: ActivationsStore, n: int) -> list[list[int]]:
+    return [row for _ in range(n) for row in source.get_batch_tokens(1).tolist()]
+
+
+def test_held_out_contexts_are_served_in_no_epoch(
+    demo_model: HookedRootModule, demo_text: Dataset
+):
+    text = demo_text.select(range(10))
+    plain = store(demo_model, text)
+    epoch: list[list[int]] = [row.tolist() for row in plain.iterable_sequences]
+    assert len(epoch) > 2 * PROMPTS
+    rest = epoch[PROMPTS:]
+    ours = make_resumable(store(demo_model, text))
+    held_out = ours.hold_out(n_tokens=PROMPTS * CONTEXT - 1)
+    assert contexts(ours, 3 * len(rest)) == 3 * rest
+
+    expected = plain.get_activations(torch.tensor(epoch[:PROMPTS]))
+    ordinary = torch.tensor(epoch[:PROMPTS]) != demo_model.tokenizer.bos_token_id  # type: ignore
+    assert torch.equal(held_out, expected[ordinary])
+
+
+def test_too_little_text_to_hold_out_is_refused(
+    demo_model: HookedRootModule, demo_text: Dataset
+):
+    ours = make_resumable(store(demo_model, demo_text.select(range(3))))
+    with pytest.raises(ValueError, match="fewer than the 50000 tokens"):
+        ours.hold_out(n_tokens=50_000)
+
+
+# 10 documents make 104 contexts, hence an epoch of about 23 batches
+@pytest.mark.parametrize("n_before", [0, 3, 25])
+@pytest.mark.parametrize(
+    "overrides",
+    [{}, {"activations_mixing_fraction": 0.0}, {"disable_concat_sequences": True}],
+)
+def test_loaded_store_goes_on_with_the_next_batch(
+    n_before: int,
+    overrides: dict[str, Any],
+    demo_model: HookedRootModule,
+    demo_text: Dataset,
+    tmp_path: Path,
+):
+    text = demo_text.select(
+        range(20 if overrides.get("disable_concat_sequences") else 10)
+    )
+    first = resumable(demo_model, text, **overrides)
+    torch.manual_seed(0)
+    for _ in range(n_before):
+        next(first)
+    first.save_to_checkpoint(tmp_path)
+    drawn = torch.get_rng_state()
+    expected = [next(first) for _ in range(10)]
+
+    second = resumable(demo_model, text, **overrides)
+    second.load_from_checkpoint(tmp_path)
+    torch.set_rng_state(drawn)
+    assert all(torch.equal(next(second), batch) for batch in expected)
+    assert second.n_dataset_processed == first.n_dataset_processed
+
+
+def test_checkpoint_of_a_longer_dataset_is_refused(
+    demo_model: HookedRootModule, demo_text: Dataset, tmp_path: Path
+):
+    first = resumable(demo_model, demo_text)
+    for _ in range(20):
+        next(first)
+    first.save_to_checkpoint(tmp_path)
+    second = resumable(demo_model, demo_text.select(range(5)))
+    with pytest.raises(ValueError, match="ends after 59 contexts, .* another dataset"):
+        second.load_from_checkpoint(tmp_path)
+
+
+def test_cached_activations_are_held_out_and_resumed(
+    demo_model: HookedRootModule, demo_text: Dataset, tmp_path: Path
+):
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.randn(40, CONTEXT, D_MODEL, generator=generator)
+    Dataset.from_dict(
+        {HOOK: rows.numpy()}, Features({HOOK: Array2D((CONTEXT, D_MODEL), "float32")})
+    ).save_to_disk(tmp_path / "cache")
+    overrides: dict[str, Any] = {
+        "use_cached_activations": True,
+        "cached_activations_path": str(tmp_path / "cache"),
+        "activations_mixing_fraction": 0.0,
+    }
+    first = make_resumable(store(demo_model, demo_text, **overrides))
+    held_out = first.hold_out(n_tokens=1)
+    assert torch.equal(held_out, rows[:PROMPTS].flatten(0, 1))
+    # two epochs of what is left, in order
+    served = torch.cat([next(first) for _ in range(2 * 8)])
+    assert torch.equal(served, rows[PROMPTS:].flatten(0, 1).repeat(2, 1))
+
+    first.save_to_checkpoint(tmp_path)
+    expected = [next(first) for _ in range(10)]
+    second = resumable(demo_model, demo_text, **overrides)
+    second.load_from_checkpoint(tmp_path)
+    assert all(torch.equal(next(second), batch) for batch in expected)
