@@ -127,7 +127,7 @@ class KnownAffinities:
 def block_width(n_tokens: int, device: torch.device) -> int:
     """Features per block, a multiple of 64."""
     elements = _BLOCK_ELEMENTS.get(device.type, _BLOCK_ELEMENTS["cpu"])
-    if device.type == "cuda":
+    if device.type == "cuda" and torch.cuda.is_available():
         elements = min(elements, _free_elements(device))
     return max(64, elements // max(n_tokens, 1) // 64 * 64)
 
