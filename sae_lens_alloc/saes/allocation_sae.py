@@ -271,6 +271,7 @@ class AllocationTrainingSAE(TrainingSAE[T_CONFIG]):
             features=torch.cat([pairs.feature_indices for pairs in sets]),
             pre_acts=torch.cat([encoder.pre_acts(pairs) for pairs in sets]),
             n_sets=len(sets),
+            real=_real_pairs(sets),
             subtracted=self.b_dec if self._subtracts_b_dec(x) else None,
             memory=self.gradient_memory,
         )
@@ -445,6 +446,20 @@ class AllocationTrainingSAE(TrainingSAE[T_CONFIG]):
 
 def _has_hooks(hook: HookPoint) -> bool:
     return len(hook._forward_hooks) > 0 or len(hook._backward_hooks) > 0
+
+
+def _real_pairs(sets: list[SparseActivations]) -> torch.Tensor | None:
+    """Which pairs of all the sets are no padding, None if there is none."""
+    if all(pairs.real is None for pairs in sets):
+        return None
+    return torch.cat(
+        [
+            torch.ones_like(pairs.values, dtype=torch.bool)
+            if pairs.real is None
+            else pairs.real
+            for pairs in sets
+        ]
+    )
 
 
 def _mask_of(pairs: SparseActivations) -> torch.Tensor:

@@ -1,7 +1,10 @@
 from collections.abc import Iterator
+from importlib.util import find_spec
 
 import pytest
 import torch
+
+from sae_lens_alloc.ops.backend import BACKEND_VARIABLE, has_csr_kernels
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -11,3 +14,24 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(n_threads)
+
+
+@pytest.fixture
+def triton_device(monkeypatch: pytest.MonkeyPatch) -> Iterator[torch.device]:
+    """Triton's kernels, on new tensors: compiled on a GPU, interpreted elsewhere."""
+    if find_spec("triton") is None:
+        pytest.skip("triton is not installed")
+    monkeypatch.setenv(BACKEND_VARIABLE, "triton")
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    with device:
+        yield device
+
+
+@pytest.fixture(params=["torch", "reference", "triton"])
+def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    if request.param == "triton":
+        request.getfixturevalue("triton_device")
+    elif request.param == "torch" and not has_csr_kernels(torch.device("cpu")):
+        pytest.skip("torch was built without CSR kernels for this CPU")
+    monkeypatch.setenv(BACKEND_VARIABLE, request.param)
+    return request.param

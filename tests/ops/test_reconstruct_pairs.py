@@ -8,19 +8,11 @@ import torch
 from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
 
-from sae_lens_alloc.ops import sparse
 from sae_lens_alloc.ops.pair_autoencoder import GradientMemory, reconstruct_pairs
-from sae_lens_alloc.ops.sparse import has_csr_kernels
+
+pytestmark = pytest.mark.usefixtures("backend")
 
 B, D_IN, F = 4, 3, 6
-
-
-@pytest.fixture(autouse=True, params=["csr", "reference"])
-def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    if request.param == "reference":
-        monkeypatch.setattr(sparse, "has_csr_kernels", lambda device: False)  # noqa: ARG005
-    elif not has_csr_kernels(torch.device("cpu")):
-        pytest.skip("torch was built without CSR kernels for this CPU")
 
 
 class Weights(NamedTuple):
