@@ -10,12 +10,13 @@ from typing_extensions import override
 from sae_lens_alloc.ops.backend import is_interpreted
 from sae_lens_alloc.ops.key_selection import N_DIGITS, KeyEncoder
 
+# A tile twice as large spills registers (ptxas for sm_90).
 TOKENS_PER_TILE = 128
-FEATURES_PER_TILE = 128
+FEATURES_PER_TILE = 64
 # Bytes of one row of the tiles that are multiplied.
 STEP_BYTES = 128
 WARPS = 8
-STAGES = 2
+STAGES = 3
 # Programs for each multiprocessor. Each takes many tiles, so that a launch with nothing to do
 # ends at once.
 PROGRAMS_PER_PROCESSOR = 2
@@ -123,7 +124,10 @@ def encode_keys_kernel(
     INPUTS: tl.constexpr,
 ):
     """Computes affinities tile by tile, and collects or counts the keys of the positive ones."""
+    # Keys are compared by their halves, which need half the registers.
     bound = tl.load(bound_ptr)
+    bound_bits = (bound >> 32).to(tl.int32)
+    bound_low = (bound & 0xFFFFFFFF).to(tl.uint32)
     n_token_tiles = tl.cdiv(n_tokens, TOKENS)
     n_tiles = n_token_tiles * tl.cdiv(n_features, FEATURES)
     n_tiles = tl.where(tl.load(done_ptr) != 0, 0, n_tiles)
@@ -160,27 +164,37 @@ def encode_keys_kernel(
         if HAS_SCALE:
             scale = tl.load(scale_ptr + features, mask=is_feature, other=0.0)
             affinities = affinities * scale.to(tl.float32)[None, :]
-        positions = tokens.to(tl.int64)[:, None] * n_features + features[None, :]
-        bits = affinities.to(tl.int32, bitcast=True).to(tl.int64)
-        keys = (bits << 32) | (0xFFFFFFFF - positions)
+        bits = affinities.to(tl.int32, bitcast=True)
+        # modulo 2^32, which positions are below
+        positions = tokens[:, None] * n_features + features[None, :]
+        low = ~positions.to(tl.uint32, bitcast=True)
         is_pair = (affinities > 0) & is_token[:, None] & is_feature[None, :]
         if SHIFT >= 0:
-            digits = (keys >> SHIFT) - ((bound >> SHIFT) & -65536)
-            counted = is_pair & (digits >= 0) & (digits < 65536)
+            if SHIFT >= 32:
+                digits = (bits >> (SHIFT - 32)) & 0xFFFF
+                counted = is_pair
+                if SHIFT == 32:
+                    counted = counted & ((bits >> 16) == (bound_bits >> 16))
+            else:
+                digits = (low >> SHIFT).to(tl.int32) & 0xFFFF
+                counted = is_pair & (bits == bound_bits)
+                if SHIFT == 0:
+                    counted = counted & ((low >> 16) == (bound_low >> 16))
             ones = tl.full((TOKENS, FEATURES), 1, dtype=tl.int64)
             tl.atomic_add(out_ptr + digits, ones, mask=counted, sem="relaxed")
         else:
-            collected = (is_pair & (keys >= bound)).to(tl.int32)
+            reach = (bits > bound_bits) | ((bits == bound_bits) & (low >= bound_low))
+            collected = (is_pair & reach).to(tl.int32)
             # one place for the tile, one in it for each row, one in that for each pair
             per_row = tl.sum(collected, axis=1)
             total = tl.sum(per_row, axis=0)
             if total > 0:
                 first = tl.atomic_add(count_ptr, total.to(tl.int64), sem="relaxed")
-                row_first = tl.cumsum(per_row, axis=0) - per_row
-                in_row = tl.cumsum(collected, axis=1) - collected
-                places = first + row_first[:, None] + in_row
+                first = tl.minimum(first, capacity).to(tl.int32)
+                row_first = first + tl.cumsum(per_row, axis=0) - per_row
+                places = row_first[:, None] + tl.cumsum(collected, axis=1) - collected
                 tl.store(
                     out_ptr + places,
-                    keys,
+                    (bits.to(tl.int64) << 32) | low.to(tl.int64),
                     mask=(collected != 0) & (places < capacity),
                 )

@@ -1,5 +1,4 @@
 from collections.abc import Iterator
-from importlib.util import find_spec
 
 import pytest
 import torch
@@ -14,17 +13,6 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(n_threads)
-
-
-@pytest.fixture
-def triton_device(monkeypatch: pytest.MonkeyPatch) -> Iterator[torch.device]:
-    """Triton's kernels, on new tensors: compiled on a GPU, interpreted elsewhere."""
-    if find_spec("triton") is None:
-        pytest.skip("triton is not installed")
-    monkeypatch.setenv(BACKEND_VARIABLE, "triton")
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    with device:
-        yield device
 
 
 @pytest.fixture(params=["torch", "reference", "triton"])

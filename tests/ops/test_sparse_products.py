@@ -12,7 +12,6 @@ from sae_lens_alloc.ops.sparse import (
     sparse_times_dense_transposed,
 )
 
-
 TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-13}
 
 
