@@ -15,12 +15,16 @@ class SparseActivations:
         feature_indices: int64 tensor of shape (N,).
         values: Affinities of the pairs, shape (N,).
         shape: (number of tokens B, number of features F).
+        real: Boolean mask of shape (N,), false where a pair only fills up the last places of
+            a fixed number of pairs: its value is 0, and it must not count or learn. None if
+            all pairs are real.
     """
 
     token_indices: torch.Tensor
     feature_indices: torch.Tensor
     values: torch.Tensor
     shape: tuple[int, int]
+    real: torch.Tensor | None = None
 
     @classmethod
     def from_unordered(
@@ -36,21 +40,44 @@ class SparseActivations:
 
     def token_counts(self) -> torch.Tensor:
         """Active features of each token, int64 of shape (B,)."""
-        return torch.bincount(self.token_indices, minlength=self.shape[0])
+        return self._count(self.token_indices, self.shape[0])
 
     def feature_counts(self) -> torch.Tensor:
         """Active tokens of each feature, int64 of shape (F,)."""
-        return torch.bincount(self.feature_indices, minlength=self.shape[1])
+        return self._count(self.feature_indices, self.shape[1])
+
+    def _count(self, indices: torch.Tensor, n: int) -> torch.Tensor:
+        # bincount would ask a GPU for the largest index
+        ones = torch.ones_like(indices) if self.real is None else self.real.long()
+        return indices.new_zeros(n).scatter_add_(0, indices, ones)
+
+    def smallest_value(self) -> torch.Tensor:
+        """Scalar tensor, infinite if no pair is real. Needs at least one place."""
+        if self.real is None:
+            return self.values.min()
+        return self.values.where(self.real, torch.inf).min()
+
+    def without_padding(self) -> "SparseActivations":
+        """The real pairs alone, which asks a GPU how many there are."""
+        if self.real is None:
+            return self
+        return SparseActivations(
+            self.token_indices[self.real],
+            self.feature_indices[self.real],
+            self.values[self.real],
+            self.shape,
+        )
 
     def to_dense(self) -> torch.Tensor:
         """Activations of shape (B, F), zero where a pair is not active."""
         dense = self.values.new_zeros(self.shape)
-        dense[self.token_indices, self.feature_indices] = self.values
+        pairs = self.without_padding()
+        dense[pairs.token_indices, pairs.feature_indices] = pairs.values
         return dense
 
     def to_coo(self, leading_shape: torch.Size | tuple[int, ...]) -> torch.Tensor:
         """
-        Activations as a coalesced sparse COO tensor of shape (*leading_shape, F), where
+        Activations as a sparse COO tensor of shape (*leading_shape, F), coalesced, where
         the leading dimensions flatten to the B tokens.
         """
         if len(leading_shape) == 1:
@@ -63,6 +90,7 @@ class SparseActivations:
             torch.stack([*leading, self.feature_indices]),
             self.values,
             (*leading_shape, self.shape[1]),
-            is_coalesced=True,
+            # padding repeats a pair
+            is_coalesced=self.real is None,
             check_invariants=False,
         )

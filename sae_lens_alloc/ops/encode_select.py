@@ -10,6 +10,7 @@ from sae_lens_alloc.allocation.candidates import candidate_positions
 from sae_lens_alloc.allocation.feature_choice import RankedCandidates, rank_candidates
 from sae_lens_alloc.allocation.mutual_choice import MutualChoiceCollector
 from sae_lens_alloc.allocation.sparse_activations import SparseActivations
+from sae_lens_alloc.ops.key_selection import key_encoder, select_by_keys
 
 # Elements of a block of affinities: small enough for the caches of a CPU, large enough to
 # fill a GPU.
@@ -159,8 +160,15 @@ def encode_mutual_choice(
         budget: Number of pairs M.
         cut: Cut of the last steps, scalar tensor, or None if there was none. A good guess
             makes the selection fast; a bad one costs a second pass.
+
+    Returns:
+        The pairs, padded to min(budget, B * F) by the Triton backend.
     """
     bound = None if cut is None else cut * _BOUND_SHARE
+    if isinstance(encoder, Encoder):
+        keys = key_encoder(encoder.W_enc, encoder.b_enc, encoder.scale, x)
+        if keys is not None and budget > 0:
+            return select_by_keys(keys, budget, bound)
     collector = MutualChoiceCollector((len(x), encoder.n_features), budget, bound)
     for block in encoder.blocks(len(x)):
         part = encoder.part(block)

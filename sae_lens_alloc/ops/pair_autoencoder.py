@@ -51,6 +51,7 @@ def reconstruct_pairs(
     n_sets: int = 1,
     subtracted: torch.Tensor | None = None,
     memory: GradientMemory | None = None,
+    real: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """
     Decodes the pre-activations of the given pairs, and carries the gradient back to all
@@ -77,13 +78,25 @@ def reconstruct_pairs(
             its gradient here. That costs one matrix-vector product; through x it would cost
             the gradient of all of x.
         memory: Memory for the gradients of W_enc and W_dec.
+        real: Boolean mask of shape (N,), false at pairs with a pre-activation of 0 that are
+            padding and get no gradient. None if all are real.
 
     Returns:
         float32 (float64 for float64 weights) tensor of shape (n_sets, B, d_in), without
         b_dec.
     """
     return _ReconstructPairs.apply(
-        x, W_enc, b_enc, W_dec, subtracted, rows, features, pre_acts, n_sets, memory
+        x,
+        W_enc,
+        b_enc,
+        W_dec,
+        subtracted,
+        rows,
+        features,
+        pre_acts,
+        real,
+        n_sets,
+        memory,
     )
 
 
@@ -99,16 +112,15 @@ class _ReconstructPairs(torch.autograd.Function):
         rows: torch.Tensor,
         features: torch.Tensor,
         pre_acts: torch.Tensor,
+        real: torch.Tensor | None,
         n_sets: int,
         memory: GradientMemory | None,
     ) -> torch.Tensor:
         dtype = _accumulation_dtype(W_dec)
         pre_acts = pre_acts.to(dtype)
         with torch.autocast(x.device.type, enabled=False):
-            out = sparse_times_dense(
-                rows, features, pre_acts, n_sets * len(x), W_dec.to(dtype)
-            )
-        ctx.save_for_backward(x, W_enc, W_dec, rows, features, pre_acts)
+            out = sparse_times_dense(rows, features, pre_acts, n_sets * len(x), W_dec)
+        ctx.save_for_backward(x, W_enc, W_dec, rows, features, pre_acts, real)
         ctx.memory = memory
         ctx.b_enc_dtype = b_enc.dtype
         ctx.subtracted_dtype = None if subtracted is None else subtracted.dtype
@@ -117,16 +129,16 @@ class _ReconstructPairs(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_out: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # type: ignore[override]
-        x, W_enc, W_dec, rows, features, pre_acts = ctx.saved_tensors
+        x, W_enc, W_dec, rows, features, pre_acts, real = ctx.saved_tensors
         n_features = len(W_dec)
         W_enc_memory, W_dec_memory = None, None
         if ctx.memory is not None and W_dec.dtype == pre_acts.dtype:
             W_enc_memory, W_dec_memory = ctx.memory.take()
         with torch.autocast(x.device.type, enabled=False):
             grad_rows = grad_out.to(pre_acts.dtype).flatten(0, 1)
-            grad_pre = sampled_products(
-                rows, features, grad_rows, W_dec.to(pre_acts.dtype)
-            )
+            grad_pre = sampled_products(rows, features, grad_rows, W_dec)
+            if real is not None:
+                grad_pre = torch.where(real, grad_pre, 0.0)
             by_feature = features.argsort(stable=True)
             sorted_features = features[by_feature]
             grad_pre_by_feature = grad_pre[by_feature]
@@ -143,7 +155,7 @@ class _ReconstructPairs(torch.autograd.Function):
                 rows[by_feature] % len(x),
                 grad_pre_by_feature,
                 n_features,
-                x.to(pre_acts.dtype),
+                x,
                 out=W_enc_memory,
             )
             grad_b_enc = torch.segment_reduce(
@@ -159,7 +171,7 @@ class _ReconstructPairs(torch.autograd.Function):
                     features,
                     grad_pre,
                     len(grad_rows),
-                    W_enc.T.to(pre_acts.dtype),
+                    W_enc.T,
                 )
                 grad_x = grad_x.view(-1, *x.shape).sum(0).to(x.dtype)
             grad_subtracted = None
@@ -172,6 +184,7 @@ class _ReconstructPairs(torch.autograd.Function):
             grad_b_enc.to(ctx.b_enc_dtype),
             grad_W_dec.to(W_dec.dtype),
             grad_subtracted,
+            None,
             None,
             None,
             None,

@@ -1,8 +1,11 @@
-"""Products of ragged pairs with dense matrices: torch's CSR kernels, or a plain reference."""
+"""Products of ragged pairs with dense matrices, by the backend of their device."""
 
 import warnings
+from types import ModuleType
 
 import torch
+
+from sae_lens_alloc.ops.backend import backend_for
 
 # torch says so at the first CSR tensor of a process; nothing a user of SAEs can act on
 warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta state")
@@ -11,18 +14,11 @@ warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta 
 _REFERENCE_CHUNK = 2**22
 
 
-def has_csr_kernels(device: torch.device) -> bool:
-    """Whether torch multiplies CSR matrices on this device (on CPU it needs MKL)."""
-    return device.type == "cuda" or (
-        device.type == "cpu" and torch.backends.mkl.is_available()
-    )
-
-
 def row_offsets(sorted_rows: torch.Tensor, n_rows: int) -> torch.Tensor:
     """Start of each row among pairs sorted by row, int64 of shape (n_rows + 1,)."""
-    offsets = torch.zeros(n_rows + 1, dtype=torch.int64, device=sorted_rows.device)
-    torch.cumsum(torch.bincount(sorted_rows, minlength=n_rows), 0, out=offsets[1:])
-    return offsets
+    # counting them would ask a GPU for the largest row
+    rows = torch.arange(n_rows + 1, device=sorted_rows.device)
+    return torch.searchsorted(sorted_rows.contiguous(), rows)
 
 
 def sparse_times_dense(
@@ -42,15 +38,20 @@ def sparse_times_dense(
         columns: int64 of shape (N,).
         values: Shape (N,), float32 or float64.
         n_rows: Number of rows of the result.
-        dense: Matrix of shape (n_columns, d), of the values' dtype.
+        dense: Matrix of shape (n_columns, d), of the values' dtype or a lower precision.
         out: Contiguous matrix of shape (n_rows, d) to write to, if there is one.
 
     Returns:
-        Matrix of shape (n_rows, d).
+        Matrix of shape (n_rows, d), of the values' dtype.
     """
     if out is None:
-        out = dense.new_empty(n_rows, dense.shape[1])
-    if has_csr_kernels(dense.device):
+        out = values.new_empty(n_rows, dense.shape[1])
+    backend = backend_for(dense.device)
+    if backend == "triton":
+        offsets = row_offsets(sorted_rows, n_rows)
+        return _triton().sparse_times_dense(offsets, columns, values, dense, out)
+    dense = dense.to(values.dtype)
+    if backend == "torch":
         shape = (n_rows, dense.shape[0])
         matrix = _csr_matrix(sorted_rows, columns, values, shape)
         return out.addmm_(matrix, dense, beta=0.0)
@@ -70,8 +71,14 @@ def sparse_times_dense_transposed(
 ) -> torch.Tensor:
     """The transpose of `sparse_times_dense`, contiguous, of shape (d, n_rows) as `out` is."""
     if out is None:
-        out = dense.new_empty(dense.shape[1], n_rows)
-    if dense.device.type != "cpu" or not has_csr_kernels(dense.device):
+        out = values.new_empty(dense.shape[1], n_rows)
+    backend = backend_for(dense.device)
+    if backend == "triton":
+        offsets = row_offsets(sorted_rows, n_rows)
+        _triton().sparse_times_dense(offsets, columns, values, dense, out.T)
+        return out
+    dense = dense.to(values.dtype)
+    if backend == "reference" or dense.device.type != "cpu":
         return out.copy_(
             sparse_times_dense(sorted_rows, columns, values, n_rows, dense).T
         )
@@ -94,12 +101,16 @@ def sampled_products(
         sorted_rows: int64 of shape (N,), ascending rows of `left`.
         columns: int64 of shape (N,), rows of `right`.
         left: Matrix of shape (n_rows, d), float32 or float64.
-        right: Matrix of shape (n_columns, d).
+        right: Matrix of shape (n_columns, d), of left's dtype or a lower precision.
 
     Returns:
-        Dot products of shape (N,).
+        Dot products of shape (N,), of left's dtype.
     """
-    if has_csr_kernels(left.device):
+    backend = backend_for(left.device)
+    if backend == "triton":
+        return _triton().sampled_products(sorted_rows, columns, left, right)
+    right = right.to(left.dtype)
+    if backend == "torch":
         zeros = left.new_zeros(len(columns))
         shape = (left.shape[0], right.shape[0])
         pattern = _csr_matrix(sorted_rows, columns, zeros, shape)
@@ -110,6 +121,13 @@ def sampled_products(
             for part in _chunks(len(columns), left.shape[1])
         ]
     )
+
+
+def _triton() -> ModuleType:
+    # imported where it is used, since it need not be installed
+    from sae_lens_alloc.ops import triton_sparse
+
+    return triton_sparse
 
 
 def _csr_matrix(

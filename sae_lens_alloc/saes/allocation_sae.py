@@ -20,6 +20,7 @@ from typing_extensions import override
 from sae_lens_alloc.allocation.mutual_choice import budget_for, require_no_nan_or_inf
 from sae_lens_alloc.allocation.schedule import aux_loss_fade, budget_per_token
 from sae_lens_alloc.allocation.sparse_activations import SparseActivations
+from sae_lens_alloc.ops.device_checks import DeviceChecks
 from sae_lens_alloc.ops.encode_select import (
     Encoder,
     KnownAffinities,
@@ -61,6 +62,7 @@ class AllocationTrainingSAE(TrainingSAE[T_CONFIG]):
             self.W_dec.device,
         )
         self.gradient_memory = GradientMemory()
+        self.checks = DeviceChecks()
         self.setup()
 
     @abstractmethod
@@ -198,7 +200,8 @@ class AllocationTrainingSAE(TrainingSAE[T_CONFIG]):
 
         Raises:
             ValueError: if activations or weights are not finite, naming the step; nothing
-                has been changed then.
+                has been changed then. On a GPU, which is not waited for, the report comes
+                in one of the next steps or before anything is saved.
         """
         # The number of pairs differs from batch to batch, which torch.compile would answer
         # with a recompilation per step; `compile_sae` therefore leaves the step as it is.
@@ -210,7 +213,8 @@ class AllocationTrainingSAE(TrainingSAE[T_CONFIG]):
         inputs = self.process_sae_in(sae_in)
         x = inputs.reshape(-1, self.cfg.d_in)
         encoder = self.encoder()
-        _require_finite(encoder, x, step_input.n_training_steps)
+        self.checks.report()
+        _require_finite(self.checks, encoder, x, step_input.n_training_steps)
         step = self.allocation.begin_step(step_input.n_training_steps)
         acts_are_hooked = _has_hooks(self.hook_sae_acts_pre) or _has_hooks(
             self.hook_sae_acts_post
@@ -246,12 +250,11 @@ class AllocationTrainingSAE(TrainingSAE[T_CONFIG]):
 
         sae_out, aux_out = self._outputs(recons, aux_recons, inputs.shape)
         mse_loss = self.mse_loss_fn(sae_out, sae_in).sum(dim=-1).mean()
-        if not torch.isfinite(mse_loss):
-            raise ValueError(
-                f"The reconstruction loss became {mse_loss.item()} at training step "
-                f"{step}: the weights have diverged; lower the learning rate or add "
-                "warm-up steps."
-            )
+        self.checks.require(
+            torch.isfinite(mse_loss),
+            f"The reconstruction loss became NaN or Inf at training step {step}: the "
+            "weights have diverged; lower the learning rate or add warm-up steps.",
+        )
         losses = {"mse_loss": mse_loss}
         if aux_out is not None:
             residual = (sae_in - sae_out).detach()
@@ -284,6 +287,7 @@ class AllocationTrainingSAE(TrainingSAE[T_CONFIG]):
             features=torch.cat([pairs.feature_indices for pairs in sets]),
             pre_acts=torch.cat([encoder.pre_acts(pairs) for pairs in sets]),
             n_sets=len(sets),
+            real=_real_pairs(sets),
             subtracted=self.b_dec if self._subtracts_b_dec(x) else None,
             memory=self.gradient_memory,
         )
@@ -427,6 +431,7 @@ class AllocationTrainingSAE(TrainingSAE[T_CONFIG]):
     def process_state_dict_for_saving_inference(
         self, state_dict: dict[str, Any]
     ) -> None:
+        self.checks.report(wait=True)
         super().process_state_dict_for_saving_inference(state_dict)
         for name in [name for name in state_dict if name.startswith("allocation.")]:
             del state_dict[name]
@@ -439,6 +444,7 @@ class AllocationTrainingSAE(TrainingSAE[T_CONFIG]):
 
     @override
     def process_state_dict_for_saving(self, state_dict: dict[str, Any]) -> None:
+        self.checks.report(wait=True)
         super().process_state_dict_for_saving(state_dict)
         for name, buffer in self.allocation.named_buffers():
             if buffer.is_floating_point():
@@ -466,6 +472,20 @@ def _has_hooks(hook: HookPoint) -> bool:
     return len(hook._forward_hooks) > 0 or len(hook._backward_hooks) > 0
 
 
+def _real_pairs(sets: list[SparseActivations]) -> torch.Tensor | None:
+    """Which pairs of all the sets are no padding, None if there is none."""
+    if all(pairs.real is None for pairs in sets):
+        return None
+    return torch.cat(
+        [
+            torch.ones_like(pairs.values, dtype=torch.bool)
+            if pairs.real is None
+            else pairs.real
+            for pairs in sets
+        ]
+    )
+
+
 def _mask_of(pairs: SparseActivations) -> torch.Tensor:
     """Boolean matrix of shape (B, F), true at the pairs."""
     mask = torch.zeros(pairs.shape, dtype=torch.bool, device=pairs.values.device)
@@ -480,19 +500,21 @@ def _top_tokens_share(pairs: SparseActivations) -> torch.Tensor:
     return counts.topk(n_top).values.sum() / counts.sum().clamp(min=1)
 
 
-def _require_finite(encoder: Encoder, x: torch.Tensor, step: int) -> None:
-    # one number, so that a GPU is asked once
-    total = x.sum() + encoder.W_enc.sum() + encoder.b_enc.sum()
+def _require_finite(
+    checks: DeviceChecks, encoder: Encoder, x: torch.Tensor, step: int
+) -> None:
+    # a GPU is not waited for, and has learned from the batch by the time it is known
+    outcome = "" if x.is_cuda else "; nothing was learned from this batch"
+    checks.require(
+        torch.isfinite(x).all(),
+        f"The activations of training step {step} contain NaN or Inf: check the language "
+        f"model and its dtype{outcome}.",
+    )
+    total = encoder.W_enc.sum() + encoder.b_enc.sum()
     if encoder.scale is not None:
         total = total + encoder.scale.sum()
-    if torch.isfinite(total):
-        return
-    if not torch.isfinite(x).all():
-        raise ValueError(
-            f"The activations of training step {step} contain NaN or Inf: check the "
-            "language model and its dtype; nothing was learned from this batch."
-        )
-    raise ValueError(
+    checks.require(
+        torch.isfinite(total),
         f"The weights contain NaN or Inf at training step {step}: they have diverged; "
-        "lower the learning rate or add warm-up steps."
+        "lower the learning rate or add warm-up steps.",
     )

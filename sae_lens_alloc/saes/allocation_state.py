@@ -235,7 +235,7 @@ class AllocationState(nn.Module):
         """The allocation that a batch would get, without any change of the statistics."""
         if rule == "mutual":
             cut = self.cut if self._knows_cut() else None
-            return encode_mutual_choice(encoder, x, budget, cut)
+            return encode_mutual_choice(encoder, x, budget, cut).without_padding()
         quotas = self._quotas(len(x), budget)
         return encode_feature_choice(
             encoder,
@@ -310,10 +310,11 @@ class AllocationState(nn.Module):
         """Moves the running cut towards the batch's own, its smallest selected affinity."""
         if len(pairs.values) == 0:
             return
-        batch_cut = pairs.values.min().float()
+        batch_cut = pairs.smallest_value().float()
         if self._knows_cut():
             batch_cut = follow_cut(self.cut, batch_cut)
-        self.cut.copy_(batch_cut)
+        # infinite where all the pairs are padding
+        self.cut.copy_(torch.where(batch_cut.isinf(), self.cut, batch_cut))
 
     def _update_density(self, counts: torch.Tensor, n_tokens: int) -> None:
         update_density(

@@ -100,3 +100,39 @@ def test_to_coo_without_pairs(leading: tuple[int, ...]):
 
 def test_to_coo_accepts_a_torch_size(pairs: SparseActivations):
     assert pairs.to_coo(torch.Size([2, 3])).shape == (2, 3, 4)
+
+
+def padded_pairs() -> SparseActivations:
+    """(0, 1) and (2, 0) of 3 tokens and 2 features, and two places that repeat (2, 1)."""
+    return SparseActivations(
+        torch.tensor([0, 2, 2, 2]),
+        torch.tensor([1, 0, 1, 1]),
+        torch.tensor([5.0, 3.0, 0.0, 0.0]),
+        (3, 2),
+        real=torch.tensor([True, True, False, False]),
+    )
+
+
+def test_padding_does_not_count():
+    pairs = padded_pairs()
+    assert pairs.token_counts().tolist() == [1, 0, 1]
+    assert pairs.feature_counts().tolist() == [1, 1]
+    assert pairs.smallest_value() == 3
+    assert pairs.to_dense().tolist() == [[0, 5], [0, 0], [3, 0]]
+    assert pairs.to_coo((3,)).to_dense().tolist() == [[0, 5], [0, 0], [3, 0]]
+    real = pairs.without_padding()
+    assert real.values.tolist() == [5, 3]
+    assert real.real is None
+
+
+def test_smallest_value_of_padding_alone_is_infinite():
+    pairs = padded_pairs()
+    alone = SparseActivations(
+        pairs.token_indices[2:],
+        pairs.feature_indices[2:],
+        pairs.values[2:],
+        (3, 2),
+        real=torch.tensor([False, False]),
+    )
+    assert alone.smallest_value() == float("inf")
+    assert alone.feature_counts().tolist() == [0, 0]

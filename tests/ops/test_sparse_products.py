@@ -1,26 +1,16 @@
-"""Products of ragged pairs against dense formulas in float64, on both paths."""
+"""Products of ragged pairs against dense formulas in float64, by every backend."""
 
 import pytest
 import torch
 
 from sae_lens_alloc.ops import sparse
+from sae_lens_alloc.ops.backend import BACKEND_VARIABLE
 from sae_lens_alloc.ops.sparse import (
-    has_csr_kernels,
     row_offsets,
     sampled_products,
     sparse_times_dense,
     sparse_times_dense_transposed,
 )
-
-
-@pytest.fixture(params=["csr", "reference"])
-def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    if request.param == "reference":
-        monkeypatch.setattr(sparse, "has_csr_kernels", lambda device: False)  # noqa: ARG005
-    elif not has_csr_kernels(torch.device("cpu")):
-        pytest.skip("torch was built without CSR kernels for this CPU")
-    return request.param
-
 
 TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-13}
 
@@ -63,7 +53,7 @@ def test_row_offsets_by_hand():
     assert row_offsets(torch.empty(0, dtype=torch.int64), 2).tolist() == [0, 0, 0]
 
 
-@pytest.mark.usefixtures("path")
+@pytest.mark.usefixtures("backend")
 def test_products_by_hand():
     # A = [[0, 2], [0, 0], [3, 4]], dense = [[1, 10], [5, 7]]
     rows, columns = torch.tensor([0, 2, 2]), torch.tensor([1, 0, 1])
@@ -78,7 +68,7 @@ def test_products_by_hand():
     assert sampled_products(rows, columns, left, dense).tolist() == [19, 13, 22]
 
 
-@pytest.mark.usefixtures("path")
+@pytest.mark.usefixtures("backend")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("density", [0.0, 0.03, 0.5, 1.0])
 def test_products_are_the_dense_ones(density: float, dtype: torch.dtype):
@@ -107,7 +97,64 @@ def test_products_are_the_dense_ones(density: float, dtype: torch.dtype):
     assert_close(sampled, torch.tensor(expected, dtype=torch.float64), dtype)
 
 
-@pytest.mark.usefixtures("path")
+@pytest.mark.usefixtures("backend")
+@pytest.mark.parametrize("width", [1, 130])
+def test_products_of_rows_with_many_pairs(width: int):
+    # more pairs, rows and columns than a kernel takes at a time, none of them a power of two
+    torch.manual_seed(5)
+    mask = torch.rand(70, 90) < 0.1
+    mask[3], mask[:, 5] = True, True
+    rows, columns = mask.nonzero(as_tuple=True)
+    values = torch.randn(len(rows), dtype=torch.float64)
+    matrix = dense_matrix(rows, columns, values, (70, 90))
+    dense = torch.randn(90, width, dtype=torch.float64)
+    left = torch.randn(70, width, dtype=torch.float64)
+    args = (rows, columns, values, 70, dense)
+    assert_close(sparse_times_dense(*args), matrix @ dense, torch.float64)
+    assert_close(
+        sparse_times_dense_transposed(*args), (matrix @ dense).T, torch.float64
+    )
+    sampled = sampled_products(rows, columns, left, dense)
+    assert_close(sampled, (left @ dense.T)[rows, columns], torch.float64)
+
+
+@pytest.mark.usefixtures("backend")
+def test_products_of_bfloat16_matrices_are_accumulated_in_float32():
+    torch.manual_seed(6)
+    rows, columns, values = random_pairs(7, 9, 0.6)
+    matrix = dense_matrix(rows, columns, values.float(), (7, 9))
+    dense = torch.randn(9, 6).bfloat16()
+    left = torch.randn(7, 6)
+    args = (rows, columns, values.float(), 7, dense)
+    assert_close(sparse_times_dense(*args), matrix @ dense.double(), torch.float32)
+    assert_close(
+        sparse_times_dense_transposed(*args), (matrix @ dense.double()).T, torch.float32
+    )
+    sampled = sampled_products(rows, columns, left, dense)
+    expected = (left.double() @ dense.double().T)[rows, columns]
+    assert_close(sampled, expected, torch.float32)
+
+
+@pytest.mark.usefixtures("backend")
+def test_products_are_the_same_bit_for_bit_twice():
+    torch.manual_seed(7)
+    rows, columns, values = random_pairs(40, 50, 0.3)
+    dense, left = torch.randn(50, 20), torch.randn(40, 20)
+    args = (rows, columns, values.float(), 40, dense)
+
+    def run() -> list[torch.Tensor]:
+        return [
+            sparse_times_dense(*args),
+            sparse_times_dense_transposed(*args),
+            sampled_products(rows, columns, left, dense),
+        ]
+
+    first = run()
+    for _ in range(3):
+        assert all(map(torch.equal, first, run()))
+
+
+@pytest.mark.usefixtures("backend")
 def test_products_of_empty_first_and_last_rows():
     torch.manual_seed(1)
     rows, columns = torch.tensor([2, 2, 3]), torch.tensor([0, 4, 2])
@@ -121,7 +168,7 @@ def test_products_of_empty_first_and_last_rows():
     )
 
 
-@pytest.mark.usefixtures("path")
+@pytest.mark.usefixtures("backend")
 def test_products_of_pairs_that_occur_twice_and_out_of_order_within_a_row():
     # as in the gradient of two sets of pairs, which share the tokens
     torch.manual_seed(2)
@@ -139,7 +186,7 @@ def test_products_of_pairs_that_occur_twice_and_out_of_order_within_a_row():
     )
 
 
-@pytest.mark.usefixtures("path")
+@pytest.mark.usefixtures("backend")
 @pytest.mark.parametrize("layout", ["transposed", "sliced"])
 def test_products_of_dense_matrices_in_other_layouts(layout: str):
     torch.manual_seed(3)
@@ -164,7 +211,7 @@ def test_products_of_dense_matrices_in_other_layouts(layout: str):
 def test_reference_does_not_depend_on_its_chunks(
     chunk_pairs: int, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr(sparse, "has_csr_kernels", lambda device: False)  # noqa: ARG005
+    monkeypatch.setenv(BACKEND_VARIABLE, "reference")
     width = 4
     monkeypatch.setattr(sparse, "_REFERENCE_CHUNK", chunk_pairs * width)
     torch.manual_seed(4)
@@ -182,7 +229,7 @@ def test_reference_does_not_depend_on_its_chunks(
 
 
 def test_reference_of_rows_wider_than_a_chunk(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(sparse, "has_csr_kernels", lambda device: False)  # noqa: ARG005
+    monkeypatch.setenv(BACKEND_VARIABLE, "reference")
     monkeypatch.setattr(sparse, "_REFERENCE_CHUNK", 3)
     rows, columns = torch.tensor([0, 1, 1]), torch.tensor([1, 0, 1])
     dense = torch.arange(8, dtype=torch.float64).view(2, 4)

@@ -370,8 +370,8 @@ def test_reconstruction_that_overflows_is_reported():
     with pytest.raises(ValueError) as error:
         training_step(sae, tokens(16, 8), step=4)
     assert str(error.value) == (
-        "The reconstruction loss became inf at training step 4: the weights have diverged; "
-        "lower the learning rate or add warm-up steps."
+        "The reconstruction loss became NaN or Inf at training step 4: the weights have "
+        "diverged; lower the learning rate or add warm-up steps."
     )
 
 

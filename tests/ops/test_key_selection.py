@@ -1,0 +1,323 @@
+"""Selection by keys against dense brute force, by torch's reference and by Triton's kernels."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from sae_lens_alloc.allocation.mutual_choice import select_mutual_choice
+from sae_lens_alloc.allocation.sparse_activations import SparseActivations
+from sae_lens_alloc.ops import key_selection
+from sae_lens_alloc.ops.encode_select import Encoder, encode_mutual_choice
+from sae_lens_alloc.ops.key_selection import (
+    LEAST_KEY,
+    MAX_POSITIONS,
+    N_DIGITS,
+    SHIFTS,
+    KeyEncoder,
+    key_encoder,
+    next_digit,
+    pair_keys,
+    pairs_of_keys,
+    select_by_keys,
+)
+
+MakeKeyEncoder = Callable[..., KeyEncoder]
+
+
+@pytest.fixture(params=["reference", "triton"])
+def make_key_encoder(request: pytest.FixtureRequest) -> MakeKeyEncoder:
+    if request.param == "reference":
+        return KeyEncoder
+    request.getfixturevalue("triton_device")
+    from sae_lens_alloc.ops.triton_select import TritonKeyEncoder
+
+    return TritonKeyEncoder
+
+
+@pytest.fixture
+def small_capacity(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Twice the budget, so that most guesses overflow."""
+    monkeypatch.setattr(key_selection, "CAPACITY_FACTOR", 2)
+    monkeypatch.setattr(key_selection, "MIN_CAPACITY", 1)
+
+
+def exact_tensors(
+    n_tokens: int, n_features: int, dtype: torch.dtype = torch.float32
+) -> tuple[torch.Tensor, ...]:
+    """Small multiples of 1/2: affinities are exact in every dtype, with many ties."""
+    return (
+        torch.randint(-3, 4, (n_tokens, 4)).to(dtype),
+        (torch.randint(-2, 3, (4, n_features)) / 2).to(dtype),
+        (torch.randint(-2, 3, (n_features,)) / 2).to(dtype),
+        2.0 ** torch.randint(-1, 2, (n_features,)),
+    )
+
+
+def affinities_of(
+    x: torch.Tensor,
+    W_enc: torch.Tensor,
+    b_enc: torch.Tensor,
+    scale: torch.Tensor | None,
+) -> torch.Tensor:
+    affinities = x.float() @ W_enc.float() + b_enc.float()
+    return affinities if scale is None else affinities * scale
+
+
+def assert_is_selection(actual: SparseActivations, expected: SparseActivations):
+    """The same pairs and values, then padding up to the budget."""
+    assert actual.real is not None
+    n_real = len(expected.values)
+    assert actual.real.tolist() == [i < n_real for i in range(len(actual.values))]
+    assert actual.shape == expected.shape
+    assert torch.equal(actual.token_indices[:n_real], expected.token_indices)
+    assert torch.equal(actual.feature_indices[:n_real], expected.feature_indices)
+    assert torch.equal(actual.values[:n_real], expected.values)
+    assert actual.values[n_real:].count_nonzero() == 0
+    # in row order with the padding, and within the batch
+    keys = actual.token_indices * actual.shape[1] + actual.feature_indices
+    assert (keys.diff() >= 0).all()
+    assert (actual.token_indices < actual.shape[0]).all()
+    assert (actual.feature_indices < actual.shape[1]).all()
+
+
+# -- Keys
+
+
+def test_keys_by_hand():
+    # 1.0 is 0x3f800000
+    keys = pair_keys(
+        torch.tensor([1.0, 1.0, 2.0]), torch.tensor([0, 5, MAX_POSITIONS - 1])
+    )
+    assert keys.tolist() == [
+        0x3F800000_FFFFFFFF,
+        0x3F800000_FFFFFFFA,
+        0x40000000_00000000,
+    ]
+
+
+def test_keys_order_by_affinity_and_then_from_the_first_position_on():
+    affinities = [1e-45, 1e-38, 0.5, 0.5, 1.0, 1.0000001, 3e38, float("inf")]
+    positions = [0, MAX_POSITIONS - 1, 9, 8, 3, 2, 1, 0]
+    keys = pair_keys(torch.tensor(affinities), torch.tensor(positions))
+    assert (keys.diff() > 0).all()
+    assert keys[0] >= LEAST_KEY
+
+
+def test_pairs_of_keys_are_those_that_made_them_and_padding_comes_last():
+    # of 3 tokens and 5 features: (2, 4), (0, 3), padding, (1, 0)
+    keys = pair_keys(torch.tensor([2.0, 0.25, 7.0]), torch.tensor([14, 3, 5]))
+    keys = torch.cat([keys[:2], torch.zeros(1, dtype=torch.int64), keys[2:]])
+    pairs = pairs_of_keys(keys, (3, 5))
+    assert pairs.token_indices.tolist() == [0, 1, 2, 2]
+    assert pairs.feature_indices.tolist() == [3, 0, 4, 4]
+    assert pairs.values.tolist() == [0.25, 7.0, 2.0, 0.0]
+    assert pairs.real is not None
+    assert pairs.real.tolist() == [True, True, True, False]
+
+
+# -- Collecting and counting
+
+
+# 150 tokens and 200 features end within a tile of 128 x 128
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("with_scale", [True, False])
+def test_collect_gives_the_keys_that_reach_the_bound(
+    with_scale: bool, dtype: torch.dtype, make_key_encoder: MakeKeyEncoder
+):
+    torch.manual_seed(0)
+    x, W_enc, b_enc, scale = exact_tensors(150, 200, dtype)
+    encoder = make_key_encoder(x, W_enc, b_enc, scale if with_scale else None)
+    affinities = affinities_of(x, W_enc, b_enc, encoder.scale).flatten()
+    positions = affinities.nonzero().squeeze(1)
+    positions = positions[affinities[positions] > 0]
+    all_keys = pair_keys(affinities[positions], positions).sort().values
+    middle = all_keys[len(all_keys) // 2]
+    for bound in (torch.full_like(middle, LEAST_KEY), middle, all_keys[-1] + 1):
+        expected = all_keys[all_keys >= bound]
+        keys, count = encoder.collect(bound, bound < 0, 30000)
+        assert count.item() == len(expected)
+        assert torch.equal(keys[: len(expected)].sort().values, expected)
+
+
+def test_collect_counts_what_does_not_fit(make_key_encoder: MakeKeyEncoder):
+    torch.manual_seed(1)
+    tensors = exact_tensors(150, 200)
+    affinities = affinities_of(*tensors)
+    bound = torch.full((), LEAST_KEY, dtype=torch.int64, device=affinities.device)
+    keys, count = make_key_encoder(*tensors).collect(bound, bound < 0, 70)
+    assert count.item() == (affinities > 0).sum().item()
+    assert keys.shape == (70,)
+    # those that were stored are among the pairs, each once
+    pairs = pairs_of_keys(keys, (150, 200))
+    assert len(keys.unique()) == 70
+    found = affinities[pairs.token_indices, pairs.feature_indices]
+    assert torch.equal(found, pairs.values)
+
+
+def test_nothing_is_collected_or_counted_where_the_work_is_done(
+    make_key_encoder: MakeKeyEncoder,
+):
+    encoder = make_key_encoder(*exact_tensors(20, 30))
+    bound = torch.zeros((), dtype=torch.int64, device=encoder.x.device)
+    assert encoder.collect(bound, bound == 0, 70)[1].item() == 0
+    assert encoder.histogram(bound, 48, bound == 0).count_nonzero() == 0
+
+
+def test_histograms_count_the_digits_below_a_prefix(make_key_encoder: MakeKeyEncoder):
+    torch.manual_seed(2)
+    tensors = exact_tensors(150, 200)
+    encoder = make_key_encoder(*tensors)
+    affinities = affinities_of(*tensors).flatten()
+    positions = (affinities > 0).nonzero().squeeze(1)
+    keys = pair_keys(affinities[positions], positions)
+    prefix = torch.zeros_like(keys[0])
+    for shift in SHIFTS:
+        counts = encoder.histogram(prefix, shift, prefix < 0)
+        same = (
+            keys[keys >> (shift + 16) == prefix >> (shift + 16)] if shift < 48 else keys
+        )
+        expected = torch.bincount((same >> shift) % N_DIGITS, minlength=N_DIGITS)
+        assert torch.equal(counts, expected)
+        prefix = prefix | (counts.argmax() << shift)
+
+
+# -- The lower bound
+
+
+def test_next_digit_by_hand():
+    counts = torch.zeros(N_DIGITS, dtype=torch.int64)
+    counts[[7, 5, 2]] = torch.tensor([3, 4, 10])
+    zero, never = torch.tensor(0), torch.tensor(False)
+    # the 6th largest is the 3rd in bucket 5, where one more key than wanted is
+    for spare, is_good in ((1, True), (0, False)):
+        bound, rank, done = next_digit(counts, zero, torch.tensor(6), never, 48, spare)
+        assert (bound.item(), rank.item(), done.item()) == (5 << 48, 3, is_good)
+    # there is no 18th: everything is wanted
+    bound, _, done = next_digit(counts, zero, torch.tensor(18), never, 48, 0)
+    assert (bound.item(), done.item()) == (0, True)
+    # what is done stays
+    bound, rank, done = next_digit(
+        counts, torch.tensor(9 << 48), torch.tensor(2), ~never, 32, 0
+    )
+    assert (bound.item(), rank.item(), done.item()) == (9 << 48, 2, True)
+
+
+# -- The selection
+
+
+GUESSES = [None, 0.0, 1e-6, 0.5, 0.9, 1.0, 1.5, 1e6, float("inf"), float("nan")]
+
+
+@pytest.mark.usefixtures("small_capacity")
+@pytest.mark.parametrize("budget", [1, 7, 60, 500, 5000])
+def test_the_selection_is_exact_for_any_guess(
+    budget: int, make_key_encoder: MakeKeyEncoder
+):
+    torch.manual_seed(3)
+    tensors = exact_tensors(20, 150)
+    encoder = make_key_encoder(*tensors)
+    expected = select_mutual_choice(affinities_of(*tensors), budget)
+    # of 3000 affinities, fewer than 5000 and many ties are positive
+    assert len(expected.values) == budget or budget == 5000
+    smallest = expected.values.min().item()
+    for share in GUESSES:
+        guess = None if share is None else torch.tensor(share * smallest)
+        if guess is not None:
+            guess = guess.to(encoder.x.device)
+        selection = select_by_keys(encoder, budget, guess)
+        assert len(selection.values) == min(budget, 3000)
+        assert_is_selection(selection, expected)
+
+
+@pytest.mark.usefixtures("small_capacity")
+@pytest.mark.parametrize("n_positive", [0, 1, 13])
+def test_too_few_positive_affinities_leave_padding(
+    n_positive: int, make_key_encoder: MakeKeyEncoder
+):
+    torch.manual_seed(4)
+    x = torch.eye(20)
+    W_enc = -torch.rand(20, 40)
+    flat = W_enc.view(-1)
+    flat[torch.randperm(800)[:n_positive]] = 1.0
+    encoder = make_key_encoder(x, W_enc, torch.zeros(40), None)
+    expected = select_mutual_choice(W_enc, 30)
+    assert len(expected.values) == n_positive
+    for guess in (None, 0.5, 1.0, 2.0):
+        guess = None if guess is None else torch.tensor(guess).to(x.device)
+        selection = select_by_keys(encoder, 30, guess)
+        assert len(selection.values) == 30
+        assert_is_selection(selection, expected)
+
+
+@pytest.mark.usefixtures("small_capacity")
+def test_equal_affinities_that_overflow_every_buffer_go_in_row_order(
+    make_key_encoder: MakeKeyEncoder,
+):
+    # 9000 ties, of which the buffer holds 200: only the last digits tell them apart
+    x, W_enc = torch.ones(60, 1), torch.ones(1, 150)
+    encoder = make_key_encoder(x, W_enc, torch.zeros(150), None)
+    for guess in (None, torch.ones((), device=x.device)):
+        selection = select_by_keys(encoder, 100, guess)
+        assert selection.token_indices.tolist() == [0] * 100
+        assert selection.feature_indices.tolist() == list(range(100))
+        assert selection.values.tolist() == [1.0] * 100
+
+
+@pytest.mark.usefixtures("small_capacity")
+def test_the_selection_follows_data_that_shift(make_key_encoder: MakeKeyEncoder):
+    torch.manual_seed(5)
+    W_enc, b_enc = torch.randn(8, 200), torch.randn(200)
+    guess = None
+    # batches of other sizes and scales, one of zeros alone
+    for n_tokens, size in [(30, 1), (30, 1), (9, 100), (40, 1e-3), (30, 0), (30, 1)]:
+        x = size * torch.randn(n_tokens, 8)
+        selection = select_by_keys(
+            make_key_encoder(x, W_enc, b_enc, None), 5 * n_tokens, guess
+        )
+        expected = select_mutual_choice(x @ W_enc + b_enc, 5 * n_tokens)
+        assert torch.equal(selection.token_indices, expected.token_indices)
+        assert torch.equal(selection.feature_indices, expected.feature_indices)
+        assert torch.allclose(selection.values, expected.values, rtol=1e-4)
+        guess = 0.9 * selection.smallest_value()
+
+
+def test_the_selection_is_the_same_bit_for_bit_twice_and_for_any_guess(
+    make_key_encoder: MakeKeyEncoder,
+):
+    torch.manual_seed(6)
+    tensors = (torch.randn(140, 40), torch.randn(40, 300), torch.randn(300), None)
+    first = select_by_keys(make_key_encoder(*tensors), 600, None)
+    for share in (0.0, 0.9, 1.0, 1.1):
+        guess = share * first.smallest_value()
+        again = select_by_keys(make_key_encoder(*tensors), 600, guess)
+        assert torch.equal(first.token_indices, again.token_indices)
+        assert torch.equal(first.feature_indices, again.feature_indices)
+        assert torch.equal(first.values, again.values)
+
+
+# -- Where it is used
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_mutual_choice_by_triton_is_mutual_choice_by_torch(
+    dtype: torch.dtype, triton_device: torch.device, monkeypatch: pytest.MonkeyPatch
+):
+    torch.manual_seed(7)
+    x, W_enc, b_enc, scale = exact_tensors(20, 150, dtype)
+    encoder = Encoder(W_enc, b_enc, scale)
+    cut = torch.ones((), device=triton_device)
+    actual = encode_mutual_choice(encoder, x, 60, cut)
+    monkeypatch.setenv("SAE_LENS_ALLOC_BACKEND", "torch")
+    expected = encode_mutual_choice(encoder, x, 60, cut)
+    assert expected.real is None
+    assert_is_selection(actual, expected)
+
+
+@pytest.mark.usefixtures("triton_device")
+def test_tensors_that_keys_cannot_hold_take_the_other_way():
+    x, W_enc, b_enc, scale = (t.double() for t in exact_tensors(5, 30))
+    assert key_encoder(W_enc, b_enc, scale, x) is None
+    pairs = encode_mutual_choice(Encoder(W_enc, b_enc, scale), x, 20, None)
+    assert pairs.values.dtype == torch.float64
+    assert pairs.real is None

@@ -1,0 +1,153 @@
+"""The Triton backend trains as torch's does, and never makes the host wait for the device."""
+
+import contextlib
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from typing_extensions import override
+
+from sae_lens_alloc.ops import device_checks
+from sae_lens_alloc.ops.backend import BACKEND_VARIABLE
+from sae_lens_alloc.saes.allocation_sae import AllocationTrainingSAE
+from tests.saes.conftest import gradients, make_sae, statistics, tokens, training_step
+
+# of which a kernel takes 32 at a time
+D_SAE = 40
+
+
+class RefusesQuestions(TorchDispatchMode):
+    """Raises where an operation's result, or its shape, depends on values on the device."""
+
+    @override
+    def __torch_dispatch__(
+        self,
+        func: Any,
+        types: Iterable[type],
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        asks = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}
+        # an index has a fixed shape unless it is a mask
+        masks = [
+            index
+            for index in (args[1] if func is torch.ops.aten.index.Tensor else [])
+            if index is not None and index.dtype == torch.bool
+        ]
+        if (asks & set(func.tags) and func is not torch.ops.aten.index.Tensor) or masks:
+            raise AssertionError(f"{func} asks the device")
+        return func(*args, **(kwargs or {}))
+
+
+@contextlib.contextmanager
+def no_questions(device: torch.device) -> Iterator[None]:
+    with RefusesQuestions():
+        if device.type == "cpu":
+            yield
+            return
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            yield
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+
+def train(
+    n_steps: int, device: torch.device, **options: Any
+) -> tuple[AllocationTrainingSAE[Any], list[torch.Tensor]]:
+    """A SAE after some steps of plain gradient descent, and the gradients of the last."""
+    sae = make_sae(d_sae=D_SAE, **options).to(device)
+    grads: dict[str, torch.Tensor] = {}
+    for step in range(n_steps):
+        # other data in the third batch
+        size = 1 if step < 2 else 30
+        x = size * tokens(12, 8, seed=step).to(device, sae.W_dec.dtype)
+        dead = torch.arange(D_SAE, device=device) < 20
+        grads = gradients(sae, training_step(sae, x, step, dead).loss)
+        with torch.no_grad():
+            for parameter in sae.parameters():
+                assert parameter.grad is not None
+                parameter -= 1e-5 * parameter.grad
+    return sae, list(grads.values())
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"aux_loss": "aux_zipf", "apply_b_dec_to_input": True},
+        # few affinities are positive, and the rest of the budget is padding
+        {"aux_loss": "aux_k", "b_enc": -2.0, "rescale_acts_by_decoder_norm": False},
+        # none at all
+        {"b_enc": -1e6},
+    ],
+)
+def test_training_by_triton_is_training_by_torch(
+    options: dict[str, Any],
+    triton_device: torch.device,
+    monkeypatch: pytest.MonkeyPatch,
+):
+    by_triton, grads = train(3, triton_device, **options)
+    monkeypatch.setenv(BACKEND_VARIABLE, "torch")
+    by_torch, expected_grads = train(3, triton_device, **options)
+    expected = by_torch.state_dict()
+    for name, value in by_triton.state_dict().items():
+        close = torch.allclose(value, expected[name], rtol=1e-4, atol=1e-5)
+        assert close, name
+    for grad, expected_grad in zip(grads, expected_grads, strict=True):
+        assert torch.allclose(grad, expected_grad, rtol=1e-3, atol=1e-3)
+
+
+def test_padding_fires_nowhere(triton_device: torch.device):
+    sae = make_sae(d_sae=200, b_enc=-8.0).to(triton_device)
+    x = tokens(24, 8).to(triton_device)
+    output = training_step(sae, 3 * x)
+    acts = output.feature_acts.to_dense()
+    n_active = int((acts > 0).sum())
+    # of a budget of 72
+    assert 0 < n_active < 72
+    assert (acts != 0).sum() == n_active
+    density = statistics(sae).density
+    assert torch.equal(density, (acts > 0).sum(0) / 24)
+    assert statistics(sae).cut == acts[acts > 0].min()
+
+
+@pytest.mark.parametrize("aux_loss", ["none", "aux_zipf"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_step_asks_the_device_nothing(
+    dtype: str,
+    aux_loss: str,
+    triton_device: torch.device,
+    monkeypatch: pytest.MonkeyPatch,
+):
+    monkeypatch.setattr(device_checks, "_is_late", lambda tensor: True)  # noqa: ARG005
+    sae, _ = train(2, triton_device, aux_loss=aux_loss, dtype=dtype)
+    # the second batch is of other data, which no guess fits
+    for step, size in ((2, 1), (3, 100)):
+        x = size * tokens(12, 8, seed=step).to(triton_device, sae.W_dec.dtype)
+        sae.checks.report(wait=True)
+        with no_questions(triton_device):
+            output = training_step(sae, x, step)
+            output.loss.backward()
+    sae.checks.report(wait=True)
+
+
+def test_the_test_notices_a_question(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv(BACKEND_VARIABLE, "torch")
+    sae = make_sae()
+    with pytest.raises(AssertionError, match="asks the device"), RefusesQuestions():
+        training_step(sae, tokens(16, 8))
+
+
+def test_training_by_triton_is_the_same_bit_for_bit_twice(triton_device: torch.device):
+    torch.use_deterministic_algorithms(True)
+    try:
+        runs = [train(3, triton_device, aux_loss="aux_zipf") for _ in range(2)]
+    finally:
+        torch.use_deterministic_algorithms(False)
+    states = [sae.state_dict() for sae, _ in runs]
+    for name, value in states[0].items():
+        assert torch.equal(value, states[1][name]), name
+    assert all(map(torch.equal, runs[0][1], runs[1][1]))
