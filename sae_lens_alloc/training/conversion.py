@@ -91,7 +91,9 @@ def convert_sae(
     and the threshold b_mag - exp(r_mag) * b_gate. Thresholds below 0 count as 0, as they do
     in a JumpReLU SAE at inference. Of a Matryoshka SAE the nesting of the losses is not
     carried, and hyperparameters of the source's training are not either. A topk SAE has no
-    thresholds: its evaluation mode needs `activations` or a training step.
+    thresholds: its evaluation mode needs `activations` or a training step. A standard SAE
+    activates all positive affinities, so at its own L0 the budget leaves nothing to
+    allocate: give a smaller k.
 
     Args:
         sae: An inference or training SAE of SAELens' topk, batchtopk, jumprelu, standard,
