@@ -117,7 +117,7 @@ def convert_sae(
             override does not fit the weights.
     """
     require_convertible(sae, architecture)
-    target_class, config_class = SAE_TRAINING_CLASS_REGISTRY[architecture]
+    target_class, config_class = _target_classes()[architecture]
     for name in NOT_OVERRIDABLE:
         if name in config_overrides:
             raise ValueError(
@@ -198,13 +198,19 @@ def warm_start(
     return report
 
 
+def _target_classes() -> dict[
+    str, tuple[type[AllocationTrainingSAE[Any]], type[Any]]
+]:
+    return {
+        name: (sae_class, config_class)
+        for name, (sae_class, config_class) in SAE_TRAINING_CLASS_REGISTRY.items()
+        if issubclass(sae_class, AllocationTrainingSAE)
+    }
+
+
 def require_convertible(source: SAE[Any], architecture: str) -> None:
     """Raises ValueError if an SAE cannot be converted to an architecture."""
-    targets = sorted(
-        name
-        for name, (sae_class, _) in SAE_TRAINING_CLASS_REGISTRY.items()
-        if issubclass(sae_class, AllocationTrainingSAE)
-    )
+    targets = sorted(_target_classes())
     if architecture not in targets:
         raise ValueError(
             f"an SAE can be converted to {' or '.join(targets)}, not to {architecture!r}."

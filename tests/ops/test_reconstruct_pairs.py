@@ -250,7 +250,7 @@ def test_one_empty_set_does_not_touch_the_other():
 def test_padding_changes_neither_outputs_nor_gradients():
     weights, mask = random_weights(dtype=torch.float32), masks(1)
     rows, features = indices(mask)
-    x, W_enc, b_enc, W_dec = weights
+    x, W_enc, b_enc, _ = weights
     pre_acts = (x @ W_enc + b_enc)[rows, features].detach()
     grad_out = torch.randn(1, B, D_IN)
     expected = reconstruct_pairs(*weights, rows, features, pre_acts)
