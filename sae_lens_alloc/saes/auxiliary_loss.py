@@ -22,8 +22,8 @@ class AuxiliaryLossTrainingSAEConfig(TrainingSAEConfig):
         aux_loss_decay_start (int | None): Training step at which the auxiliary loss starts to
             fade; it is gone a tenth of that many steps later. None keeps it to the end. A
             YAML config may give a share of the training steps.
-        k_aux (int | None): Features per token in the auxiliary loss. None leaves it to the
-            architecture.
+        k_aux (int | None): Features per token in the auxiliary loss. None means k, rounded
+            up, or, where the architecture has no k, the features per token at the time.
         underuse_fraction (float): A feature is underutilised when its density is below this
             fraction of the Zipf curve at its rank.
         density_window_tokens (int): Tokens over which the running density of a feature is

@@ -129,7 +129,7 @@ class DensityState(nn.Module):
         dead: torch.Tensor | None,
         fraction: float | None,
         n_tokens: int,
-    ) -> None:
+    ) -> bool:
         """
         At every tenth step, flags the features that the auxiliary loss trains: those below
         `fraction` of the law and the dead ones, or the dead ones only where `fraction` is
@@ -140,9 +140,12 @@ class DensityState(nn.Module):
             dead: Boolean mask of dead features, shape (F,), or None for none.
             fraction: Share of the predicted density below which a feature is underutilised.
             n_tokens: Tokens per batch.
+
+        Returns:
+            Whether the flags were renewed.
         """
         if step % STEPS_BETWEEN_FLAGS:
-            return
+            return False
         if dead is None:
             dead = torch.zeros_like(self.underused)
         law = None if fraction is None else self.fit_law(n_tokens)
@@ -150,6 +153,7 @@ class DensityState(nn.Module):
             underused_features(self.density, dead, law, fraction or 0.0)
         )
         self._underused_indices = None
+        return True
 
     @property
     def underused_indices(self) -> torch.Tensor:
