@@ -20,7 +20,11 @@ from sae_lens.saes.jumprelu_sae import JumpReLUSAE
 from sae_lens.saes.topk_sae import TopKSAE
 from sae_lens.training._interruption import InterruptedException
 
-from sae_lens_alloc.config import load_fine_tuning_config, load_runner_config
+from sae_lens_alloc.config import (
+    check_device,
+    load_fine_tuning_config,
+    load_runner_config,
+)
 from sae_lens_alloc.evaluation.activations import gather_activations, text_of_sae
 from sae_lens_alloc.evaluation.recalibration import (
     Recalibration,
@@ -269,7 +273,8 @@ def calibrate(
     otherwise. A topk SAE becomes a jumprelu one, which needs no sorting.
     """
     with _one_sentence_errors():
-        given = load_saved_sae(sae, device)
+        check_device("--device", device)
+        given = load_saved_sae(sae)
         target_l0 = _trained_l0(given) if l0 is None else l0
         if config is None:
             cfg = text_of_sae(given, model, dataset, device)
@@ -284,6 +289,7 @@ def calibrate(
                 "it is: give another folder."
             )
         _claim_folder(output, "--output", overwrite)
+        given.to(device)
         report = recalibrate(
             given, gather_activations(cfg, tokens), target_l0, per_feature
         )

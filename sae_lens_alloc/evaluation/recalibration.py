@@ -60,13 +60,12 @@ class Recalibration:
         }
 
 
-def load_saved_sae(folder: str | Path, device: str = "cpu") -> JumpReLUSAE | TopKSAE:
+def load_saved_sae(folder: str | Path) -> JumpReLUSAE | TopKSAE:
     """
     Loads an SAE that `recalibrate` can take.
 
     Args:
         folder: What SAELens saved for inference.
-        device: Where to put it.
 
     Raises:
         ValueError: if the folder holds no SAE, or one that has no thresholds.
@@ -84,7 +83,7 @@ def load_saved_sae(folder: str | Path, device: str = "cpu") -> JumpReLUSAE | Top
             "cannot be set: give the folder of a saved jumprelu or topk SAE, as "
             "mutual_choice, feature_choice and batchtopk are after training."
         )
-    sae = SAE.load_from_disk(folder, device)
+    sae = SAE.load_from_disk(folder)
     assert isinstance(sae, JumpReLUSAE | TopKSAE)
     # activations come flat, one vector a token
     sae.turn_off_forward_pass_hook_z_reshaping()
