@@ -167,7 +167,7 @@ def test_run_lets_saelens_own_command_line_train_our_architectures():
         text=True,
     )
     assert result.returncode == 0, result.stderr
-    assert "mutual_choice,feature_choice}" in result.stdout
+    assert "mutual_choice,feature_choice," in result.stdout
     assert "MutualChoiceTrainingSAEConfig" in result.stdout
     assert "--feature_choice_steps int" in result.stdout
     assert "--k_start [float]" in result.stdout
