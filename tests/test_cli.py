@@ -280,7 +280,10 @@ def test_calibrate_takes_a_stock_topk_sae_and_a_config(tmp_path: Path):
     ("options", "sentence"),
     [
         ((), "give --l0."),
-        (("--l0", "3", "--dataset", "/no/such"), "/no/such"),
+        (
+            ("--l0", "3", "--dataset", "/no/such"),
+            "dataset_path is '/no/such', but there is no such folder.",
+        ),
         (("--l0", "3", "--config", CONFIG, "--device", "gpu"), "device"),
     ],
 )

@@ -34,7 +34,7 @@ def text_of_sae(
         A config of which only the model, the hook and the text matter.
 
     Raises:
-        ValueError: if something that is needed was not recorded.
+        ValueError: if something that is needed was not recorded, or is not there any more.
     """
     metadata = sae.cfg.metadata
     recorded: dict[str, Any] = {
@@ -49,6 +49,12 @@ def text_of_sae(
             f"the SAE's metadata does not say its {' and '.join(missing)}: give the config "
             "of a run that has them."
         )
+    for name in ("model_name", "dataset_path"):
+        path = Path(recorded[name])
+        if (
+            path.is_absolute() and not path.exists()
+        ):  # recorded on another machine, perhaps
+            raise ValueError(f"{name} is {str(path)!r}, but there is no such folder.")
     context_size = recorded["context_size"]
     seqpos_slice = tuple(metadata.seqpos_slice or (None,))
     tokens_per_context = len(range(context_size)[slice(*seqpos_slice)])
