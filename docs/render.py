@@ -12,8 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from docstring_parser import parse
+from sae_lens.saes.sae import TrainingSAEConfig
 
 from sae_lens_alloc.saes.allocation_sae_config import AllocationTrainingSAEConfig
+from sae_lens_alloc.saes.auxiliary_loss import AuxiliaryLossTrainingSAEConfig
 from sae_lens_alloc.saes.feature_choice_sae import FeatureChoiceTrainingSAEConfig
 from sae_lens_alloc.saes.mutual_choice_sae import MutualChoiceTrainingSAEConfig
 
@@ -32,6 +34,10 @@ def config_reference() -> str:
         )
         for field in dataclasses.fields(config_class)
     }
+    aux = AuxiliaryLossTrainingSAEConfig
+    aux_fields = set(aux.__dataclass_fields__) - set(
+        TrainingSAEConfig.__dataclass_fields__
+    )
     shared = {field.name for field in dataclasses.fields(AllocationTrainingSAEConfig)}
     sections = [
         "# Config reference\n",
@@ -44,6 +50,10 @@ def config_reference() -> str:
         _field_table(MutualChoiceTrainingSAEConfig, own - shared),
         "## `feature_choice`\n",
         _field_table(FeatureChoiceTrainingSAEConfig, own - shared),
+        "## `batchtopk_aux_zipf`, `gated_aux_zipf`, `jumprelu_aux_zipf`, "
+        "`matryoshka_batchtopk_aux_zipf`, `standard_aux_zipf`, `topk_aux_zipf`\n",
+        "The fields of SAELens' own architecture and:\n",
+        _field_table(aux, aux_fields),
     ]
     return "\n".join(sections)
 

@@ -1,5 +1,13 @@
 """SAELens architectures that treat sparsity as a budget to be allocated (arXiv 2411.02124)."""
 
+from sae_lens import (
+    BatchTopKTrainingSAE,
+    GatedTrainingSAE,
+    JumpReLUTrainingSAE,
+    MatryoshkaBatchTopKTrainingSAE,
+    StandardTrainingSAE,
+    TopKTrainingSAE,
+)
 from sae_lens.registry import (
     SAE_TRAINING_CLASS_REGISTRY,
     register_sae_training_class,
@@ -14,6 +22,7 @@ from sae_lens_alloc.evaluation.calibration import (
     CalibrationReport,
     calibrate_thresholds,
 )
+from sae_lens_alloc.saes.aux_zipf import AuxZipfLoss, with_aux_zipf
 from sae_lens_alloc.saes.feature_choice_sae import (
     FeatureChoiceTrainingSAE,
     FeatureChoiceTrainingSAEConfig,
@@ -35,6 +44,7 @@ __version__ = "0.1.0"
 __all__ = [
     "AllocSAETrainer",
     "AllocSAETrainingRunner",
+    "AuxZipfLoss",
     "CalibrationReport",
     "ConversionReport",
     "FeatureChoiceTrainingSAE",
@@ -49,6 +59,7 @@ __all__ = [
     "select_feature_choice",
     "select_mutual_choice",
     "warm_start",
+    "with_aux_zipf",
 ]
 
 
@@ -69,6 +80,15 @@ def _register() -> None:
                 "name. Import only one of the two packages in a process."
             )
         register_sae_training_class(name, sae_class, config_class)
+    for base in (
+        BatchTopKTrainingSAE,
+        GatedTrainingSAE,
+        JumpReLUTrainingSAE,
+        MatryoshkaBatchTopKTrainingSAE,
+        StandardTrainingSAE,
+        TopKTrainingSAE,
+    ):
+        with_aux_zipf(base)
 
 
 _register()

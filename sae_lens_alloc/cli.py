@@ -6,6 +6,7 @@ import runpy
 import sys
 import warnings
 from collections.abc import Generator
+from collections.abc import Set as AbstractSet
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
@@ -13,14 +14,31 @@ from typing import Annotated, Any
 import torch
 import typer
 from rich.console import Console
+from rich.table import Table
 from sae_lens.config import LanguageModelSAERunnerConfig
+from sae_lens.saes.jumprelu_sae import JumpReLUSAE
+from sae_lens.saes.topk_sae import TopKSAE
 from sae_lens.training._interruption import InterruptedException
 
-from sae_lens_alloc.config import load_fine_tuning_config, load_runner_config
+from sae_lens_alloc.config import (
+    check_device,
+    load_fine_tuning_config,
+    load_runner_config,
+)
+from sae_lens_alloc.evaluation.activations import gather_activations, text_of_sae
+from sae_lens_alloc.evaluation.recalibration import (
+    Recalibration,
+    load_saved_sae,
+    recalibrate,
+)
 from sae_lens_alloc.evaluation.results_table import results_table
 from sae_lens_alloc.training.conversion import require_convertible
 from sae_lens_alloc.training.fine_tuning_run import fine_tune
-from sae_lens_alloc.training.runner import METRICS_FILENAME, AllocSAETrainingRunner
+from sae_lens_alloc.training.runner import (
+    CALIBRATION_TOKENS,
+    METRICS_FILENAME,
+    AllocSAETrainingRunner,
+)
 from sae_lens_alloc.training.source_sae import load_source_sae
 from sae_lens_alloc.training.summary import describe_run
 
@@ -191,6 +209,127 @@ def demo(
         run_demo(output, quick, overwrite)
 
 
+@app.command()
+def calibrate(
+    sae: Annotated[
+        Path,
+        typer.Argument(
+            metavar="SAE",
+            exists=True,
+            file_okay=False,
+            help="Folder of a saved SAE: one of ours, or a stock jumprelu, batchtopk or "
+            "topk one. It is left as it is.",
+        ),
+    ],
+    output: Annotated[
+        Path, typer.Option(help="Folder for the SAE with its new thresholds.")
+    ],
+    l0: Annotated[
+        float | None,
+        typer.Option(
+            "--l0",
+            help="Wanted features per token; by default the k that the SAE was trained with.",
+            show_default=False,
+        ),
+    ] = None,
+    per_feature: Annotated[
+        bool,
+        typer.Option(
+            "--per-feature",
+            help="Move all densities by one factor, rather than all thresholds.",
+        ),
+    ] = False,
+    tokens: Annotated[
+        int,
+        typer.Option(
+            min=2, help="Tokens of text: half set the thresholds, half check them."
+        ),
+    ] = 2 * CALIBRATION_TOKENS,
+    model: Annotated[
+        str | None,
+        typer.Option(help="Language model, if not the one the SAE was trained on."),
+    ] = None,
+    dataset: Annotated[
+        str | None,
+        typer.Option(help="Text, if not that which the SAE was trained on."),
+    ] = None,
+    config: Annotated[
+        Path | None,
+        typer.Option(
+            exists=True,
+            dir_okay=False,
+            help="YAML file of a run, as `train` takes, whose model and text to use.",
+        ),
+    ] = None,
+    device: Annotated[
+        str, typer.Option(help="Torch device for the SAE and the language model.")
+    ] = "cpu",
+    overwrite: OverwriteOption = False,
+) -> None:
+    """
+    Set the thresholds of a saved SAE to a wanted L0 on text of your choice.
+
+    The text and the language model are those that SAELens recorded in the SAE, unless told
+    otherwise. A topk SAE becomes a jumprelu one, which needs no sorting.
+    """
+    with _one_sentence_errors():
+        check_device("--device", device)
+        given = load_saved_sae(sae)
+        target_l0 = _trained_l0(given) if l0 is None else l0
+        if config is None:
+            cfg = text_of_sae(given, model, dataset, device)
+        else:
+            cfg = load_runner_config(config, [f"device={device}"])
+            cfg.model_name = model or cfg.model_name
+            cfg.dataset_path = dataset or cfg.dataset_path
+        _require_machine(cfg)
+        if output.resolve() == sae.resolve():
+            raise ValueError(
+                f"--output {str(output)!r} is the folder of the SAE itself, which is left as "
+                "it is: give another folder."
+            )
+        _claim_folder(output, "--output", overwrite)
+        given.to(device)
+        report = recalibrate(
+            given, gather_activations(cfg, tokens), target_l0, per_feature
+        )
+        report.sae.save_model(output)
+    Console().print(_calibration_table(report))
+    typer.echo(f"saved in {output}")
+
+
+def _trained_l0(sae: JumpReLUSAE | TopKSAE) -> float:
+    details = sae.cfg.metadata.training_architecture_details or {}
+    k = sae.cfg.k if isinstance(sae, TopKSAE) else details.get("k")
+    if k is None:
+        raise ValueError(
+            "the SAE was not trained with a fixed number of features per token: give --l0."
+        )
+    return k
+
+
+def _calibration_table(report: Recalibration) -> Table:
+    how = "each feature's share kept" if report.per_feature else "one factor"
+    table = Table(title=f"L0 {report.target_l0:g} wanted, {how}")
+    table.add_column("on", style="bold")
+    for column in ("thresholds", "L0", "explained\nvariance", "dead"):
+        table.add_column(column, justify="right")
+    half = f"half of {report.before.n_tokens:,} tokens"
+    for text, pair in {
+        f"calibration {half}": (report.before, report.after),
+        f"held-out {half}": (report.held_out_before, report.held_out_after),
+    }.items():
+        for thresholds, usage in zip(("before", "after"), pair, strict=True):
+            table.add_row(
+                text,
+                thresholds,
+                f"{usage.l0:.2f}",
+                f"{usage.ev:.4f}",
+                f"{usage.dead:,}",
+            )
+    return table
+
+
 @contextmanager
 def _interruptible(
     cfg: LanguageModelSAERunnerConfig[Any],
@@ -242,17 +381,27 @@ def _claim_output(cfg: LanguageModelSAERunnerConfig[Any], overwrite: bool) -> No
     if cfg.output_path is None:
         return
     output = Path(cfg.output_path)
-    output.mkdir(parents=True, exist_ok=True)
     # an interrupted run leaves its metrics there, which its resumption goes on with
     expected = {METRICS_FILENAME} if cfg.resume_from_checkpoint is not None else set()
-    if not overwrite and {path.name for path in output.iterdir()} - expected:
-        raise ValueError(
-            f"output_path {cfg.output_path!r} is not empty: give --overwrite to write "
-            "into it, or another output_path."
-        )
+    _claim_folder(output, "output_path", overwrite, expected)
     if cfg.resume_from_checkpoint is None:
         # the trainer adds to this file, so an overwritten run's must not stay
         (output / METRICS_FILENAME).unlink(missing_ok=True)
+
+
+def _claim_folder(
+    folder: Path,
+    setting: str,
+    overwrite: bool,
+    expected: AbstractSet[str] = frozenset(),
+) -> None:
+    """Creates a folder to write to, which may hold nothing but `expected` files."""
+    folder.mkdir(parents=True, exist_ok=True)
+    if not overwrite and {path.name for path in folder.iterdir()} - expected:
+        raise ValueError(
+            f"{setting} {str(folder)!r} is not empty: give --overwrite to write into it, "
+            f"or another {setting}."
+        )
 
 
 def _require_runnable(module: str) -> None:

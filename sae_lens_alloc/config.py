@@ -295,12 +295,17 @@ def _check_names(cfg: LanguageModelSAERunnerConfig[Any]) -> None:
         ("act_store_device", cfg.act_store_device),
         ("sae.device", cfg.sae.device),
     ):
-        try:
-            torch.device(str(device))
-        except RuntimeError:
-            raise ValueError(
-                f"{key} must be a torch device such as 'cpu' or 'cuda:0', got {device!r}."
-            ) from None
+        check_device(key, device)
+
+
+def check_device(key: str, device: Any) -> None:
+    """Raises ValueError if `device`, the value of `key`, is not a torch device."""
+    try:
+        torch.device(str(device))
+    except RuntimeError:
+        raise ValueError(
+            f"{key} must be a torch device such as 'cpu' or 'cuda:0', got {device!r}."
+        ) from None
 
 
 def _check_schedule(cfg: LanguageModelSAERunnerConfig[Any]) -> None:

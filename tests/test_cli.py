@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from sae_lens import SAE
+from sae_lens import SAE, JumpReLUSAE, JumpReLUSAEConfig, TopKSAE, TopKSAEConfig
 from typer.testing import CliRunner
 
 import sae_lens_alloc
@@ -167,7 +167,7 @@ def test_run_lets_saelens_own_command_line_train_our_architectures():
         text=True,
     )
     assert result.returncode == 0, result.stderr
-    assert "mutual_choice,feature_choice}" in result.stdout
+    assert "mutual_choice,feature_choice," in result.stdout
     assert "MutualChoiceTrainingSAEConfig" in result.stdout
     assert "--feature_choice_steps int" in result.stdout
     assert "--k_start [float]" in result.stdout
@@ -202,6 +202,111 @@ def test_run_of_what_cannot_be_run_is_one_sentence(module: str):
     assert result.stderr == f"error: there is no module {module!r} that can be run.\n"
 
 
+# calibrate
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+@pytest.mark.parametrize("how", [(), ("--per-feature",)])
+def test_calibrate_sets_l0_in_a_new_folder(tmp_path: Path, how: tuple[str, ...]):
+    source, output = tmp_path / "source", tmp_path / "deep" / "output"
+    assert train(source).exit_code == 0
+    before = contents(source)
+    options = ("--l0", "2.5", "--tokens", "4096", *how)
+    result = invoke("calibrate", str(source), "--output", str(output), *options)
+    assert result.exit_code == 0, result.stderr
+    assert contents(source) == before
+    sae = SAE.load_from_disk(output)
+    assert sae.cfg.architecture() == "jumprelu"
+    calibration = sae.cfg.metadata.calibration
+    assert calibration["l0_after"] == pytest.approx(2.5, rel=1e-3)
+    assert calibration["n_tokens"] == 2048
+    assert calibration["per_feature"] == bool(how)
+    # the table: calibration and held-out half, before and after
+    rows = [line for line in result.stdout.splitlines() if "half of 2,048" in line]
+    assert len(rows) == 4
+    for row, figures in zip(
+        rows,
+        ("before", "after", "held_out_before", "held_out_after"),
+        strict=True,
+    ):
+        assert f" {calibration[f'l0_{figures}']:.2f} " in row
+        assert f" {calibration[f'ev_{figures}']:.4f} " in row
+        assert f" {calibration[f'dead_{figures}']} " in row
+    assert f"saved in {output}" in result.stdout
+
+    # again into the same folder, or into the SAE's own: refused, and nothing is touched
+    written = contents(output)
+    result = invoke("calibrate", str(source), "--output", str(output), *options)
+    assert result.exit_code == 1
+    assert result.stderr == (
+        f"error: --output '{output}' is not empty: give --overwrite to write into it, or "
+        "another --output.\n"
+    )
+    result = invoke(
+        "calibrate", str(source), "--output", str(source), "--overwrite", *options
+    )
+    assert result.exit_code == 1
+    assert "is the folder of the SAE itself" in result.stderr
+    assert contents(output) == written
+    assert contents(source) == before
+
+
+def test_calibrate_takes_a_stock_topk_sae_and_a_config(tmp_path: Path):
+    torch.manual_seed(0)
+    sae = TopKSAE(TopKSAEConfig(d_in=192, d_sae=64, k=4))
+    source, output = tmp_path / "source", tmp_path / "output"
+    sae.save_model(source)
+    texts = ("--model", str(DEMO / "model"), "--dataset", str(DEMO / "corpus"))
+    options = ("--output", str(output), *texts, "--tokens", "2048", "--overwrite")
+    result = invoke("calibrate", str(source), *options)
+    assert result.exit_code == 1
+    assert result.stderr == (
+        "error: the SAE's metadata does not say its hook_name and context_size: give the "
+        "config of a run that has them.\n"
+    )
+    result = invoke("calibrate", str(source), *options, "--config", CONFIG)
+    assert result.exit_code == 0, result.stderr
+    calibrated = SAE.load_from_disk(output)
+    assert calibrated.cfg.architecture() == "jumprelu"
+    # the k of the topk SAE by default
+    assert calibrated.cfg.metadata.calibration["target_l0"] == 4
+    assert calibrated.cfg.metadata.l0 == pytest.approx(4, rel=1e-2)
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        ((), "give --l0."),
+        (
+            ("--l0", "3", "--dataset", "/no/such"),
+            "dataset_path is '/no/such', but there is no such folder.",
+        ),
+        (("--l0", "3", "--config", CONFIG, "--device", "gpu"), "device"),
+    ],
+)
+def test_calibrate_that_cannot_work_is_one_sentence(
+    tmp_path: Path, options: tuple[str, ...], sentence: str
+):
+    sae = JumpReLUSAE(JumpReLUSAEConfig(d_in=192, d_sae=64))
+    sae.cfg.metadata.hook_name = "transformer.h.0"
+    sae.cfg.metadata.model_name = str(DEMO / "model")
+    sae.cfg.metadata.model_class_name = "AutoModelForCausalLM"
+    sae.cfg.metadata.context_size = 64
+    sae.save_model(tmp_path / "source")
+    result = invoke(
+        "calibrate",
+        str(tmp_path / "source"),
+        *("--output", str(tmp_path / "output"), *options),
+    )
+    assert result.exit_code == 1
+    assert result.stderr.startswith("error: ")
+    assert sentence in result.stderr
+    assert len(result.stderr.strip().splitlines()) == 1
+
+
 # demo
 
 
@@ -213,7 +318,7 @@ def test_demo_leaves_a_used_folder_alone(tmp_path: Path):
     assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
 
 
-@pytest.mark.parametrize("command", [[], ["train"], ["run"], ["demo"]])
+@pytest.mark.parametrize("command", [[], ["train"], ["run"], ["calibrate"], ["demo"]])
 def test_help(command: list[str]):
     result = invoke(*command, "--help")
     assert result.exit_code == 0

@@ -132,13 +132,44 @@ def zipf_quotas(
             f"{budget:.0f}: lower it, or raise k or the batch size."
         )
     log_shape = law.log_shape(torch.arange(1, n_features + 1, dtype=torch.float64))
-    if budget == 0 or max_quota * n_features <= budget:
-        return torch.full_like(log_shape, max_quota if budget else 0.0)
+    return proportional_quotas(log_shape, budget, max_quota, min_quota)
+
+
+def proportional_quotas(
+    log_weights: torch.Tensor,
+    budget: float,
+    max_quota: float | torch.Tensor,
+    min_quota: float = 0.0,
+) -> torch.Tensor:
+    """
+    Quotas in proportion to weights, clamped to [min_quota, max_quota], and renormalised so
+    that they sum to the budget. The sum is smaller only where even max_quota for every
+    feature does not use the budget up.
+
+    Args:
+        log_weights: Logarithms of the weights, finite, float64 of shape (F,).
+        budget: Tokens to give out, M.
+        max_quota: Largest quota, in tokens; one number, or one for each feature, shape (F,).
+        min_quota: Smallest quota, in tokens.
+
+    Returns:
+        float64 tensor of shape (F,).
+    """
+    caps = torch.as_tensor(
+        max_quota, dtype=log_weights.dtype, device=log_weights.device
+    ).expand_as(log_weights)
+    if budget == 0:
+        return torch.zeros_like(log_weights)
+    if caps.sum() <= budget:
+        return caps.clone()
+
+    def quotas(log_factor: float) -> torch.Tensor:
+        return (log_weights + log_factor).exp().clamp(min=min_quota).minimum(caps)
+
     # The clamped sum grows with the factor, so bisection on its logarithm finds it.
-    low = math.log(budget / n_features) - float(log_shape.max()) - 1
-    high = math.log(budget) - float(log_shape.min()) + 1
+    low = math.log(budget / len(log_weights)) - float(log_weights.max()) - 1
+    high = math.log(budget) - float(log_weights.min()) + 1
     for _ in range(200):
         middle = (low + high) / 2
-        total = (log_shape + middle).exp().clamp(min_quota, max_quota).sum()
-        low, high = (middle, high) if total < budget else (low, middle)
-    return (log_shape + high).exp().clamp(min_quota, max_quota)
+        low, high = (middle, high) if quotas(middle).sum() < budget else (low, middle)
+    return quotas(high)

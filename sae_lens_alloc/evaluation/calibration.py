@@ -125,6 +125,58 @@ def scale_thresholds(
     )
 
 
+@dataclass(frozen=True, eq=False)
+class Usage:
+    """
+    What an SAE does with some activations.
+
+    Args:
+        firings: Tokens on which each feature is active, int64 of shape (F,).
+        ev: Explained variance.
+        n_tokens: Number of tokens.
+    """
+
+    firings: torch.Tensor
+    ev: float
+    n_tokens: int
+
+    @property
+    def l0(self) -> float:
+        """Mean number of active features per token."""
+        return int(self.firings.sum()) / self.n_tokens
+
+    @property
+    def dead(self) -> int:
+        """Number of features that are active on no token."""
+        return int((self.firings == 0).sum())
+
+
+@torch.no_grad()
+def measure_usage(
+    autoencode: Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]],
+    activations: torch.Tensor,
+    batch_size: int = 2048,
+) -> Usage:
+    """
+    Measures an SAE batch by batch.
+
+    Args:
+        autoencode: For a batch of shape (B, d_in), the tokens on which each feature is
+            active, shape (F,), and the reconstruction.
+        activations: Activations as the SAE takes them, shape (T, d_in).
+        batch_size: Tokens per batch.
+    """
+    firings, squared_error = torch.zeros((), dtype=torch.int64), 0.0
+    for batch in activations.split(batch_size):
+        counts, sae_out = autoencode(batch)
+        firings = firings.to(counts.device) + counts
+        squared_error += float((sae_out - batch).pow(2).sum(dtype=torch.float64))
+    variance = float(
+        (activations - activations.mean(0)).pow(2).sum(dtype=torch.float64)
+    )
+    return Usage(firings, 1 - squared_error / variance, len(activations))
+
+
 def l0_and_ev(
     autoencode: Callable[[torch.Tensor], tuple[SparseActivations, torch.Tensor]],
     activations: torch.Tensor,
@@ -138,12 +190,10 @@ def l0_and_ev(
         activations: Activations as the SAE takes them.
         batch_size: Tokens per batch.
     """
-    n_pairs, squared_error = 0, 0.0
-    for batch in activations.split(batch_size):
+
+    def counted(batch: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         pairs, sae_out = autoencode(batch)
-        n_pairs += len(pairs.values)
-        squared_error += float((sae_out - batch).pow(2).sum(dtype=torch.float64))
-    variance = float(
-        (activations - activations.mean(0)).pow(2).sum(dtype=torch.float64)
-    )
-    return n_pairs / len(activations), 1 - squared_error / variance
+        return pairs.feature_counts(), sae_out
+
+    usage = measure_usage(counted, activations, batch_size)
+    return usage.l0, usage.ev

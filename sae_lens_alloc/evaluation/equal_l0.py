@@ -39,7 +39,10 @@ def threshold_factor(
         ValueError: if a threshold is not positive, or no factor gives the wanted L0.
     """
     if not (thresholds > 0).all():
-        raise ValueError("all thresholds must be positive to be moved by one factor.")
+        raise ValueError(
+            "all thresholds must be positive to be moved by one factor: set them one by one, "
+            "per feature."
+        )
     scale = 1 / thresholds if encoder.scale is None else encoder.scale / thresholds
     relative = Encoder(encoder.W_enc, encoder.b_enc, scale)
     budget = budget_for(target_l0, len(x))

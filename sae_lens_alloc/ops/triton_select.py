@@ -1,7 +1,5 @@
 """Encoding whose epilogue keeps candidates only, so that no affinity is written to memory."""
 
-# pyright: basic, reportMissingImports=false, reportIndexIssue=false, reportArgumentType=false
-
 import torch
 import triton
 import triton.language as tl

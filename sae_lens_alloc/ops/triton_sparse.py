@@ -1,8 +1,6 @@
 """The products of `ops/sparse.py` by Triton kernels: deterministic, and with the dense
 matrices in the precision they have."""
 
-# pyright: basic, reportMissingImports=false, reportIndexIssue=false, reportArgumentType=false
-
 import torch
 import triton
 import triton.language as tl

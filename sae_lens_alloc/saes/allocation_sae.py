@@ -3,7 +3,6 @@
 import math
 from abc import abstractmethod
 from collections.abc import Callable
-from functools import cache
 from typing import Any, TypeVar
 
 import torch
@@ -18,27 +17,29 @@ from transformer_lens.hook_points import HookPoint
 from typing_extensions import override
 
 from sae_lens_alloc.allocation.mutual_choice import budget_for, require_no_nan_or_inf
-from sae_lens_alloc.allocation.schedule import aux_loss_fade, budget_per_token
+from sae_lens_alloc.allocation.schedule import budget_per_token
 from sae_lens_alloc.allocation.sparse_activations import SparseActivations
 from sae_lens_alloc.ops.device_checks import DeviceChecks
 from sae_lens_alloc.ops.encode_select import (
     Encoder,
     KnownAffinities,
-    encode_auxiliary,
     encode_thresholds,
 )
 from sae_lens_alloc.ops.pair_autoencoder import GradientMemory, reconstruct_pairs
 from sae_lens_alloc.saes.allocation_sae_config import AllocationTrainingSAEConfig
-from sae_lens_alloc.saes.allocation_state import (
-    AllocationState,
-    Rule,
-    in_bfloat16_parts,
+from sae_lens_alloc.saes.allocation_state import AllocationState, Rule
+from sae_lens_alloc.saes.auxiliary_loss import (
+    AuxiliaryPairs,
+    auxiliary_pairs,
+    auxiliary_weight,
+    decoder_norms,
+    outputs_with_auxiliary,
 )
+from sae_lens_alloc.saes.density_state import remove_statistics
 
 T_CONFIG = TypeVar("T_CONFIG", bound=AllocationTrainingSAEConfig)
 
-# Densities move slowly, and looking at them from the host stalls a GPU: once in so many steps.
-STEPS_BETWEEN_FLAGS = 10
+STATISTICS = "allocation."  # prefix of their keys in a checkpoint
 
 
 class AllocationTrainingSAE(TrainingSAE[T_CONFIG]):
@@ -176,10 +177,7 @@ class AllocationTrainingSAE(TrainingSAE[T_CONFIG]):
         return self.reshape_fn_out(sae_out_pre, self.d_head)
 
     def _affinity_scale(self) -> torch.Tensor | None:
-        """
-        Decoder norms in at least float32, or None where features compete with their bare
-        pre-activation. No gradient: the norm cancels in the reconstruction.
-        """
+        """Decoder norms, or None where features compete with their bare pre-activation."""
         if not self.cfg.rescale_acts_by_decoder_norm:
             return None
         return decoder_norms(self.W_dec)
@@ -225,7 +223,7 @@ class AllocationTrainingSAE(TrainingSAE[T_CONFIG]):
             # x depends on the weights through b_dec alone, whose gradient
             # reconstruct_pairs gives at the cost of a matrix-vector product
             x = x.detach()
-        aux_pairs = self._auxiliary_pairs(step_input, step, encoder, x)
+        aux = self._auxiliary_pairs(step_input, step, encoder, x)
         budget = self._budget(len(x), step)
         rule, previous = self.rule_at(step), self.rule_at(step - 1) if step else None
 
@@ -237,16 +235,14 @@ class AllocationTrainingSAE(TrainingSAE[T_CONFIG]):
             feature_acts = self.hook_sae_acts_post(affinities * mask)
             recons = self._decode_dense(feature_acts)
             aux_recons = (
-                None
-                if aux_pairs is None
-                else self._reconstruct(encoder, x, [aux_pairs])[0]
+                None if aux is None else self._reconstruct(encoder, x, [aux.pairs])[0]
             )
         else:
             pairs = self.allocation.allocate(encoder, x, budget, rule, previous)
             feature_acts = pairs.to_coo(sae_in.shape[:-1])
-            sets = [pairs] if aux_pairs is None else [pairs, aux_pairs]
-            recons, *aux = self._reconstruct(encoder, x, sets)
-            aux_recons = aux[0] if aux else None
+            sets = [pairs] if aux is None else [pairs, aux.pairs]
+            recons, *rest = self._reconstruct(encoder, x, sets)
+            aux_recons = rest[0] if rest else None
 
         sae_out, aux_out = self._outputs(recons, aux_recons, inputs.shape)
         mse_loss = self.mse_loss_fn(sae_out, sae_in).sum(dim=-1).mean()
@@ -256,11 +252,10 @@ class AllocationTrainingSAE(TrainingSAE[T_CONFIG]):
             "weights have diverged; lower the learning rate or add warm-up steps.",
         )
         losses = {"mse_loss": mse_loss}
-        if aux_out is not None:
+        if aux is not None and aux_out is not None:
             residual = (sae_in - sae_out).detach()
             losses["auxiliary_reconstruction_loss"] = (
-                self._auxiliary_coefficient(step)
-                * self.mse_loss_fn(aux_out, residual).sum(dim=-1).mean()
+                aux.coefficient * self.mse_loss_fn(aux_out, residual).sum(dim=-1).mean()
             )
         return TrainStepOutput(
             sae_in=sae_in,
@@ -301,20 +296,12 @@ class AllocationTrainingSAE(TrainingSAE[T_CONFIG]):
         aux_recons: torch.Tensor | None,
         shape: torch.Size,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """
-        The reconstruction, and the auxiliary one in the space the reconstruction lives in:
-        without b_dec, and without the mean that layer_norm adds back (SAELens #666).
-        """
+        """The reconstruction, and the auxiliary one in the space the reconstruction lives in."""
         recons = (recons.view(shape) + self.b_dec).to(recons.dtype)
         recons = self.hook_sae_recons(recons)
         if aux_recons is None:
             return self._norm_out(recons), None
-        # The output normalization is affine and works once per input, so it is applied to
-        # both at once, and their difference is its linear part.
-        sae_out, with_aux = self._norm_out(
-            torch.stack([recons, recons.detach() + aux_recons.view(shape)])
-        )
-        return sae_out, with_aux - sae_out.detach()
+        return outputs_with_auxiliary(self._norm_out, recons, aux_recons.view(shape))
 
     def _norm_out(self, recons: torch.Tensor) -> torch.Tensor:
         return self.reshape_fn_out(
@@ -323,36 +310,24 @@ class AllocationTrainingSAE(TrainingSAE[T_CONFIG]):
 
     def _auxiliary_pairs(
         self, step_input: TrainStepInput, step: int, encoder: Encoder, x: torch.Tensor
-    ) -> SparseActivations | None:
+    ) -> AuxiliaryPairs | None:
         """Pairs of the auxiliary loss, None where it is off or no feature needs it."""
-        if self.cfg.aux_loss == "none" or not self._aux_weight(step):
+        weight = auxiliary_weight(self.cfg, step)
+        if self.cfg.aux_loss == "none" or not weight:
             return None
-        if step % STEPS_BETWEEN_FLAGS == 0:
-            dead = step_input.dead_neuron_mask
-            self.allocation.flag_underused(
-                torch.zeros_like(self.allocation.underused) if dead is None else dead,
-                self.cfg.underuse_fraction if self.cfg.aux_loss == "aux_zipf" else None,
-                len(x),
-            )
-        flagged = self.allocation.underused_indices
-        if len(flagged) == 0:
-            return None
-        return encode_auxiliary(
-            encoder, x.detach(), flagged, self.cfg.features_per_token_in_aux_loss()
+        self.allocation.renew_flags(
+            step,
+            step_input.dead_neuron_mask,
+            self.cfg.underuse_fraction if self.cfg.aux_loss == "aux_zipf" else None,
+            len(x),
         )
-
-    def _aux_weight(self, step: int) -> float:
-        return self.cfg.aux_loss_coefficient * aux_loss_fade(
-            step, self.cfg.aux_loss_decay_start
+        return auxiliary_pairs(
+            encoder,
+            x,
+            self.allocation.underused_indices,
+            self.cfg.features_per_token_in_aux_loss(),
+            weight,
         )
-
-    def _auxiliary_coefficient(self, step: int) -> float:
-        """Weight of the auxiliary loss, smaller where few features are flagged."""
-        share = (
-            len(self.allocation.underused_indices)
-            / self.cfg.features_per_token_in_aux_loss()
-        )
-        return self._aux_weight(step) * min(share, 1.0)
 
     def _metrics(
         self, pairs: SparseActivations, x: torch.Tensor
@@ -360,11 +335,6 @@ class AllocationTrainingSAE(TrainingSAE[T_CONFIG]):
         """What SAELens' logger shows; functions run only when a step is logged."""
         n_tokens = len(x)
         allocation = self.allocation
-        law = cache(lambda: allocation.fit_law(n_tokens))
-
-        def of_law(name: str) -> Callable[[], float]:
-            return lambda: getattr(law(), name, float("nan"))
-
         return {
             "threshold_l0": lambda: (
                 len(encode_thresholds(self.encoder(), x, allocation.threshold).values)
@@ -372,12 +342,8 @@ class AllocationTrainingSAE(TrainingSAE[T_CONFIG]):
             ),
             "mean_threshold": lambda: allocation.threshold.mean(),
             "cut": lambda: allocation.cut,
-            "underused_features": lambda: allocation.underused.sum(),
-            "zipf_alpha": of_law("alpha"),
-            "zipf_beta": of_law("beta"),
-            "zipf_r2": of_law("r2"),
-            "zipf_r2_middle": of_law("r2_middle"),
             "top_1pct_tokens_budget_share": lambda: _top_tokens_share(pairs),
+            **allocation.metrics(n_tokens),
         }
 
     @override
@@ -433,8 +399,7 @@ class AllocationTrainingSAE(TrainingSAE[T_CONFIG]):
     ) -> None:
         self.checks.report(wait=True)
         super().process_state_dict_for_saving_inference(state_dict)
-        for name in [name for name in state_dict if name.startswith("allocation.")]:
-            del state_dict[name]
+        remove_statistics(state_dict, STATISTICS)
         scale = self._affinity_scale()
         if scale is not None:
             state_dict["W_enc"] = (state_dict["W_enc"] * scale).to(self.dtype)
@@ -446,26 +411,12 @@ class AllocationTrainingSAE(TrainingSAE[T_CONFIG]):
     def process_state_dict_for_saving(self, state_dict: dict[str, Any]) -> None:
         self.checks.report(wait=True)
         super().process_state_dict_for_saving(state_dict)
-        for name, buffer in self.allocation.named_buffers():
-            if buffer.is_floating_point():
-                state_dict[f"allocation.{name}"] = in_bfloat16_parts(buffer)
+        self.allocation.write_checkpoint(state_dict, STATISTICS)
 
     @override
     def process_state_dict_for_loading(self, state_dict: dict[str, Any]) -> None:
         super().process_state_dict_for_loading(state_dict)
-        for name, buffer in self.allocation.named_buffers():
-            key = f"allocation.{name}"
-            if key not in state_dict:
-                continue
-            if buffer.is_floating_point():
-                state_dict[key] = state_dict[key].to(buffer.dtype).sum(0)
-            state_dict[key] = state_dict[key].to(buffer.dtype)
-
-
-def decoder_norms(W_dec: torch.Tensor) -> torch.Tensor:
-    """Norms of the rows of W_dec in at least float32, shape (F,), without a gradient."""
-    weights = W_dec.detach().to(torch.promote_types(W_dec.dtype, torch.float32))
-    return weights.norm(dim=-1).clamp(min=1e-8)
+        self.allocation.read_checkpoint(state_dict, STATISTICS)
 
 
 def _has_hooks(hook: HookPoint) -> bool:

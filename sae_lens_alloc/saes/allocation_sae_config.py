@@ -5,12 +5,14 @@ from dataclasses import dataclass
 from typing import Literal
 
 from sae_lens.saes.jumprelu_sae import JumpReLUSAEConfig
-from sae_lens.saes.sae import SAEConfig, TrainingSAEConfig
+from sae_lens.saes.sae import SAEConfig
 from typing_extensions import override
+
+from sae_lens_alloc.saes.auxiliary_loss import AuxiliaryLossTrainingSAEConfig, require
 
 
 @dataclass
-class AllocationTrainingSAEConfig(TrainingSAEConfig):
+class AllocationTrainingSAEConfig(AuxiliaryLossTrainingSAEConfig):
     """
     Configuration shared by Mutual Choice and Feature Choice training SAEs.
 
@@ -60,11 +62,6 @@ class AllocationTrainingSAEConfig(TrainingSAEConfig):
     k_start: float | None = None
     k_decay_steps: int = 0
     aux_loss: Literal["aux_zipf", "aux_k", "none"] = "aux_zipf"
-    aux_loss_coefficient: float = 1.0
-    aux_loss_decay_start: int | None = None
-    k_aux: int | None = None
-    underuse_fraction: float = 0.5
-    density_window_tokens: int = 500_000
     max_density: float = 0.6
     min_tokens_per_feature: float = 0.0
     rescale_acts_by_decoder_norm: bool = True
@@ -93,36 +90,6 @@ class AllocationTrainingSAEConfig(TrainingSAEConfig):
             self.aux_loss,
             "'aux_zipf', 'aux_k' or 'none'",
         )
-        require(
-            self.aux_loss_coefficient >= 0,
-            "aux_loss_coefficient",
-            self.aux_loss_coefficient,
-            ">= 0",
-        )
-        require(
-            self.aux_loss_decay_start is None or self.aux_loss_decay_start >= 0,
-            "aux_loss_decay_start",
-            self.aux_loss_decay_start,
-            "a step count >= 0 or None",
-        )
-        require(
-            self.k_aux is None or 0 < self.k_aux <= self.d_sae,
-            "k_aux",
-            self.k_aux,
-            f"in [1, d_sae = {self.d_sae}] or None",
-        )
-        require(
-            0 < self.underuse_fraction <= 1,
-            "underuse_fraction",
-            self.underuse_fraction,
-            "in (0, 1]",
-        )
-        require(
-            self.density_window_tokens > 0,
-            "density_window_tokens",
-            self.density_window_tokens,
-            ">= 1",
-        )
         require(0 < self.max_density <= 1, "max_density", self.max_density, "in (0, 1]")
         require(
             self.min_tokens_per_feature >= 0,
@@ -140,8 +107,3 @@ class AllocationTrainingSAEConfig(TrainingSAEConfig):
     @override
     def get_inference_config_class(self) -> type[SAEConfig]:
         return JumpReLUSAEConfig
-
-
-def require(condition: bool, name: str, value: object, allowed: str) -> None:
-    if not condition:
-        raise ValueError(f"{name} must be {allowed}, got {value!r}.")

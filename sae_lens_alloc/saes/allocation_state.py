@@ -1,19 +1,12 @@
 """The running statistics of an allocation, and the allocation of each training batch."""
 
 import math
-from collections.abc import Callable
-from typing import Any, Literal
+from typing import Literal
 
 import torch
-from torch import nn
 from typing_extensions import override
 
-from sae_lens_alloc.allocation.density import (
-    density_ranks,
-    fit_floor,
-    underused_features,
-    update_density,
-)
+from sae_lens_alloc.allocation.density import density_ranks, fit_floor
 from sae_lens_alloc.allocation.quotas import take_whole_quotas
 from sae_lens_alloc.allocation.sparse_activations import SparseActivations
 from sae_lens_alloc.allocation.thresholds import follow_cut, track_threshold
@@ -24,6 +17,7 @@ from sae_lens_alloc.ops.encode_select import (
     encode_feature_choice,
     encode_mutual_choice,
 )
+from sae_lens_alloc.saes.density_state import DensityState
 
 Rule = Literal["mutual", "feature"]
 
@@ -35,10 +29,11 @@ NATURAL_LAW = ZipfLaw(alpha=1.0, beta=16.0, scale=1.0)
 MIN_EVENTS = 10
 
 
-class AllocationState(nn.Module):
+class AllocationState(DensityState):
     """
     Thresholds, densities and quota remainders: everything that a checkpoint needs besides
-    the weights. All of it stays float32 whatever the dtype of the SAE.
+    the weights. The densities are those of the demand: the rate at which an affinity exceeds
+    the cut.
 
     Args:
         d_sae: Number of features F.
@@ -50,14 +45,8 @@ class AllocationState(nn.Module):
 
     threshold: torch.Tensor  # (F,) inference threshold of each feature
     cut: torch.Tensor  # () running cut of Mutual Choice, 0 before the first batch
-    density: (
-        torch.Tensor
-    )  # (F,) running demand: rate at which affinities exceed the cut
-    density_tokens: torch.Tensor  # () tokens in the running densities
-    n_steps: torch.Tensor  # () training steps done
     quota_carry: torch.Tensor  # (F,) remainders of the fractional quotas
     quota_law: torch.Tensor  # (2,) alpha and beta of the law that sets the quotas
-    underused: torch.Tensor  # (F,) features that the auxiliary loss trains
 
     def __init__(
         self,
@@ -67,67 +56,24 @@ class AllocationState(nn.Module):
         min_tokens_per_feature: float,
         device: torch.device,
     ) -> None:
-        super().__init__()
-        self.density_window_tokens = density_window_tokens
+        super().__init__(d_sae, density_window_tokens, device)
         self.max_density = max_density
         self.min_tokens_per_feature = min_tokens_per_feature
-        for name in ("threshold", "density"):
-            self.register_buffer(name, torch.zeros(d_sae, device=device))
-        for name in ("cut", "density_tokens", "n_steps"):
-            self.register_buffer(name, torch.zeros((), device=device))
+        self.register_buffer("threshold", torch.zeros(d_sae, device=device))
+        self.register_buffer("cut", torch.zeros((), device=device))
         # random, or all rare features would be paid out in the same batch
         self.register_buffer("quota_carry", torch.rand(d_sae, device=device))
         self.register_buffer(
             "quota_law",
             torch.tensor([NATURAL_LAW.alpha, NATURAL_LAW.beta], device=device),
         )
-        self.register_buffer(
-            "underused", torch.zeros(d_sae, dtype=torch.bool, device=device)
-        )
-        self._forget_derived()
-        self.register_load_state_dict_post_hook(_forget_derived_after_loading)
-
-    def _forget_derived(self) -> None:
-        """Drops what is derived from the buffers, or only makes the selection faster."""
-        self._cut_is_known: bool | None = None
-        self._step_offset: int | None = None
-        self._underused_indices: torch.Tensor | None = None
-        self._rank_quotas: tuple[int, int, torch.Tensor] | None = None
-        self._bounds: torch.Tensor | None = None
 
     @override
-    def _apply(
-        self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True
-    ) -> "AllocationState":
-        # nn.Module.to(dtype) casts every float buffer; thresholds in bfloat16 would change
-        # which features fire (SAELens #728). Only the move to a device is wanted.
-        for name, buffer in self.named_buffers():
-            moved = fn(buffer)
-            if moved.dtype != buffer.dtype:
-                moved = buffer.to(moved.device)
-            setattr(self, name, moved)
-        self._forget_derived()
-        return self
-
-    def begin_step(self, n_training_steps: int) -> int:
-        """
-        The number of this training step, by which rules and budgets change.
-
-        SAELens saves the checkpoints of a run before it counts the step, so that a resumed
-        trainer counts one behind; from there on the SAE's own count holds. A trainer that
-        starts at 0 starts the schedules anew.
-        """
-        if self._step_offset is None:
-            behind = int(self.n_steps) - n_training_steps
-            self._step_offset = behind if n_training_steps > 0 and behind > 0 else 0
-        step = n_training_steps + self._step_offset
-        self.n_steps.fill_(step + 1)
-        return step
-
-    @property
-    def last_step(self) -> int:
-        """The number of the last training step, 0 before the first one."""
-        return max(int(self.n_steps) - 1, 0)
+    def _forget_derived(self) -> None:
+        super()._forget_derived()
+        self._cut_is_known: bool | None = None
+        self._rank_quotas: tuple[int, int, torch.Tensor] | None = None
+        self._bounds: torch.Tensor | None = None
 
     @torch.no_grad()
     def allocate(
@@ -164,7 +110,7 @@ class AllocationState(nn.Module):
         pairs = encode_mutual_choice(encoder, x, budget, cut)
         self._track_cut(pairs)
         self.threshold.copy_(self.cut.expand_as(self.threshold))
-        self._update_density(pairs.feature_counts(), len(x))
+        self.update_density(pairs.feature_counts(), len(x))
         return pairs
 
     def _allocate_feature(
@@ -193,7 +139,7 @@ class AllocationState(nn.Module):
         self._bounds = selection.bounds
         self.threshold.copy_(track_threshold(self.threshold, selection.above, quotas))
         self.cut.copy_(track_threshold(self.cut, selection.demand.sum(), budget))
-        self._update_density(selection.demand, len(x))
+        self.update_density(selection.demand, len(x))
         return selection.pairs
 
     @torch.no_grad()
@@ -220,7 +166,7 @@ class AllocationState(nn.Module):
         self._forget_derived()
         self._track_cut(pairs)
         self.density_tokens.zero_()
-        self._update_density(pairs.feature_counts(), len(x))
+        self.update_density(pairs.feature_counts(), len(x))
         if not keep_law:
             self._anchor_quota_law(MIN_EVENTS / len(x))
 
@@ -260,46 +206,12 @@ class AllocationState(nn.Module):
             self._rank_quotas = (n_tokens, budget, by_rank.to(self.density))
         return self._rank_quotas[2][density_ranks(self.density)]
 
-    def fit_law(self, n_tokens: int) -> ZipfLaw | None:
-        """
-        Zipf law of the running densities, None where too few features have fired.
-
-        Args:
-            n_tokens: Tokens per batch, which sets the density below which a rate is noise.
-        """
-        return self._fit_above(fit_floor(n_tokens))
-
-    def _fit_above(self, floor: float) -> ZipfLaw | None:
-        if int((self.density > floor).sum()) < 3:
-            return None
-        return ZipfLaw.fit(self.density, floor)
-
     def _anchor_quota_law(self, floor: float) -> None:
         """Takes the law of the quotas from what Mutual Choice found, once and for all."""
-        law = self._fit_above(floor)
+        law = self.fit_above(floor)
         if law is not None:
             self.quota_law.copy_(torch.tensor([law.alpha, law.beta]))
             self._rank_quotas = None
-
-    def flag_underused(
-        self, dead: torch.Tensor, fraction: float | None, n_tokens: int
-    ) -> None:
-        """
-        Flags the features that the auxiliary loss trains: those below `fraction` of the law
-        and the dead ones, or the dead ones only where `fraction` is None.
-        """
-        law = None if fraction is None else self.fit_law(n_tokens)
-        self.underused.copy_(
-            underused_features(self.density, dead, law, fraction or 0.0)
-        )
-        self._underused_indices = None
-
-    @property
-    def underused_indices(self) -> torch.Tensor:
-        """Ascending indices of the flagged features, int64 of shape (U,)."""
-        if self._underused_indices is None:
-            self._underused_indices = self.underused.nonzero().squeeze(1)
-        return self._underused_indices
 
     def _knows_cut(self) -> bool:
         if not self._cut_is_known:
@@ -315,27 +227,3 @@ class AllocationState(nn.Module):
             batch_cut = follow_cut(self.cut, batch_cut)
         # infinite where all the pairs are padding
         self.cut.copy_(torch.where(batch_cut.isinf(), self.cut, batch_cut))
-
-    def _update_density(self, counts: torch.Tensor, n_tokens: int) -> None:
-        update_density(
-            self.density,
-            self.density_tokens,
-            counts,
-            n_tokens,
-            self.density_window_tokens,
-        )
-
-
-def _forget_derived_after_loading(state: AllocationState, _: Any) -> None:
-    state._forget_derived()
-
-
-def in_bfloat16_parts(tensor: torch.Tensor) -> torch.Tensor:
-    """
-    A float32 tensor as three that sum to it, each of which bfloat16 holds exactly; shape
-    (3, *shape). So it survives SAELens' loader, which casts all tensors of a file to the
-    dtype of the weights.
-    """
-    first = tensor.bfloat16().float()
-    second = (tensor - first).bfloat16().float()
-    return torch.stack([first, second, tensor - first - second])

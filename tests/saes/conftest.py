@@ -104,11 +104,11 @@ def training_step(
     step: int = 0,
     dead: torch.Tensor | None = None,
 ) -> TrainStepOutput:
-    """One forward pass of training, as SAELens' trainer calls it."""
+    """One forward pass of training, as SAELens' trainer calls it, all coefficients 1."""
     return sae.training_forward_pass(
         TrainStepInput(
             sae_in=x,
-            coefficients={},
+            coefficients=dict.fromkeys(sae.get_coefficients(), 1.0),
             dead_neuron_mask=dead,
             n_training_steps=step,
             is_logging_step=False,

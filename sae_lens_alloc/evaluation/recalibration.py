@@ -1,0 +1,237 @@
+"""Thresholds of a saved SAE set anew, to a wanted L0 on text of one's choice."""
+
+import copy
+import json
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from sae_lens import SAE
+from sae_lens.constants import SAE_CFG_FILENAME
+from sae_lens.saes.jumprelu_sae import JumpReLUSAE, JumpReLUSAEConfig
+from sae_lens.saes.topk_sae import TopKSAE
+
+from sae_lens_alloc.allocation.mutual_choice import budget_for
+from sae_lens_alloc.allocation.zipf import proportional_quotas
+from sae_lens_alloc.evaluation.calibration import Usage, measure_usage
+from sae_lens_alloc.evaluation.equal_l0 import set_l0
+from sae_lens_alloc.ops.encode_select import Encoder, encode_feature_choice
+
+# Relative distance of a threshold from the affinity that decides it.
+MARGIN = 1e-6
+
+
+@dataclass(frozen=True)
+class Recalibration:
+    """
+    What new thresholds do, on the half of the activations that set them and on the other.
+
+    Args:
+        sae: The SAE with its new thresholds.
+        target_l0: Wanted features per token.
+        per_feature: Whether thresholds were set one by one rather than by one factor.
+        before: The SAE as it was, on the half that set the thresholds.
+        after: The SAE with its new thresholds, on the half that set them.
+        held_out_before: The SAE as it was, on the other half.
+        held_out_after: The SAE with its new thresholds, on the other half.
+    """
+
+    sae: JumpReLUSAE
+    target_l0: float
+    per_feature: bool
+    before: Usage
+    after: Usage
+    held_out_before: Usage
+    held_out_after: Usage
+
+    def to_dict(self) -> dict[str, Any]:
+        """All figures, ready for JSON."""
+        usages = ("before", "after", "held_out_before", "held_out_after")
+        return {
+            "target_l0": self.target_l0,
+            "per_feature": self.per_feature,
+            "n_tokens": self.before.n_tokens,
+            **{
+                f"{figure}_{name}": getattr(getattr(self, name), figure)
+                for name in usages
+                for figure in ("l0", "ev", "dead")
+            },
+        }
+
+
+def load_saved_sae(folder: str | Path) -> JumpReLUSAE | TopKSAE:
+    """
+    Loads an SAE that `recalibrate` can take.
+
+    Args:
+        folder: What SAELens saved for inference.
+
+    Raises:
+        ValueError: if the folder holds no SAE, or one that has no thresholds.
+    """
+    cfg_path = Path(folder) / SAE_CFG_FILENAME
+    if not cfg_path.is_file():
+        raise ValueError(
+            f"{str(folder)!r} holds no SAE as SAELens saves it: there is no "
+            f"{SAE_CFG_FILENAME}."
+        )
+    architecture = json.loads(cfg_path.read_text()).get("architecture")
+    if architecture not in ("jumprelu", "topk"):
+        raise ValueError(
+            f"{str(folder)!r} is of the architecture {architecture!r}, whose thresholds "
+            "cannot be set: give the folder of a saved jumprelu or topk SAE, as "
+            "mutual_choice, feature_choice and batchtopk are after training."
+        )
+    sae = SAE.load_from_disk(folder)
+    assert isinstance(sae, JumpReLUSAE | TopKSAE)
+    # activations come flat, one vector a token
+    sae.turn_off_forward_pass_hook_z_reshaping()
+    return sae
+
+
+@torch.no_grad()
+def recalibrate(
+    sae: JumpReLUSAE | TopKSAE,
+    activations: torch.Tensor,
+    target_l0: float,
+    per_feature: bool = False,
+) -> Recalibration:
+    """
+    A copy of an SAE whose thresholds give a wanted L0. The first half of the activations
+    sets them, the second half only shows how they do.
+
+    By default one factor moves all thresholds, which keeps their ratios (a topk SAE gets one
+    threshold for all features). Per feature, one factor moves all densities, which keeps
+    the shares of the features instead: feature j gets the threshold that it exceeds on
+    c * p_j of the tokens, where p_j is the share of tokens on which the SAE as given
+    activates it, and c makes the sum over features the wanted L0.
+
+    Args:
+        sae: A saved SAE, which is left as it is. A topk SAE gets a jumprelu form.
+        activations: Activations as the SAE takes them, shape (T, d_in), T at least 2.
+        target_l0: Wanted features per token.
+        per_feature: Set each feature's threshold by its density. A feature that is
+            active too rarely for one of the tokens is then silenced on them.
+
+    Raises:
+        ValueError: if the activations are not of the SAE's d_in or fewer than 2 tokens, or
+            no thresholds give the wanted L0.
+    """
+    if activations.ndim != 2 or activations.shape[1] != sae.cfg.d_in:
+        raise ValueError(
+            f"activations must have shape (tokens, {sae.cfg.d_in}), got "
+            f"{tuple(activations.shape)}."
+        )
+    if len(activations) < 2:
+        raise ValueError(
+            "activations of at least 2 tokens are needed, one for each half."
+        )
+    half = len(activations) // 2
+    used, held_out = activations[:half], activations[half:]
+    before, held_out_before = _usage(sae, used), _usage(sae, held_out)
+    calibrated = _as_jumprelu(sae)
+    if isinstance(sae, TopKSAE) or not per_feature:
+        set_l0(calibrated, used, target_l0)
+    if per_feature:
+        _set_densities(calibrated, used, before.firings, target_l0)
+    report = Recalibration(
+        sae=calibrated,
+        target_l0=target_l0,
+        per_feature=per_feature,
+        before=before,
+        after=_usage(calibrated, used),
+        held_out_before=held_out_before,
+        held_out_after=_usage(calibrated, held_out),
+    )
+    calibrated.cfg.metadata.calibration = report.to_dict()
+    calibrated.cfg.metadata.l0 = report.after.l0
+    return report
+
+
+def _usage(sae: SAE[Any], activations: torch.Tensor) -> Usage:
+    def autoencode(batch: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        acts = sae.encode(batch)
+        return (acts != 0).sum(0), sae.decode(acts)
+
+    return measure_usage(autoencode, activations)
+
+
+def _as_jumprelu(sae: JumpReLUSAE | TopKSAE) -> JumpReLUSAE:
+    """A copy, of a topk SAE with thresholds of 1, which only wait to be set."""
+    cfg = sae.cfg.to_dict()
+    names = {field.name for field in fields(JumpReLUSAEConfig)}
+    settings: dict[str, Any] = {k: v for k, v in cfg.items() if k in names}
+    settings["metadata"] = copy.deepcopy(sae.cfg.metadata)
+    weights = {name: value.clone() for name, value in sae.state_dict().items()}
+    if isinstance(sae, TopKSAE):
+        weights["threshold"] = torch.ones_like(weights["b_enc"])
+        if sae.cfg.rescale_acts_by_decoder_norm:
+            norms = sae.get_W_dec_norm()
+            weights["W_enc"] *= norms
+            weights["b_enc"] *= norms
+            weights["W_dec"] /= norms[:, None]
+    jumprelu = JumpReLUSAE(JumpReLUSAEConfig(**settings))
+    jumprelu.load_state_dict(weights)
+    if not sae.hook_z_reshaping_mode:
+        jumprelu.turn_off_forward_pass_hook_z_reshaping()
+    return jumprelu
+
+
+def _set_densities(
+    sae: JumpReLUSAE, activations: torch.Tensor, counts: torch.Tensor, target_l0: float
+) -> None:
+    """
+    Sets each threshold such that the feature is active on a number of tokens in proportion
+    to `counts`, all together on `target_l0` features per token.
+
+    Args:
+        sae: The SAE; its thresholds, which are changed in place, make this fast if they are
+            near.
+        activations: Activations as the SAE takes them, shape (T, d_in).
+        counts: Shape (F,).
+        target_l0: Wanted features per token.
+
+    Raises:
+        ValueError: if the features cannot be active on so many tokens.
+    """
+    encoder, x = Encoder(sae.W_enc, sae.b_enc, None), sae.process_sae_in(activations)
+    budget = budget_for(target_l0, len(x))
+    guess = sae.threshold / 2
+    never = guess.new_tensor(torch.inf)
+    caps = torch.full_like(counts, len(x))
+    while True:
+        quotas = _quotas_in_proportion(counts, budget, caps)
+        if budget == 0 or int(quotas.sum()) < budget:
+            raise ValueError(
+                f"no thresholds give an L0 of {target_l0} on these {len(x)} tokens: the "
+                f"{int((counts > 0).sum())} features that are active on them reach "
+                f"{int(quotas.sum()) / len(x):.3g}."
+            )
+        # a feature without quota is silenced, so its largest affinity has to be known, too
+        best = encode_feature_choice(
+            encoder, x, quotas.clamp(min=1), guess, never, guess
+        ).pairs
+        found = best.feature_counts()
+        if not (found < quotas).any():
+            break
+        caps = torch.where(found < quotas, found, caps)  # all its positive affinities
+    last = torch.full_like(guess, torch.inf).scatter_reduce(
+        0, best.feature_indices, best.values.to(guess), "amin"
+    )
+    largest = last.where(found > 0, 0.0)
+    silencing = torch.maximum(largest * (1 + MARGIN), sae.threshold)
+    sae.threshold.copy_(torch.where(quotas > 0, last * (1 - MARGIN), silencing))
+
+
+def _quotas_in_proportion(
+    counts: torch.Tensor, budget: int, caps: torch.Tensor
+) -> torch.Tensor:
+    """Whole quotas in proportion to `counts` that sum to the budget; int64 of shape (F,)."""
+    active = (counts > 0).nonzero().squeeze(1)
+    quotas = torch.zeros_like(counts, dtype=torch.float64)
+    quotas[active] = proportional_quotas(
+        counts[active].double().log(), budget, caps[active]
+    )
+    # remainders are handed on from feature to feature, so that the sum is right
+    return (quotas.cumsum(0) + 1e-6).floor().diff(prepend=quotas.new_zeros(1)).long()

@@ -1,0 +1,354 @@
+"""The auxiliary loss of Mutual Choice for any architecture of SAELens."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import cache
+from typing import Any, ClassVar, cast
+
+import torch
+from sae_lens.registry import (
+    SAE_TRAINING_CLASS_REGISTRY,
+    get_sae_class,
+    register_sae_training_class,
+)
+from sae_lens.saes.gated_sae import GatedTrainingSAE
+from sae_lens.saes.sae import (
+    SAEConfig,
+    TrainingSAE,
+    TrainingSAEConfig,
+    TrainStepInput,
+    TrainStepOutput,
+)
+from sae_lens.saes.topk_sae import TopKTrainingSAE
+from torch import nn
+from typing_extensions import override
+
+from sae_lens_alloc.ops.encode_select import Encoder
+from sae_lens_alloc.ops.pair_autoencoder import reconstruct_pairs
+from sae_lens_alloc.saes.allocation_sae import AllocationTrainingSAE
+from sae_lens_alloc.saes.auxiliary_loss import (
+    AuxiliaryLossTrainingSAEConfig,
+    auxiliary_pairs,
+    auxiliary_weight,
+    decoder_norms,
+    outputs_with_auxiliary,
+)
+from sae_lens_alloc.saes.density_state import DensityState, remove_statistics
+
+STATISTICS = "aux_zipf."  # prefix of their keys in a checkpoint
+
+
+@dataclass
+class AuxZipfTrainingSAEConfig(AuxiliaryLossTrainingSAEConfig):
+    """
+    What an architecture of SAELens gains by aux_zipf_loss: the fields of
+    AuxiliaryLossTrainingSAEConfig. `aux_loss_coefficient` weighs aux_zipf_loss also where the
+    architecture has that field for its own aux_k loss, whose place aux_zipf_loss takes.
+    """
+
+    base_config_class: ClassVar[type[TrainingSAEConfig]]
+
+    @override
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if getattr(self, "use_matryoshka_aux_loss", False):
+            raise ValueError(
+                f"use_matryoshka_aux_loss has no effect on {self.architecture()}, where "
+                "aux_zipf_loss takes the place of SAELens' auxiliary loss: leave it out."
+            )
+
+    @override
+    @classmethod
+    def architecture(cls) -> str:
+        return f"{cls.base_config_class.architecture()}_aux_zipf"
+
+    @override
+    def get_inference_config_class(self) -> type[SAEConfig]:
+        base = self.base_config_class
+        stock = TrainingSAEConfig.get_inference_config_class
+        if base.get_inference_config_class is stock:
+            # it looks the training architecture up among those for inference
+            return get_sae_class(base.architecture())[1]
+        return super().get_inference_config_class()
+
+
+class AuxZipfState(DensityState):
+    """
+    Densities, flags, and the number of features per token.
+
+    Args:
+        d_sae: Number of features F.
+        density_window_tokens: Averaging window of the densities in tokens.
+        device: Device of the buffers.
+    """
+
+    flagged_l0: torch.Tensor  # () features per token when the flags were last renewed
+
+    def __init__(
+        self, d_sae: int, density_window_tokens: int, device: torch.device
+    ) -> None:
+        super().__init__(d_sae, density_window_tokens, device)
+        self.register_buffer("flagged_l0", torch.zeros((), device=device))
+
+    @override
+    def _forget_derived(self) -> None:
+        super()._forget_derived()
+        self._features_per_token: int | None = None
+
+    @override
+    def renew_flags(
+        self,
+        step: int,
+        dead: torch.Tensor | None,
+        fraction: float | None,
+        n_tokens: int,
+    ) -> bool:
+        renewed = super().renew_flags(step, dead, fraction, n_tokens)
+        if renewed:
+            self.flagged_l0.copy_(self.density.sum())
+            self._features_per_token = None
+        return renewed
+
+    @property
+    def features_per_token(self) -> int:
+        """Features per token when the flags were last renewed, rounded up, at least 1."""
+        if self._features_per_token is None:
+            self._features_per_token = max(1, math.ceil(float(self.flagged_l0)))
+        return self._features_per_token
+
+
+class AuxZipfLoss(TrainingSAE[AuxZipfTrainingSAEConfig]):
+    """
+    Adds aux_zipf_loss (arXiv 2411.02124; docs/method.md has our reading) to the architecture
+    that comes next among the base classes: see `with_aux_zipf`.
+
+    A feature's density is the rate at which it fires. The loss is `losses["aux_zipf_loss"]`
+    of a training step; it takes the place of aux_k.
+    """
+
+    config_class: ClassVar[type[AuxZipfTrainingSAEConfig]]
+
+    def __init__(self, cfg: AuxZipfTrainingSAEConfig, use_error_term: bool = False):
+        super().__init__(cfg, use_error_term)
+        self._encoder_bias()
+        self.aux_zipf = AuxZipfState(
+            cfg.d_sae, cfg.density_window_tokens, self.W_dec.device
+        )
+        self.setup()
+
+    @override
+    def training_forward_pass(self, step_input: TrainStepInput) -> TrainStepOutput:
+        """The training step of the architecture with aux_zipf_loss, and densities updated."""
+        step = self.aux_zipf.begin_step(step_input.n_training_steps)
+        output = super().training_forward_pass(
+            replace(step_input, n_training_steps=step)
+        )
+        _eager(self._take_note)(output)
+        return output
+
+    @torch.no_grad()
+    def _take_note(self, output: TrainStepOutput) -> None:
+        n_tokens = output.sae_in.shape[:-1].numel()
+        self.aux_zipf.update_density(_firing_counts(output.feature_acts), n_tokens)
+        output.metrics.update(self.aux_zipf.metrics(n_tokens))
+
+    @override
+    def calculate_aux_loss(
+        self,
+        step_input: TrainStepInput,
+        feature_acts: torch.Tensor,
+        hidden_pre: torch.Tensor,
+        sae_out: torch.Tensor,
+    ) -> dict[str, torch.Tensor]:
+        base_input, replaced = step_input, ""
+        if isinstance(self, TopKTrainingSAE):
+            # aux_k, which is nothing where no feature is dead
+            base_input = replace(step_input, dead_neuron_mask=None)
+            replaced = "auxiliary_reconstruction_loss"
+        losses = super().calculate_aux_loss(  # pyright: ignore[reportAbstractUsage]
+            base_input, feature_acts, hidden_pre, sae_out
+        )
+        if isinstance(losses, torch.Tensor):
+            losses = {"aux_loss": losses}
+        losses = {name: loss for name, loss in losses.items() if name != replaced}
+        aux_zipf_loss = _eager(self._aux_zipf_loss)(step_input, sae_out)
+        if aux_zipf_loss is not None:
+            losses["aux_zipf_loss"] = aux_zipf_loss
+        return losses
+
+    def _aux_zipf_loss(
+        self, step_input: TrainStepInput, sae_out: torch.Tensor
+    ) -> torch.Tensor | None:
+        """The weighted loss, None where it is off or no feature needs it."""
+        sae_in, step = step_input.sae_in, step_input.n_training_steps
+        weight = auxiliary_weight(self.cfg, step)
+        if not weight:
+            return None
+        self.aux_zipf.renew_flags(
+            step,
+            step_input.dead_neuron_mask,
+            self.cfg.underuse_fraction,
+            sae_in.shape[:-1].numel(),
+        )
+        inputs = self.process_sae_in(sae_in)
+        x = inputs.reshape(-1, self.cfg.d_in)
+        encoder = Encoder(
+            self.W_enc.detach(), self._encoder_bias().detach(), self._affinity_scale()
+        )
+        aux = auxiliary_pairs(
+            encoder, x, self.aux_zipf.underused_indices, self._k_aux(), weight
+        )
+        if aux is None:
+            return None
+        recons = reconstruct_pairs(
+            x,
+            self.W_enc,
+            self._encoder_bias(),
+            self.W_dec,
+            rows=aux.pairs.token_indices,
+            features=aux.pairs.feature_indices,
+            pre_acts=encoder.pre_acts(aux.pairs),
+        ).view(inputs.shape)
+        _, aux_out = outputs_with_auxiliary(
+            self.run_time_activation_norm_fn_out, torch.zeros_like(recons), recons
+        )
+        residual = (sae_in - sae_out).detach()
+        error = self.mse_loss_fn(aux_out, residual).sum(dim=-1).mean()
+        return aux.coefficient * error
+
+    def _k_aux(self) -> int:
+        if self.cfg.k_aux is not None:
+            return self.cfg.k_aux
+        k: float | None = getattr(self.cfg, "k", None)
+        return self.aux_zipf.features_per_token if k is None else math.ceil(k)
+
+    def _encoder_bias(self) -> nn.Parameter:
+        """
+        The bias of the pre-activation that decides whether a feature fires. Of a gated SAE
+        that is the gate, as in its own auxiliary reconstruction.
+        """
+        name = "b_gate" if isinstance(self, GatedTrainingSAE) else "b_enc"
+        bias = getattr(self, name, None)
+        if not isinstance(bias, nn.Parameter):
+            raise ValueError(
+                f"{self.cfg.architecture()} cannot be trained: aux_zipf_loss needs an encoder "
+                f"x W_enc + {name}, and {type(self).__name__} has no {name}."
+            )
+        return bias
+
+    def _affinity_scale(self) -> torch.Tensor | None:
+        """Decoder norms, or None where features compete with their bare pre-activation."""
+        if not getattr(self.cfg, "rescale_acts_by_decoder_norm", False):
+            return None
+        return decoder_norms(self.W_dec)
+
+    @override
+    def process_state_dict_for_saving_inference(
+        self, state_dict: dict[str, Any]
+    ) -> None:
+        super().process_state_dict_for_saving_inference(state_dict)
+        remove_statistics(state_dict, STATISTICS)
+
+    @override
+    def process_state_dict_for_saving(self, state_dict: dict[str, Any]) -> None:
+        super().process_state_dict_for_saving(state_dict)
+        self.aux_zipf.write_checkpoint(state_dict, STATISTICS)
+
+    @override
+    def process_state_dict_for_loading(self, state_dict: dict[str, Any]) -> None:
+        super().process_state_dict_for_loading(state_dict)
+        self.aux_zipf.read_checkpoint(state_dict, STATISTICS)
+
+
+def with_aux_zipf(training_sae_class: type[TrainingSAE[Any]]) -> type[AuxZipfLoss]:
+    """
+    The given architecture with aux_zipf_loss (arXiv 2411.02124), registered with SAELens as
+    `<name>_aux_zipf`. For inference it is saved as what the given architecture is saved as.
+
+    Args:
+        training_sae_class: A training SAE that is registered with SAELens and has an encoder
+            `x W_enc + b_enc`.
+
+    Returns:
+        The new class, the same one whenever it is asked for. Its `config_class` is the
+        architecture's configuration with the fields of AuxiliaryLossTrainingSAEConfig.
+
+    Raises:
+        ValueError: if that is not such a class, or has the loss already.
+    """
+    if not (
+        isinstance(training_sae_class, type)
+        and issubclass(training_sae_class, TrainingSAE)
+    ):
+        raise ValueError(
+            "with_aux_zipf takes a training SAE class of SAELens, such as "
+            f"BatchTopKTrainingSAE, got {training_sae_class!r}."
+        )
+    name = training_sae_class.__name__
+    if issubclass(training_sae_class, AuxZipfLoss):
+        raise ValueError(f"{name} has aux_zipf_loss already.")
+    if issubclass(training_sae_class, AllocationTrainingSAE):
+        raise ValueError(
+            f'{name} has aux_zipf_loss already: give its config aux_loss="aux_zipf".'
+        )
+    return _with_aux_zipf(training_sae_class)
+
+
+@cache
+def _with_aux_zipf(base: type[TrainingSAE[Any]]) -> type[AuxZipfLoss]:
+    configs = [cfg for sae, cfg in SAE_TRAINING_CLASS_REGISTRY.values() if sae is base]
+    if not configs:
+        raise ValueError(
+            f"{base.__name__} is not registered with SAELens, so its config class is not "
+            "known: call sae_lens.register_sae_training_class first."
+        )
+    base_config = configs[0]
+    name = base.__name__.removesuffix("TrainingSAE") + "AuxZipfTrainingSAE"
+    bases = (AuxZipfTrainingSAEConfig, base_config)
+    config_class = cast(
+        type[AuxZipfTrainingSAEConfig],
+        dataclass(
+            type(
+                f"{name}Config",
+                bases,
+                {
+                    "__doc__": f"{base_config.__name__} with aux_zipf_loss.",
+                    "__module__": __name__,
+                    "base_config_class": base_config,
+                },
+            )
+        ),
+    )
+    sae_class = cast(
+        type[AuxZipfLoss],
+        type(
+            name,
+            (AuxZipfLoss, base),
+            {
+                "__doc__": f"{base.__name__} with aux_zipf_loss.",
+                "__module__": __name__,
+                "config_class": config_class,
+            },
+        ),
+    )
+    register_sae_training_class(config_class.architecture(), sae_class, config_class)
+    return sae_class
+
+
+def _eager(method: Callable[..., Any]) -> Any:
+    """
+    A method that `compile_sae` leaves as it is: the number of pairs differs from batch to
+    batch, which torch.compile would answer with a recompilation per step.
+    """
+    return torch.compiler.disable(method)
+
+
+def _firing_counts(feature_acts: torch.Tensor) -> torch.Tensor:
+    """Tokens on which each feature fires, shape (F,), of dense or sparse (..., F)."""
+    acts = feature_acts.detach()
+    if not acts.is_sparse:
+        return (acts != 0).flatten(0, -2).sum(0)
+    acts = acts.coalesce()
+    fired = acts.indices()[-1][acts.values() != 0]
+    return torch.bincount(fired, minlength=acts.shape[-1])

@@ -1,0 +1,150 @@
+"""The loss by which underutilised features learn from the reconstruction error."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from sae_lens.saes.sae import TrainingSAEConfig
+from typing_extensions import override
+
+from sae_lens_alloc.allocation.schedule import aux_loss_fade
+from sae_lens_alloc.allocation.sparse_activations import SparseActivations
+from sae_lens_alloc.ops.encode_select import Encoder, encode_auxiliary
+
+
+@dataclass
+class AuxiliaryLossTrainingSAEConfig(TrainingSAEConfig):
+    """
+    Configuration of the auxiliary loss, shared by all architectures that have ours.
+
+    Args:
+        aux_loss_coefficient (float): Coefficient of the auxiliary loss.
+        aux_loss_decay_start (int | None): Training step at which the auxiliary loss starts to
+            fade; it is gone a tenth of that many steps later. None keeps it to the end. A
+            YAML config may give a share of the training steps.
+        k_aux (int | None): Features per token in the auxiliary loss. None means k, rounded
+            up, or, where the architecture has no k, the features per token at the time.
+        underuse_fraction (float): A feature is underutilised when its density is below this
+            fraction of the Zipf curve at its rank.
+        density_window_tokens (int): Tokens over which the running density of a feature is
+            averaged.
+    """
+
+    aux_loss_coefficient: float = 1.0
+    aux_loss_decay_start: int | None = None
+    k_aux: int | None = None
+    underuse_fraction: float = 0.5
+    density_window_tokens: int = 500_000
+
+    @override
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(
+            self.aux_loss_coefficient >= 0,
+            "aux_loss_coefficient",
+            self.aux_loss_coefficient,
+            ">= 0",
+        )
+        require(
+            self.aux_loss_decay_start is None or self.aux_loss_decay_start >= 0,
+            "aux_loss_decay_start",
+            self.aux_loss_decay_start,
+            "a step count >= 0 or None",
+        )
+        require(
+            self.k_aux is None or 0 < self.k_aux <= self.d_sae,
+            "k_aux",
+            self.k_aux,
+            f"in [1, d_sae = {self.d_sae}] or None",
+        )
+        require(
+            0 < self.underuse_fraction <= 1,
+            "underuse_fraction",
+            self.underuse_fraction,
+            "in (0, 1]",
+        )
+        require(
+            self.density_window_tokens > 0,
+            "density_window_tokens",
+            self.density_window_tokens,
+            ">= 1",
+        )
+
+
+def require(condition: bool, name: str, value: object, allowed: str) -> None:
+    if not condition:
+        raise ValueError(f"{name} must be {allowed}, got {value!r}.")
+
+
+@dataclass(frozen=True)
+class AuxiliaryPairs:
+    """
+    What the auxiliary loss of one batch works on.
+
+    Args:
+        pairs: Pairs of tokens and flagged features, with their affinities.
+        coefficient: Factor of the mean squared error of their reconstruction.
+    """
+
+    pairs: SparseActivations
+    coefficient: float
+
+
+def auxiliary_weight(cfg: AuxiliaryLossTrainingSAEConfig, step: int) -> float:
+    """Coefficient of the auxiliary loss at a training step, 0 once it has faded."""
+    return cfg.aux_loss_coefficient * aux_loss_fade(step, cfg.aux_loss_decay_start)
+
+
+def auxiliary_pairs(
+    encoder: Encoder,
+    x: torch.Tensor,
+    flagged: torch.Tensor,
+    k_aux: int,
+    weight: float,
+) -> AuxiliaryPairs | None:
+    """
+    The pairs by which flagged features reconstruct the error, None where none is flagged.
+
+    Args:
+        encoder: The encoder.
+        x: Encoder inputs of shape (B, d_in).
+        flagged: Ascending indices of the flagged features, int64 of shape (U,).
+        k_aux: Features per token.
+        weight: Coefficient of the loss, which is scaled down where U is less than k_aux.
+    """
+    if len(flagged) == 0:
+        return None
+    return AuxiliaryPairs(
+        encode_auxiliary(encoder, x.detach(), flagged, k_aux),
+        weight * min(len(flagged) / k_aux, 1.0),
+    )
+
+
+def outputs_with_auxiliary(
+    norm_out: Callable[[torch.Tensor], torch.Tensor],
+    recons: torch.Tensor,
+    aux_recons: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """
+    A reconstruction and an auxiliary one, both of shape (..., d_in), in the space of the
+    activations. The auxiliary one has no part in b_dec, nor in the mean that layer_norm adds
+    back (SAELens #666).
+
+    Args:
+        norm_out: The output normalization of the SAE. It is affine, and works once per input.
+        recons: Reconstruction with b_dec, as `norm_out` takes it.
+        aux_recons: Auxiliary reconstruction without b_dec.
+    """
+    # Applied to both at once; their difference is its linear part.
+    sae_out, with_aux = norm_out(torch.stack([recons, recons.detach() + aux_recons]))
+    return sae_out, with_aux - sae_out.detach()
+
+
+def decoder_norms(W_dec: torch.Tensor) -> torch.Tensor:
+    """
+    Norms of the decoder rows in at least float32, shape (F,). No gradient: the norm cancels
+    in the reconstruction.
+    """
+    weights = W_dec.detach()
+    weights = weights.to(torch.promote_types(weights.dtype, torch.float32))
+    return weights.norm(dim=-1).clamp(min=1e-8)

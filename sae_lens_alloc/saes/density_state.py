@@ -1,0 +1,220 @@
+"""Running densities of the features, and the flags of those that the auxiliary loss trains."""
+
+from collections.abc import Callable
+from functools import cache
+from typing import Any, TypeVar
+
+import torch
+from torch import nn
+from typing_extensions import override
+
+from sae_lens_alloc.allocation.density import (
+    fit_floor,
+    underused_features,
+    update_density,
+)
+from sae_lens_alloc.allocation.zipf import ZipfLaw
+
+# Densities move slowly, and looking at them from the host stalls a GPU: once in so many steps.
+STEPS_BETWEEN_FLAGS = 10
+
+T_STATE = TypeVar("T_STATE", bound="DensityState")
+
+
+class DensityState(nn.Module):
+    """
+    How often each feature fires and which ones the auxiliary loss trains: what a checkpoint
+    needs besides the weights. All of it stays float32 whatever the dtype of the SAE.
+
+    Args:
+        d_sae: Number of features F.
+        density_window_tokens: Averaging window of the densities in tokens.
+        device: Device of the buffers.
+    """
+
+    density: torch.Tensor  # (F,) running rate per token at which each feature fires
+    density_tokens: torch.Tensor  # () tokens in the running densities
+    n_steps: torch.Tensor  # () training steps done
+    underused: torch.Tensor  # (F,) features that the auxiliary loss trains
+
+    def __init__(
+        self, d_sae: int, density_window_tokens: int, device: torch.device
+    ) -> None:
+        super().__init__()
+        self.density_window_tokens = density_window_tokens
+        self.register_buffer("density", torch.zeros(d_sae, device=device))
+        for name in ("density_tokens", "n_steps"):
+            self.register_buffer(name, torch.zeros((), device=device))
+        self.register_buffer(
+            "underused", torch.zeros(d_sae, dtype=torch.bool, device=device)
+        )
+        self._forget_derived()
+        self.register_load_state_dict_post_hook(_forget_derived_after_loading)
+
+    def _forget_derived(self) -> None:
+        """Drops what is derived from the buffers, or only makes a step faster."""
+        self._step_offset: int | None = None
+        self._underused_indices: torch.Tensor | None = None
+
+    @override
+    def _apply(
+        self: T_STATE,
+        fn: Callable[[torch.Tensor], torch.Tensor],
+        recurse: bool = True,
+    ) -> T_STATE:
+        # nn.Module.to(dtype) casts every float buffer; thresholds in bfloat16 would change
+        # which features fire (SAELens #728). Only the move to a device is wanted.
+        for name, buffer in self.named_buffers():
+            moved = fn(buffer)
+            if moved.dtype != buffer.dtype:
+                moved = buffer.to(moved.device)
+            setattr(self, name, moved)
+        self._forget_derived()
+        return self
+
+    def begin_step(self, n_training_steps: int) -> int:
+        """
+        The number of this training step, by which rules, budgets and flags change.
+
+        SAELens saves the checkpoints of a run before it counts the step, so that a resumed
+        trainer counts one behind; from there on the SAE's own count holds. A trainer that
+        starts at 0 starts the schedules anew.
+        """
+        if self._step_offset is None:
+            behind = int(self.n_steps) - n_training_steps
+            self._step_offset = behind if n_training_steps > 0 and behind > 0 else 0
+        step = n_training_steps + self._step_offset
+        self.n_steps.fill_(step + 1)
+        return step
+
+    @property
+    def last_step(self) -> int:
+        """The number of the last training step, 0 before the first one."""
+        return max(int(self.n_steps) - 1, 0)
+
+    def update_density(self, counts: torch.Tensor, n_tokens: int) -> None:
+        """
+        Averages one batch into the running densities.
+
+        Args:
+            counts: Tokens of the batch on which each feature fired, shape (F,).
+            n_tokens: Tokens in the batch.
+        """
+        update_density(
+            self.density,
+            self.density_tokens,
+            counts,
+            n_tokens,
+            self.density_window_tokens,
+        )
+
+    def fit_law(self, n_tokens: int) -> ZipfLaw | None:
+        """
+        Zipf law of the running densities, None where too few features have fired.
+
+        Args:
+            n_tokens: Tokens per batch, which sets the density below which a rate is noise.
+        """
+        return self.fit_above(fit_floor(n_tokens))
+
+    def fit_above(self, floor: float) -> ZipfLaw | None:
+        """The same for the densities above a floor."""
+        if int((self.density > floor).sum()) < 3:
+            return None
+        return ZipfLaw.fit(self.density, floor)
+
+    def renew_flags(
+        self,
+        step: int,
+        dead: torch.Tensor | None,
+        fraction: float | None,
+        n_tokens: int,
+    ) -> bool:
+        """
+        At every tenth step, flags the features that the auxiliary loss trains: those below
+        `fraction` of the law and the dead ones, or the dead ones only where `fraction` is
+        None.
+
+        Args:
+            step: Number of the training step.
+            dead: Boolean mask of dead features, shape (F,), or None for none.
+            fraction: Share of the predicted density below which a feature is underutilised.
+            n_tokens: Tokens per batch.
+
+        Returns:
+            Whether the flags were renewed.
+        """
+        if step % STEPS_BETWEEN_FLAGS:
+            return False
+        if dead is None:
+            dead = torch.zeros_like(self.underused)
+        law = None if fraction is None else self.fit_law(n_tokens)
+        self.underused.copy_(
+            underused_features(self.density, dead, law, fraction or 0.0)
+        )
+        self._underused_indices = None
+        return True
+
+    @property
+    def underused_indices(self) -> torch.Tensor:
+        """Ascending indices of the flagged features, int64 of shape (U,)."""
+        if self._underused_indices is None:
+            self._underused_indices = self.underused.nonzero().squeeze(1)
+        return self._underused_indices
+
+    def metrics(self, n_tokens: int) -> dict[str, Callable[[], torch.Tensor | float]]:
+        """
+        What SAELens' logger shows of the densities; computed only when a step is logged.
+
+        Args:
+            n_tokens: Tokens per batch.
+        """
+        law = cache(lambda: self.fit_law(n_tokens))
+
+        def of_law(name: str) -> Callable[[], float]:
+            return lambda: getattr(law(), name, float("nan"))
+
+        return {
+            "underused_features": lambda: self.underused.sum(),
+            "zipf_alpha": of_law("alpha"),
+            "zipf_beta": of_law("beta"),
+            "zipf_r2": of_law("r2"),
+            "zipf_r2_middle": of_law("r2_middle"),
+        }
+
+    def write_checkpoint(self, state_dict: dict[str, Any], prefix: str) -> None:
+        """Puts the buffers into an SAE's state dict, so that they survive SAELens' loader."""
+        for name, buffer in self.named_buffers():
+            if buffer.is_floating_point():
+                state_dict[prefix + name] = _in_bfloat16_parts(buffer)
+
+    def read_checkpoint(self, state_dict: dict[str, Any], prefix: str) -> None:
+        """Undoes `write_checkpoint` in a state dict that was loaded."""
+        for name, buffer in self.named_buffers():
+            key = prefix + name
+            if key not in state_dict:
+                continue
+            if buffer.is_floating_point():
+                state_dict[key] = state_dict[key].to(buffer.dtype).sum(0)
+            state_dict[key] = state_dict[key].to(buffer.dtype)
+
+
+def remove_statistics(state_dict: dict[str, Any], prefix: str) -> None:
+    """Takes out of a state dict what inference has no use for."""
+    for name in [name for name in state_dict if name.startswith(prefix)]:
+        del state_dict[name]
+
+
+def _forget_derived_after_loading(state: DensityState, _: Any) -> None:
+    state._forget_derived()
+
+
+def _in_bfloat16_parts(tensor: torch.Tensor) -> torch.Tensor:
+    """
+    A float32 tensor as three that sum to it, each of which bfloat16 holds exactly; shape
+    (3, *shape). So it survives SAELens' loader, which casts all tensors of a file to the
+    dtype of the weights.
+    """
+    first = tensor.bfloat16().float()
+    second = (tensor - first).bfloat16().float()
+    return torch.stack([first, second, tensor - first - second])
