@@ -450,9 +450,11 @@ def test_buffer_counts_the_positions_that_are_kept(config_path: Path):
         ("  d_sae: 32\n", "sae.d_sae is missing."),
         (
             "  architecture: mutual_choice\n",
-            "sae.architecture is missing; it may be abstopk, batchtopk, feature_choice, "
-            "gated, jumprelu, matching_pursuit, matryoshka_batchtopk, mutual_choice, "
-            "standard, topk.",
+            "sae.architecture is missing; it may be abstopk, batchtopk, "
+            "batchtopk_aux_zipf, feature_choice, gated, gated_aux_zipf, jumprelu, "
+            "jumprelu_aux_zipf, matching_pursuit, matryoshka_batchtopk, "
+            "matryoshka_batchtopk_aux_zipf, mutual_choice, standard, "
+            "standard_aux_zipf, topk, topk_aux_zipf.",
         ),
     ],
 )

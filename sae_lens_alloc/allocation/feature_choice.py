@@ -65,8 +65,9 @@ class RankedCandidates:
 
     def where(self, mask: torch.Tensor) -> "RankedCandidates":
         """The candidates at which a mask of shape (n,) is true."""
+        kept = mask.nonzero().squeeze(1)
         return RankedCandidates(
-            self.tokens[mask], self.features[mask], self.values[mask], self.ranks[mask]
+            self.tokens[kept], self.features[kept], self.values[kept], self.ranks[kept]
         )
 
     def in_row_order(self, shape: tuple[int, int]) -> SparseActivations:
@@ -88,13 +89,23 @@ def rank_candidates(
     Args:
         tokens: int64 of shape (n,), ascending for each feature, which settles ties.
         features: int64 of shape (n,), below `n_features`.
-        values: Affinities, shape (n,).
+        values: Positive affinities, shape (n,).
         n_features: Number of features.
     """
-    by_value = values.argsort(descending=True, stable=True)
-    order = by_value[features[by_value].argsort(stable=True)]
+    order = _order(features, values)
     features = features[order]
     counts = torch.bincount(features, minlength=n_features)
     starts = counts.cumsum(0) - counts
     ranks = torch.arange(len(order), device=order.device) - starts[features]
     return RankedCandidates(tokens[order], features, values[order], ranks)
+
+
+def _order(features: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+    """Order by feature, then from the largest value on, and as given where both are equal."""
+    if values.dtype == torch.float64:
+        by_value = values.argsort(descending=True, stable=True)
+        return by_value[features[by_value].argsort(stable=True)]
+    # The bits of positive floats are ordered as they are. Torch sorts whole numbers by radix,
+    # one sort of them being ten times faster than two sorts.
+    smallest_first = 0x7FFFFFFF - values.float().view(torch.int32).long()
+    return ((features << 32) | smallest_first).argsort(stable=True)

@@ -198,9 +198,7 @@ def warm_start(
     return report
 
 
-def _target_classes() -> dict[
-    str, tuple[type[AllocationTrainingSAE[Any]], type[Any]]
-]:
+def _target_classes() -> dict[str, tuple[type[AllocationTrainingSAE[Any]], type[Any]]]:
     return {
         name: (sae_class, config_class)
         for name, (sae_class, config_class) in SAE_TRAINING_CLASS_REGISTRY.items()

@@ -8,11 +8,18 @@ import torch
 from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
 
+from sae_lens_alloc.ops.backend import is_interpreted
 from sae_lens_alloc.ops.pair_autoencoder import GradientMemory, reconstruct_pairs
 
 pytestmark = pytest.mark.usefixtures("backend")
 
 B, D_IN, F = 4, 3, 6
+
+
+@pytest.fixture
+def not_interpreted(backend: str) -> None:
+    if backend == "triton" and is_interpreted():
+        pytest.skip("a gradcheck takes a minute where Triton's kernels are interpreted")
 
 
 class Weights(NamedTuple):
@@ -102,6 +109,7 @@ def test_reconstruct_pairs_by_hand():
     assert W_enc.grad.tolist() == [[0, 10, 32], [0, 20, 64]]
 
 
+@pytest.mark.usefixtures("not_interpreted")
 @pytest.mark.parametrize("n_sets", [1, 2])
 def test_reconstruct_pairs_passes_gradcheck(n_sets: int):
     mask = masks(n_sets)
@@ -112,6 +120,7 @@ def test_reconstruct_pairs_passes_gradcheck(n_sets: int):
     assert torch.autograd.gradcheck(function, tuple(random_weights()))
 
 
+@pytest.mark.usefixtures("not_interpreted")
 @pytest.mark.parametrize("n_sets", [1, 2])
 def test_reconstruct_pairs_passes_gradcheck_with_a_subtracted_bias(n_sets: int):
     mask = masks(n_sets)
