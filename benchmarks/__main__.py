@@ -80,6 +80,13 @@ class Report:
         if old is not None:
             self.content[part].remove(old)
         self.content[part].append({"subject": name, **asdict(shape), **result})
+        order = list(SUBJECTS)
+        self.content[part].sort(
+            key=lambda row: [
+                order.index(row["subject"]),
+                *(row[field] for field in asdict(shape)),
+            ]
+        )
         self.path.parent.mkdir(parents=True, exist_ok=True)
         partial = self.path.with_suffix(".partial")
         partial.write_text(json.dumps(self.content, indent=1) + "\n")

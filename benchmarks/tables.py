@@ -22,6 +22,15 @@ def measured_on(report: Row) -> str:
     )
 
 
+def limits(report: Row) -> str:
+    """What the sweeps leave out."""
+    return (
+        f"A sweep leaves out what would take over {report['limits']['memory_gb']} GB or over "
+        f"{report['limits']['step_seconds']:g} s a step, extrapolated from the centre; its "
+        "cell says so, and an empty cell was not measured."
+    )
+
+
 def centre_table(report: Row) -> str:
     """Every subject at the centre."""
     rows = measured(report["centre"])

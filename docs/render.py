@@ -101,7 +101,11 @@ def step_table() -> str:
 def performance_parts() -> dict[str, str]:
     """The tables of docs/performance.md."""
     report = json.loads(PERFORMANCE.read_text())
-    parts = {"centre": step_table(), "memory line": tables.memory_line_table(report)}
+    parts = {
+        "limits": tables.limits(report),
+        "centre": step_table(),
+        "memory line": tables.memory_line_table(report),
+    }
     for axis in tables.AXES:
         parts[f"time {axis}"] = tables.time_table(report, axis)
         parts[f"memory {axis}"] = tables.memory_table(report, axis)
