@@ -23,7 +23,7 @@ lint: install
 	$(BIN)/pyright --pythonpath $(BIN)/python
 
 bench: install
-	$(BIN)/python benchmarks/step.py
+	$(BIN)/python -m benchmarks benchmarks/results/cpu.json --parts centre
 
 docs: install
 	$(BIN)/python docs/render.py

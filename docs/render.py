@@ -1,8 +1,11 @@
 """
 Writes what the documents take from code and from result files, so that no figure is typed.
 
-    python docs/render.py           rewrites docs/config.md and the marked parts of README.md
+    python docs/render.py           rewrites docs/config.md, the marked parts of README.md and
+                                    docs/performance.md, and the picture of the latter
     python docs/render.py --check   exits with 1 if they are not up to date
+
+Drawing the picture needs kaleido and a Chrome or Chromium; only new measurements need it.
 """
 
 import dataclasses
@@ -14,6 +17,8 @@ from typing import Any
 from docstring_parser import parse
 from sae_lens.saes.sae import TrainingSAEConfig
 
+from benchmarks import tables
+from benchmarks.plot import draw, is_drawn_from
 from sae_lens_alloc.saes.allocation_sae_config import AllocationTrainingSAEConfig
 from sae_lens_alloc.saes.auxiliary_loss import AuxiliaryLossTrainingSAEConfig
 from sae_lens_alloc.saes.feature_choice_sae import FeatureChoiceTrainingSAEConfig
@@ -22,6 +27,8 @@ from sae_lens_alloc.saes.mutual_choice_sae import MutualChoiceTrainingSAEConfig
 DOCS = Path(__file__).parent
 README = DOCS.parent / "README.md"
 RESULTS = DOCS / "results"
+PERFORMANCE = RESULTS / "performance_cpu.json"
+PERFORMANCE_PICTURE = DOCS / "images" / "performance_cpu.svg"
 
 
 def config_reference() -> str:
@@ -86,26 +93,23 @@ def _default(field: dataclasses.Field[Any]) -> str:
 
 
 def step_table() -> str:
-    """The table of step times, from the file that benchmarks/step.py wrote."""
-    report = json.loads((RESULTS / "step_cpu.json").read_text())
-    shape, versions = report["shape"], report["versions"]
-    rows = [
-        f"d_in {shape['d_in']} → d_sae {shape['d_sae']}, k {shape['k']}, B {shape['batch']}, "
-        f"float32, {report['machine']}; torch {versions['torch']}, sae-lens "
-        f"{versions['sae_lens']}; median of {shape['rounds']} rounds in turn "
-        f"(`{report['command']}`):\n",
-        "| training step | seconds | × floor | `batchtopk` / this | tokens/s | working memory |",
-        "|---|---|---|---|---|---|",
-    ]
-    for row in report["rows"]:
-        rows.append(
-            f"| {row['contender']} | {row['seconds']:.2f} "
-            f"({row['seconds_min']:.2f}–{row['seconds_max']:.2f}) "
-            f"| {row['times_floor']:.2f} | {row['batchtopk_over_this']:.1f} "
-            f"| {row['tokens_per_second']:,.0f} "
-            f"| {row['working_memory_bytes'] / 1e6:,.0f} MB |"
-        )
-    return "\n".join(rows)
+    """The table of step times, from the file that `python -m benchmarks` wrote."""
+    report = json.loads(PERFORMANCE.read_text())
+    return f"{tables.measured_on(report)}\n\n{tables.centre_table(report)}"
+
+
+def performance_parts() -> dict[str, str]:
+    """The tables of docs/performance.md."""
+    report = json.loads(PERFORMANCE.read_text())
+    parts = {
+        "limits": tables.limits(report),
+        "centre": step_table(),
+        "memory line": tables.memory_line_table(report),
+    }
+    for axis in tables.AXES:
+        parts[f"time {axis}"] = tables.time_table(report, axis)
+        parts[f"memory {axis}"] = tables.memory_table(report, axis)
+    return parts
 
 
 def demo_table() -> str:
@@ -132,9 +136,10 @@ def demo_table() -> str:
     return "\n".join(rows)
 
 
-def rendered_readme(text: str) -> str:
-    """README.md with its marked parts written anew."""
-    for name, content in (("step", step_table()), ("demo", demo_table())):
+def rendered(page: Path, parts: dict[str, str]) -> str:
+    """The text of a page with its marked parts written anew."""
+    text = page.read_text()
+    for name, content in parts.items():
         start, end = f"<!-- {name} -->", f"<!-- /{name} -->"
         before, rest = text.split(start)
         _, after = rest.split(end)
@@ -143,15 +148,19 @@ def rendered_readme(text: str) -> str:
 
 
 def main() -> None:
+    performance_page = DOCS / "performance.md"
     pages = {
         DOCS / "config.md": config_reference(),
-        README: rendered_readme(README.read_text()),
+        performance_page: rendered(performance_page, performance_parts()),
+        README: rendered(README, {"step": step_table(), "demo": demo_table()}),
     }
     stale = [
         path
         for path, text in pages.items()
         if not path.exists() or path.read_text() != text
     ]
+    if not is_drawn_from(PERFORMANCE_PICTURE, PERFORMANCE):
+        stale.append(PERFORMANCE_PICTURE)
     if "--check" in sys.argv[1:]:
         sys.exit(
             f"not up to date, run python docs/render.py: {', '.join(map(str, stale))}"
@@ -160,6 +169,8 @@ def main() -> None:
         )
     for path, text in pages.items():
         path.write_text(text)
+    if PERFORMANCE_PICTURE in stale:
+        draw(PERFORMANCE_PICTURE, PERFORMANCE)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,175 @@
+"""Markdown tables of what `python -m benchmarks` measured."""
+
+import statistics
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+AXES = {"d_sae": "d_sae", "batch": "B", "k": "k"}
+REFERENCE = "SAELens batchtopk"
+Row = dict[str, Any]
+
+
+def measured_on(report: Row) -> str:
+    """The shape, the machine and the versions, in a sentence."""
+    centre, versions = report["centre_shape"], report["versions"]
+    packages = ", ".join(f"{name} {version}" for name, version in versions.items())
+    return (
+        f"d_in {centre['d_in']} → d_sae {centre['d_sae']}, k {centre['k']}, "
+        f"B {centre['batch']}, {'bfloat16 autocast' if report['autocast'] else 'float32'}; "
+        f"{report['machine']}; {packages}."
+    )
+
+
+def limits(report: Row) -> str:
+    """What the sweeps leave out."""
+    return (
+        f"A sweep leaves out what would take over {report['limits']['memory_gb']} GB or over "
+        f"{report['limits']['step_seconds']:g} s a step, extrapolated from the centre; its "
+        "cell says so, and an empty cell was not measured."
+    )
+
+
+def centre_table(report: Row) -> str:
+    """Every subject at the centre."""
+    rows = measured(report["centre"])
+    if not rows:
+        return "Nothing is measured at the centre yet."
+    floor = floor_seconds(rows)
+    batch = report["centre_shape"]["batch"]
+    lines = [
+        f"| training step | dead features | seconds (min–max) | × floor | {REFERENCE} / this "
+        "| tokens/s | working memory |",
+        "|---|---|---|---|---|---|---|",
+        f"| floor | | {_spread(floor)} | 1.00 | | {batch / statistics.median(floor):,.0f} | |",
+    ]
+    for row in rows:
+        lines.append(
+            f"| {row['subject']} | {'10%' if row['aux'] else 'none'} "
+            f"| {_spread(row['seconds'])} | {times_floor(row):.2f} "
+            f"| {_times_faster(row, rows)} | {batch / seconds(row):,.0f} "
+            f"| {_megabytes(row['working_bytes'])} |"
+        )
+    return "\n".join(lines)
+
+
+def time_table(report: Row, axis: str) -> str:
+    """Seconds of a step along an axis, as multiples of the floor too, and their growth."""
+    return _sweep_table(
+        report,
+        axis,
+        lambda row: f"{seconds(row):.2f} s ({times_floor(row):.1f})",
+        seconds,
+    )
+
+
+def memory_table(report: Row, axis: str) -> str:
+    """Working memory of a step along an axis, and its growth."""
+    return _sweep_table(
+        report,
+        axis,
+        lambda row: _megabytes(row["working_bytes"]),
+        lambda row: row["working_bytes"],
+    )
+
+
+def memory_line_table(report: Row) -> str:
+    """Working memory of ours over d_sae, beside a dense matrix and beside the estimate."""
+    lines = [
+        "| d_sae | SAE | parameters, gradients, Adam | working memory | estimate of it "
+        "| one dense B × d_sae matrix | estimate / measured, all in all |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    rows = measured(report["memory"])
+    for row in sorted(rows, key=lambda row: (row["subject"], row["d_sae"])):
+        persistent, working = row["persistent_bytes"], row["working_bytes"]
+        estimate = row["estimated_working_bytes"]
+        lines.append(
+            f"| {row['d_sae']:,} | {row['subject']} | {_megabytes(persistent)} "
+            f"| {_megabytes(working)} | {_megabytes(estimate)} "
+            f"| {_megabytes(4 * row['batch'] * row['d_sae'])} "
+            f"| {(persistent + estimate) / (persistent + working):.2f} |"
+        )
+    return "\n".join(lines)
+
+
+def sweep(report: Row, axis: str) -> dict[str, list[Row]]:
+    """For each subject the rows along an axis, the centre included, in ascending order."""
+    centre = report["centre_shape"]
+    fixed = {key: value for key, value in centre.items() if key != axis}
+    subjects = dict.fromkeys(row["subject"] for row in report["sweeps"])
+    rows = report["centre"] + report["sweeps"]
+    return {
+        subject: sorted(
+            (
+                row
+                for row in rows
+                if row["subject"] == subject and fixed.items() <= row.items()
+            ),
+            key=lambda row: row[axis],
+        )
+        for subject in subjects
+    }
+
+
+def measured(rows: list[Row]) -> list[Row]:
+    return [row for row in rows if "skipped" not in row]
+
+
+def seconds(row: Row) -> float:
+    return statistics.median(row["seconds"])
+
+
+def floor_seconds(rows: list[Row]) -> list[float]:
+    return [value for row in measured(rows) for value in row["floor_seconds"]]
+
+
+def times_floor(row: Row) -> float:
+    """Median of the ratios within each round."""
+    return statistics.median(
+        a / b for a, b in zip(row["seconds"], row["floor_seconds"], strict=True)
+    )
+
+
+def slope(points: list[tuple[float, float]]) -> float:
+    """Exponent of the growth: slope of the least-squares line through the logarithms."""
+    x, y = np.log(np.array(points, dtype=float)).T
+    return float(np.polyfit(x, y, 1)[0])
+
+
+def _sweep_table(
+    report: Row, axis: str, cell: Callable[[Row], str], cost: Callable[[Row], float]
+) -> str:
+    by_subject = sweep(report, axis)
+    values = sorted({row[axis] for rows in by_subject.values() for row in rows})
+    lines = [
+        f"| {AXES[axis]} | {' | '.join(f'{value:,}' for value in values)} | grows as |",
+        "|---" * (len(values) + 2) + "|",
+    ]
+    for subject, rows in by_subject.items():
+        at = {row[axis]: row for row in rows}
+        cells = [
+            "" if value not in at else at[value].get("skipped") or cell(at[value])
+            for value in values
+        ]
+        points = [(row[axis], cost(row)) for row in measured(rows)]
+        growth = f"{AXES[axis]}^{slope(points):.2f}" if len(points) > 1 else ""
+        lines.append(f"| {subject} | {' | '.join(cells)} | {growth} |")
+    return "\n".join(lines)
+
+
+def _times_faster(row: Row, rows: list[Row]) -> str:
+    """Time of the reference with the same auxiliary loss, in units of this row's."""
+    for other in rows:
+        if other["subject"] == REFERENCE and other["aux"] == row["aux"]:
+            return f"{times_floor(other) / times_floor(row):.1f}"
+    return ""
+
+
+def _spread(values: list[float]) -> str:
+    return f"{statistics.median(values):.2f} ({min(values):.2f}–{max(values):.2f})"
+
+
+def _megabytes(n_bytes: float) -> str:
+    return f"{n_bytes / 1e6:,.0f} MB"

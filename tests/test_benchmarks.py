@@ -1,0 +1,146 @@
+"""The benchmarks run at tiny shapes, and compute what they claim from what they measured."""
+
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks import __main__ as benchmarks
+from benchmarks import tables
+from benchmarks.measure import in_own_process, peak_memory
+from benchmarks.shape import SWEEPS, Shape
+from benchmarks.subjects import SUBJECTS, Machine
+
+TINY = Shape(d_in=8, d_sae=64, k=2, batch=16)
+INSTALLED = [name for name, kind in SUBJECTS.items() if kind.is_installed]
+
+
+def run(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> None:
+    sizes = ["--d-in", "8", "--d-sae", "64", "--k", "2", "--batch", "16"]
+    monkeypatch.setattr(sys, "argv", ["benchmarks", *sizes, *arguments])
+    benchmarks.main()
+
+
+def measured_row(**changes: object) -> tables.Row:
+    row = {"subject": "ours", "d_in": 8, "d_sae": 64, "k": 2, "batch": 16, "aux": False}
+    return {
+        **row,
+        "seconds": [1.0],
+        "floor_seconds": [0.5],
+        "working_bytes": 0,
+        **changes,
+    }
+
+
+@pytest.mark.parametrize("aux", [False, True])
+@pytest.mark.parametrize("name", INSTALLED)
+def test_subject_trains_on_every_batch(name: str, aux: bool):
+    shape = TINY.with_aux() if aux else TINY
+    torch.manual_seed(0)
+    subject = SUBJECTS[name].build(shape, Machine())
+    before = [parameter.clone() for parameter in subject.parameters]
+    n_taken = 0
+
+    def batches() -> Iterator[torch.Tensor]:
+        nonlocal n_taken
+        for n_taken in range(1, 4):
+            yield torch.randn(shape.batch, shape.d_in)
+
+    subject.train(batches())
+    assert n_taken == 3
+    for old, new in zip(before, subject.parameters, strict=True):
+        if name == "SAELens jumprelu" and new.shape == (shape.d_sae,):
+            continue  # its threshold and bias move only where a pre-activation is near
+        assert not torch.equal(old, new)
+
+
+def test_working_memory_holds_the_dense_matrices_of_a_dense_step():
+    shape = Shape(d_in=8, d_sae=8192, k=2, batch=512)
+    result = in_own_process(peak_memory, "SAELens topk", shape, Machine())
+    # at least the affinities and their gradient
+    assert result["working_bytes"] > 2 * 4 * shape.batch * shape.d_sae
+    # parameters, gradients and two moments, and Adam's step counters
+    assert result["persistent_bytes"] == 4 * 4 * shape.n_parameters + 4 * 4
+
+
+def test_measurements_are_kept_and_not_repeated(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    path = tmp_path / "results.json"
+    with pytest.raises(SystemExit) as stopped:
+        run(monkeypatch, str(path), "--minutes", "0")
+    assert stopped.value.code == 3
+    assert not path.exists()
+
+    run(monkeypatch, str(path), "--parts", "centre", "memory")
+    report = json.loads(path.read_text())
+    assert {row["subject"] for row in report["centre"]} == set(INSTALLED)
+    for row in report["centre"]:
+        assert len(row["seconds"]) == len(row["floor_seconds"]) >= 2
+        # all in all the process did not shrink
+        assert row["working_bytes"] + row["persistent_bytes"] >= 0
+    assert [row["d_sae"] for row in report["memory"]] == 2 * [64, 128, 256, 512, 1024]
+    assert all(row["estimated_working_bytes"] > 0 for row in report["memory"])
+    assert len(tables.centre_table(report).splitlines()) == 3 + len(report["centre"])
+
+    finished = path.read_bytes()
+    run(monkeypatch, str(path), "--parts", "centre", "memory", "--minutes", "0")
+    assert path.read_bytes() == finished
+
+
+def test_results_of_another_setting_are_not_mixed_in(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    path = tmp_path / "results.json"
+    path.write_text(json.dumps({"machine": "an abacus"}))
+    with pytest.raises(SystemExit, match="another machine"):
+        run(monkeypatch, str(path))
+    assert json.loads(path.read_text()) == {"machine": "an abacus"}
+
+
+def test_sweeps_move_one_axis_at_a_time():
+    for shape in TINY.sweeps():
+        moved = [axis for axis in SWEEPS if getattr(shape, axis) != getattr(TINY, axis)]
+        assert len(moved) == 1
+    assert [shape.d_sae for shape in TINY.sweeps()][:5] == [16, 32, 128, 256, 512]
+
+
+def test_what_would_take_too_long_or_too_much_memory_is_left_out():
+    at_centre = measured_row(working_bytes=10**9)
+    limits = {"step_seconds": 3.0, "memory_gb": 5.0}
+    assert benchmarks.too_much(at_centre, TINY.scaled("d_sae", 2), limits) is None
+    # 4 times the pairs of the centre, which took 1 s
+    slow = benchmarks.too_much(at_centre, TINY.scaled("batch", 4), limits)
+    assert slow == "a step would take about 4 s"
+    # 8 times the k of the centre, which took 1 GB
+    large = benchmarks.too_much(at_centre, TINY.scaled("k", 8), limits)
+    assert large == "would take about 8 GB"
+
+
+def test_growth_is_the_exponent_of_a_power_law():
+    points = [(x, 3 * x**1.5) for x in (1.0, 2.0, 8.0, 32.0)]
+    assert tables.slope(points) == pytest.approx(1.5)
+
+
+def test_times_floor_is_taken_within_each_round():
+    row = measured_row(seconds=[2.0, 9.0, 4.0], floor_seconds=[1.0, 3.0, 4.0])
+    assert tables.times_floor(row) == 2.0
+
+
+def test_sweep_table_has_the_centre_and_says_what_was_left_out():
+    report = {
+        "centre_shape": {"d_in": 8, "d_sae": 64, "k": 2, "batch": 16, "aux": False},
+        "centre": [measured_row(), measured_row(aux=True)],
+        "sweeps": [
+            measured_row(d_sae=128, seconds=[2.0]),
+            {**measured_row(d_sae=256), "skipped": "would take about 99 GB"},
+            measured_row(batch=32),
+        ],
+    }
+    *_, line = tables.time_table(report, "d_sae").splitlines()
+    assert line == (
+        "| ours | 1.00 s (2.0) | 2.00 s (4.0) | would take about 99 GB | d_sae^1.00 |"
+    )
