@@ -1,8 +1,9 @@
 """
 Writes what the documents take from code and from result files, so that no figure is typed.
 
-    python docs/render.py           rewrites docs/config.md, the marked parts of README.md and
-                                    docs/performance.md, and the picture of the latter
+    python docs/render.py           rewrites docs/config.md, the marked parts of README.md,
+                                    docs/performance.md and docs/fine-tuning.md, and the
+                                    picture of docs/performance.md
     python docs/render.py --check   exits with 1 if they are not up to date
 
 Drawing the picture needs kaleido and a Chrome or Chromium; only new measurements need it.
@@ -136,6 +137,40 @@ def demo_table() -> str:
     return "\n".join(rows)
 
 
+def fine_tuning_table() -> str:
+    """The continuations of a TopK SAE, from what benchmarks/fine_tuning.py measured."""
+    report = json.loads((RESULTS / "fine_tuning.json").read_text())
+    versions, seeds = report["versions"], list(report["seeds"].values())
+    columns = {
+        "variance explained": ("explained_variance", ".4f"),
+        "CE recovered (mean ablation)": ("ce_recovered_mean", ".4f"),
+        "CE recovered (zero ablation)": ("ce_recovered_zero", ".4f"),
+        "features per token": ("l0", ".2f"),
+        "dead": ("dead_features", ".0f"),
+        "rare (< 1e-4)": ("rare_features", ".0f"),
+    }
+    rows = [
+        f"Mean of {len(seeds)} seeds (lowest to highest), {seeds[0]['start']['n_tokens']:,} "
+        f"tokens; torch {versions['torch']}, sae-lens {versions['sae_lens']} "
+        f"(`{report['command']}`):\n",
+        f"| trained on as | {' | '.join(columns)} |",
+        "|---" * (len(columns) + 1) + "|",
+    ]
+    for name in seeds[0]:
+        cells = [
+            _mean_and_range([seed[name][key] for seed in seeds], style)
+            for key, style in columns.values()
+        ]
+        label = "not at all" if name == "start" else name
+        rows.append(f"| {label} | {' | '.join(cells)} |")
+    return "\n".join(rows)
+
+
+def _mean_and_range(values: list[float], style: str) -> str:
+    mean = sum(values) / len(values)
+    return f"{mean:{style}} ({min(values):{style}}–{max(values):{style}})"
+
+
 def rendered(page: Path, parts: dict[str, str]) -> str:
     """The text of a page with its marked parts written anew."""
     text = page.read_text()
@@ -149,9 +184,13 @@ def rendered(page: Path, parts: dict[str, str]) -> str:
 
 def main() -> None:
     performance_page = DOCS / "performance.md"
+    fine_tuning_page = DOCS / "fine-tuning.md"
     pages = {
         DOCS / "config.md": config_reference(),
         performance_page: rendered(performance_page, performance_parts()),
+        fine_tuning_page: rendered(
+            fine_tuning_page, {"fine-tuning": fine_tuning_table()}
+        ),
         README: rendered(README, {"step": step_table(), "demo": demo_table()}),
     }
     stale = [

@@ -78,16 +78,16 @@ def test_train_says_what_it_will_do(tmp_path: Path):
     result = train(tmp_path / "output", "--dry-run", "checkpoint_path=null")
     assert result.exit_code == 0
     # Parameters: 2 * 192 * 64 + 64 + 192 = 24,832 of 4 bytes. Buffer: 2 * (4 + 4) contexts
-    # of 256 tokens of 192 floats: 3.15 MB. Step: 8 * 256 * 192 floats of inputs, 4 blocks of
-    # 256 * 64, an encoder of 192 * 64, and 2 * 4 * 256 pairs of 64 bytes: 2.02 MB.
+    # of 256 tokens of 192 floats: 3.15 MB. Step: 16 * 256 * 192 floats of inputs, 4 blocks of
+    # 256 * 64, and 2 * 4 * 256 pairs of 64 bytes: 3.54 MB.
     assert result.stdout.splitlines() == [
         "SAE         mutual_choice, 192 -> 64 features (0.333333x), k 4, float32 on cpu",
         "schedule    Feature Choice for 3 steps, then Mutual Choice; aux_zipf until step 3",
         f"model       {DEMO / 'model'} at transformer.h.0, contexts of 256 tokens, on cpu",
         f"dataset     {DEMO / 'corpus'}",
         "training    1,024 tokens = 4 steps of 256; lr 0.004 constant",
-        "memory      about 5.6 MB (parameters 0.1 MB, gradients 0.1 MB, Adam 0.2 MB, "
-        "activation buffer 3.1 MB, step 2.0 MB) beside the language model",
+        "memory      about 7.1 MB (parameters 0.1 MB, gradients 0.1 MB, Adam 0.2 MB, "
+        "activation buffer 3.1 MB, step 3.5 MB) beside the language model",
         f"output      {tmp_path / 'output'}",
         "checkpoints none",
     ]
