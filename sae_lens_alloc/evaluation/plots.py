@@ -33,10 +33,10 @@ def density_plot(runs: Sequence[ReportRun]) -> go.Figure:
             line={"color": colour(i), "width": 3},
             hovertemplate=f"{run.name}<br>rank %{{x:,}}: active on %{{y:.3%}} of tokens<extra></extra>",
         )
-        law = run.zipf_law()
+        law = run.evaluation.zipf_law()
         if law is None:
             continue
-        ranks = _log_spaced(len(run.fitted_densities))
+        ranks = _log_spaced(len(run.evaluation.fitted_densities))
         figure.add_scatter(
             x=ranks.tolist(),
             y=law.density(ranks.double()).tolist(),

@@ -21,8 +21,9 @@ from sae_lens_alloc.evaluation.plots import (
     quantile,
     training_plot,
 )
-from sae_lens_alloc.evaluation.report_run import MIN_FIRINGS, ReportRun, colour
+from sae_lens_alloc.evaluation.report_run import ReportRun, colour
 from sae_lens_alloc.evaluation.snippets import Snippet
+from sae_lens_alloc.evaluation.usage import MIN_FIRINGS
 
 
 @dataclass(frozen=True)
@@ -126,7 +127,7 @@ def render_report(
         facts=facts or {},
         runs=runs,
         colours=[colour(i) for i in range(len(runs))],
-        laws=[run.zipf_law() for run in runs],
+        laws=[run.evaluation.zipf_law() for run in runs],
         n_tokens=runs[0].evaluation.n_tokens,
         min_firings=MIN_FIRINGS,
         max_beta=max(BETA_GRID),
