@@ -7,8 +7,12 @@ from pathlib import Path
 
 from sae_lens_alloc.evaluation.metrics import Evaluation
 
-# Okabe and Ito's palette, which readers of every kind of colour vision tell apart.
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+# Okabe and Ito's palette, which readers of every kind of colour vision tell apart, and for
+# larger reports some of Paul Tol's.
+COLOURS = (
+    *("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"),
+    *("#882255", "#999933", "#44AA99", "#332288", "#AA4499", "#999999"),
+)
 
 
 @dataclass(frozen=True, eq=False)
