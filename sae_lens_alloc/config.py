@@ -114,7 +114,9 @@ def load_fine_tuning_config(
 
 
 @contextmanager
-def named_errors(path: str | Path, overrides: Sequence[str]) -> Generator[None, None, None]:
+def named_errors(
+    path: str | Path, overrides: Sequence[str]
+) -> Generator[None, None, None]:
     """Puts the file and the overrides in front of what is wrong with them."""
     source = " with ".join([str(path), *([", ".join(overrides)] if overrides else [])])
     try:
