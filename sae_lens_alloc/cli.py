@@ -343,6 +343,46 @@ def _interruptible(
         raise typer.Exit(130) from None
 
 
+@app.command()
+def compare(
+    config: Annotated[
+        Path,
+        typer.Argument(
+            metavar="CONFIG.yaml",
+            exists=True,
+            dir_okay=False,
+            help="SAELens' own keys for what all SAEs share, and the grid under `compare:`.",
+        ),
+    ],
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="KEY=VALUE",
+            help="Settings that replace the file's, such as `device=cuda`.",
+        ),
+    ] = None,
+    output: Annotated[
+        Path,
+        typer.Option(help="Folder for the SAEs, results.json and report.html."),
+    ] = Path("comparison-output"),
+    jobs: Annotated[
+        int | None,
+        typer.Option(
+            min=1, help="SAEs to train side by side. [default: 1, or one on each GPU]"
+        ),
+    ] = None,
+) -> None:
+    """
+    Train SAEs of several architectures on the same activations and compare them at equal L0.
+
+    What has finished is kept: the same command goes on where it was interrupted.
+    """
+    from sae_lens_alloc.evaluation.comparison.run import run_comparison
+
+    with _one_sentence_errors():
+        run_comparison(config, overrides or [], output, jobs, Console())
+
+
 @contextmanager
 def _one_sentence_errors(
     *kinds: type[Exception],

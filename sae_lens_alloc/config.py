@@ -72,8 +72,8 @@ def load_runner_config(
             a value has the wrong type, or the run could not work.
         FileNotFoundError: if there is no such file.
     """
-    with _named(path, overrides):
-        return _build(_settings(path, overrides))
+    with named_errors(path, overrides):
+        return build_runner_config(read_settings(path, overrides))
 
 
 def load_fine_tuning_config(
@@ -96,13 +96,13 @@ def load_fine_tuning_config(
     Raises:
         ValueError: as load_runner_config, and if d_in or d_sae are not the source's.
     """
-    with _named(path, overrides):
-        settings = {"lr_warm_up_steps": "10%", **_settings(path, overrides)}
+    with named_errors(path, overrides):
+        settings = {"lr_warm_up_steps": "10%", **read_settings(path, overrides)}
         given = _mapping(settings, "sae")
         size = {"d_in": source.d_in, "d_sae": source.d_sae}
         # where it is not known, it is measured once there are activations
         known_k = getattr(source, "k", None) or source.metadata.l0 or 1.0
-        cfg = _build({**settings, "sae": {"k": known_k, **size, **given}})
+        cfg = build_runner_config({**settings, "sae": {"k": known_k, **size, **given}})
         for name, value in size.items():
             if getattr(cfg.sae, name) != value:
                 raise ValueError(
@@ -114,7 +114,9 @@ def load_fine_tuning_config(
 
 
 @contextmanager
-def _named(path: str | Path, overrides: Sequence[str]) -> Generator[None, None, None]:
+def named_errors(
+    path: str | Path, overrides: Sequence[str]
+) -> Generator[None, None, None]:
     """Puts the file and the overrides in front of what is wrong with them."""
     source = " with ".join([str(path), *([", ".join(overrides)] if overrides else [])])
     try:
@@ -123,7 +125,8 @@ def _named(path: str | Path, overrides: Sequence[str]) -> Generator[None, None, 
         raise ValueError(f"{source}: {error}") from error
 
 
-def _settings(path: str | Path, overrides: Sequence[str]) -> dict[str, Any]:
+def read_settings(path: str | Path, overrides: Sequence[str]) -> dict[str, Any]:
+    """The settings of a YAML file with the overrides put in, such as "sae.k=16"."""
     settings = read_mapping(path)
     for override in overrides:
         _apply_override(settings, override)
@@ -145,10 +148,19 @@ def _apply_override(settings: dict[str, Any], override: str) -> None:
     settings[key] = parse_value(text)
 
 
-def _build(settings: dict[str, Any]) -> LanguageModelSAERunnerConfig[Any]:
+def build_runner_config(
+    settings: dict[str, Any],
+) -> LanguageModelSAERunnerConfig[Any]:
+    """
+    A training run from settings laid out as in the file that load_runner_config reads.
+
+    Raises:
+        ValueError: in one sentence that names the setting, if a key is unknown, a value has
+            the wrong type, or the run could not work.
+    """
     sae_settings = dict(_mapping(settings, "sae"))
     logger_settings = _mapping(settings, "logger")
-    sae_class = _sae_config_class(sae_settings.pop("architecture", None))
+    sae_class = sae_config_class(sae_settings.pop("architecture", None))
     metadata = sae_settings.pop("metadata", None)
 
     top_hints = _hints(LanguageModelSAERunnerConfig)
@@ -192,13 +204,13 @@ def _mapping(settings: dict[str, Any], section: str) -> dict[str, Any]:
     return value
 
 
-def _sae_config_class(architecture: Any) -> type[Any]:
+def sae_config_class(architecture: Any) -> type[Any]:
     if architecture is None:
         raise ValueError(
             "sae.architecture is missing; it may be "
             f"{', '.join(sorted(SAE_TRAINING_CLASS_REGISTRY))}."
         )
-    _check_choice("sae.architecture", architecture, SAE_TRAINING_CLASS_REGISTRY)
+    check_choice("sae.architecture", architecture, SAE_TRAINING_CLASS_REGISTRY)
     return SAE_TRAINING_CLASS_REGISTRY[architecture][1]
 
 
@@ -234,7 +246,7 @@ def _nearest(name: str, valid: Iterable[str]) -> str:
     return difflib.get_close_matches(name, list(valid), n=1, cutoff=0)[0]
 
 
-def _check_choice(key: str, value: Any, valid: Iterable[str]) -> None:
+def check_choice(key: str, value: Any, valid: Iterable[str]) -> None:
     if value not in list(valid):
         nearest = _nearest(str(value), valid)
         raise ValueError(f"{key} {value!r} is unknown, did you mean {nearest!r}?")
@@ -285,10 +297,10 @@ def _share_of(steps: Fraction, key: str, text: str) -> int:
 
 
 def _check_names(cfg: LanguageModelSAERunnerConfig[Any]) -> None:
-    _check_choice("model_class_name", cfg.model_class_name, MODEL_CLASSES)
-    _check_choice("lr_scheduler_name", cfg.lr_scheduler_name.lower(), LR_SCHEDULERS)
-    _check_choice("dtype", cfg.dtype, DTYPE_MAP)
-    _check_choice("sae.dtype", cfg.sae.dtype, DTYPE_MAP)
+    check_choice("model_class_name", cfg.model_class_name, MODEL_CLASSES)
+    check_choice("lr_scheduler_name", cfg.lr_scheduler_name.lower(), LR_SCHEDULERS)
+    check_choice("dtype", cfg.dtype, DTYPE_MAP)
+    check_choice("sae.dtype", cfg.sae.dtype, DTYPE_MAP)
     for key, device in (
         ("device", cfg.device),
         ("llm_device", cfg.llm_device),

@@ -8,9 +8,11 @@ import pytest
 from transformer_lens.loading_from_pretrained import get_official_model_name
 
 from sae_lens_alloc import load_runner_config
+from sae_lens_alloc.evaluation.comparison.config import load_comparison
 
 FOLDER = Path(__file__).parent.parent / "configs"
 DEMO_CONFIG = FOLDER / "demo_mutual_choice.yaml"
+COMPARISONS = sorted(FOLDER.glob("compare_*.yaml"))
 # the others are tested where the commands that read them are
 CONFIGS = sorted(path for path in FOLDER.glob("*_choice.yaml") if path != DEMO_CONFIG)
 # d_in and number of blocks of the models
@@ -67,3 +69,22 @@ def test_demo_config():
     cfg = load_runner_config(DEMO_CONFIG)
     assert cfg.total_training_steps == 390
     assert cfg.sae.feature_choice_steps == 292
+
+
+@pytest.mark.parametrize("path", COMPARISONS, ids=lambda path: path.stem)
+def test_comparisons_give_every_row_as_many_tries(path: Path):
+    config = load_comparison(path)[0]
+    tries = {
+        row: sum(cell.row == row and cell.seed == 0 for cell in config.cells())
+        for row in config.rows
+    }
+    assert set(tries.values()) == {len(config.k) * len(config.lr)}
+
+
+@pytest.mark.parametrize("name", ["compare_demo", "compare_synthetic_2k"])
+def test_comparisons_hold_the_stock_architectures_and_ours(name: str):
+    rows = load_comparison(FOLDER / f"{name}.yaml")[0].rows.values()
+    assert {row["architecture"] for row in rows} == {
+        *("standard", "gated", "topk", "batchtopk", "jumprelu", "matryoshka_batchtopk"),
+        *("mutual_choice", "feature_choice"),
+    }

@@ -17,8 +17,9 @@ from sae_lens_alloc.demo.methods import HERE
 from sae_lens_alloc.evaluation.baseline import measure_baseline
 from sae_lens_alloc.evaluation.contexts import held_out_contexts
 from sae_lens_alloc.evaluation.equal_l0 import mean_l0, set_l0
-from sae_lens_alloc.evaluation.metrics import Evaluation, evaluate_sae
+from sae_lens_alloc.evaluation.metrics import evaluate_sae
 from sae_lens_alloc.evaluation.snippets import take_snippets
+from sae_lens_alloc.evaluation.usage import Usage, measure_usage
 
 HOOK = "transformer.h.0"
 D_IN, D_SAE, VOCAB, BOS = 8, 24, 20, 0
@@ -176,7 +177,36 @@ def test_a_perfect_sae_recovers_everything(
     assert result.explained_variance == pytest.approx(1.0, abs=1e-12)
     assert result.loss_recovered_zero == pytest.approx(1.0, abs=1e-6)
     assert result.loss_recovered_mean == pytest.approx(1.0, abs=1e-6)
+    assert result.kl_divergence == pytest.approx(0.0, abs=1e-6)
     assert result.l0 == D_IN
+
+
+@torch.no_grad()
+def test_kl_divergence_is_that_of_a_plain_computation(
+    gpt2: GPT2LMHeadModel,
+    model: HookedProxyLM,
+    tokens: torch.Tensor,
+    sae: JumpReLUSAE,
+):
+    """Mean over tokens and next tokens that are not BOS of sum_v p_v (log p_v - log q_v)."""
+    hidden = activations_of(gpt2, tokens)
+    spliced = torch.where(
+        (tokens == BOS)[..., None], hidden, sae.decode(sae.encode(hidden))
+    )
+
+    def log_probabilities(activations: torch.Tensor) -> torch.Tensor:
+        after = gpt2.transformer.h[1](activations)
+        after = after[0] if isinstance(after, tuple) else after
+        return gpt2.lm_head(gpt2.transformer.ln_f(after)).log_softmax(-1)
+
+    log_p, log_q = log_probabilities(hidden), log_probabilities(spliced)
+    divergences = (log_p.exp() * (log_p - log_q)).sum(-1)[:, :-1]
+    counted = (tokens[:, :-1] != BOS) & (tokens[:, 1:] != BOS)
+    result = evaluate_sae(sae, model, tokens, HOOK, contexts_per_batch=3)
+    assert result.kl_divergence == pytest.approx(
+        divergences[counted].mean().item(), rel=1e-5
+    )
+    assert result.kl_divergence > 0.01
 
 
 @torch.no_grad()
@@ -225,14 +255,34 @@ def test_the_share_of_the_hungriest_tokens():
     """Of 150 tokens the top 1% are ceil(1.5) = 2: (9 + 4) of 148 + 13 pairs."""
     counts = torch.ones(10, 15, dtype=torch.long)
     counts[3, 4], counts[7, 0] = 9, 4
-    evaluation = Evaluation(0.0, 1.0, 2.0, 3.0, 3.0, counts, torch.zeros(4))
-    assert evaluation.top_1_percent_share == pytest.approx(13 / 161)
+    usage = Usage(
+        explained_variance=0.0, features_per_token=counts, densities=torch.zeros(4)
+    )
+    assert usage.top_1_percent_share == pytest.approx(13 / 161)
 
 
 def test_rare_features_include_dead_ones():
     densities = torch.tensor([0.0, 0.00009, 0.0001, 0.5], dtype=torch.float64)
-    evaluation = Evaluation(0.0, 1.0, 2.0, 3.0, 3.0, torch.ones(1, 1), densities)
-    assert (evaluation.dead_features, evaluation.rare_features) == (1, 2)
+    usage = Usage(
+        explained_variance=0.0, features_per_token=torch.ones(1), densities=densities
+    )
+    assert (usage.dead_features, usage.rare_features) == (1, 2)
+    assert usage.features_rarer_than(1e-5) == 1
+
+
+@torch.no_grad()
+def test_usage_on_activations_is_that_in_the_model(
+    gpt2: GPT2LMHeadModel,
+    model: HookedProxyLM,
+    tokens: torch.Tensor,
+    sae: JumpReLUSAE,
+):
+    activations = activations_of(gpt2, tokens)[tokens != BOS]
+    usage = measure_usage(sae, activations, batch_size=10)
+    in_model = evaluate_sae(sae, model, tokens, HOOK)
+    assert usage.explained_variance == pytest.approx(in_model.explained_variance)
+    assert torch.equal(usage.features_per_token, in_model.l0_counts)
+    assert torch.equal(usage.densities, in_model.densities)
 
 
 def test_figures_can_be_written_as_json(

@@ -57,6 +57,7 @@ def make_run(name: str, seed: int = 0) -> ReportRun:
             loss_with_sae=3.2,
             loss_zero_ablated=8.0,
             loss_mean_ablated=7.0,
+            kl_divergence=0.3,
             features_per_token=counts,
             densities=densities[torch.randperm(N_FEATURES, generator=generator)],
         ),
@@ -154,14 +155,14 @@ def test_a_run_without_history_and_with_hardly_any_feature(runs: list[ReportRun]
         runs[0].evaluation, densities=torch.tensor([0.1, 0.0], dtype=torch.float64)
     )
     bare = ReportRun("bare", evaluation, 1.0)
-    assert bare.zipf_law() is None
+    assert bare.evaluation.zipf_law() is None
     page = render_report("t", "i", [bare])
     assert "R², all ranks" in page
     assert "<h2>Training</h2>" not in page
 
 
 def test_the_law_is_found_and_drawn(runs: list[ReportRun]):
-    law = runs[0].zipf_law()
+    law = runs[0].evaluation.zipf_law()
     assert law is not None
     assert law.beta == 4.0
     assert law.alpha == pytest.approx(1.1, abs=0.01)
@@ -179,7 +180,7 @@ def test_features_seen_too_seldom_are_not_fitted():
     run = dataclasses.replace(
         run, evaluation=dataclasses.replace(run.evaluation, densities=densities)
     )
-    assert len(run.fitted_densities) == 4
+    assert len(run.evaluation.fitted_densities) == 4
 
 
 def test_the_histogram_shows_every_token(runs: list[ReportRun]):

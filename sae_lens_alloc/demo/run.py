@@ -130,7 +130,7 @@ def write_results(
         "runs": {},
     }
     for run, shown in zip(trained, runs, strict=True):
-        law = shown.zipf_law()
+        law = shown.evaluation.zipf_law()
         results["runs"][run.name] = {
             "folder": run.folder.name,
             "seconds": run.seconds,

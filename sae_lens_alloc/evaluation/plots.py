@@ -2,12 +2,13 @@
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import plotly.graph_objects as go
 import torch
 
 from sae_lens_alloc.evaluation.report_run import ReportRun, colour
+from sae_lens_alloc.evaluation.usage import Usage
 
 INK, MUTED, GRID = "#1f2430", "#5d6472", "#e3e6ec"
 FONT = 'system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", sans-serif'
@@ -15,12 +16,23 @@ FONT = 'system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", sans-ser
 DASHES = ("solid", "dash", "dot", "dashdot")
 N_POINTS = 300
 MAX_BARS = 80
+MAX_LAWS_IN_LEGEND = 3
 SETTLED_SHARE = 0.1
 
 
-def density_plot(runs: Sequence[ReportRun]) -> go.Figure:
+class NamedUsage(Protocol):
+    """An SAE's name and what it does with its features."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def evaluation(self) -> Usage: ...
+
+
+def density_plot(runs: Sequence[NamedUsage]) -> go.Figure:
     """Density of every feature over its rank, log-log, with the fitted Zipf law."""
-    figure = _figure("feature rank (1 is the most frequent)", "share of tokens")
+    figure = new_figure("feature rank (1 is the most frequent)", "share of tokens")
     for i, run in enumerate(runs):
         densities = run.evaluation.densities.sort(descending=True).values
         densities = densities[densities > 0]
@@ -30,17 +42,20 @@ def density_plot(runs: Sequence[ReportRun]) -> go.Figure:
             y=densities[ranks - 1].tolist(),
             name=run.name,
             mode="lines",
+            legendgroup=run.name,
             line={"color": colour(i), "width": 3},
             hovertemplate=f"{run.name}<br>rank %{{x:,}}: active on %{{y:.3%}} of tokens<extra></extra>",
         )
-        law = run.zipf_law()
+        law = run.evaluation.zipf_law()
         if law is None:
             continue
-        ranks = _log_spaced(len(run.fitted_densities))
+        ranks = _log_spaced(len(run.evaluation.fitted_densities))
         figure.add_scatter(
             x=ranks.tolist(),
             y=law.density(ranks.double()).tolist(),
             name=f"{run.name}: fitted law, R² {law.r2:.2f}",
+            legendgroup=run.name,
+            showlegend=len(runs) <= MAX_LAWS_IN_LEGEND,
             mode="lines",
             line={"color": colour(i), "width": 1.5, "dash": "dash"},
             hovertemplate=f"law of {run.name}<br>rank %{{x:,}}: %{{y:.3%}}<extra></extra>",
@@ -50,9 +65,9 @@ def density_plot(runs: Sequence[ReportRun]) -> go.Figure:
     return figure
 
 
-def features_per_token_plot(runs: Sequence[ReportRun]) -> go.Figure:
+def features_per_token_plot(runs: Sequence[NamedUsage]) -> go.Figure:
     """How many tokens get how many features."""
-    figure = _figure("active features on a token", "share of tokens")
+    figure = new_figure("active features on a token", "share of tokens")
     last = max(quantile(run.evaluation.l0_histogram, 0.999) for run in runs)
     width = 1 + last // MAX_BARS
     for i, run in enumerate(runs):
@@ -67,7 +82,7 @@ def features_per_token_plot(runs: Sequence[ReportRun]) -> go.Figure:
             mode="lines",
             line={"color": colour(i), "width": 2.5, "shape": "hvh"},
             fill="tozeroy",
-            fillcolor=_faint(colour(i)),
+            fillcolor=faint(colour(i)),
             hovertemplate=f"{run.name}<br>%{{text}} features: %{{y:.2%}} of tokens<extra></extra>",
         )
     figure.update_xaxes(range=[-0.5, last + 0.5])
@@ -95,7 +110,7 @@ def training_plot(
         from_zero: Start the y axis at 0; otherwise it shows the range of the values after
             the first tenth of training.
     """
-    figure = _figure("tokens seen in training", label)
+    figure = new_figure("tokens seen in training", label)
     settled: list[float] = []
     for i, run in enumerate(runs):
         lines = [(key, run.name, 2.5, _dash(i))]
@@ -140,7 +155,7 @@ def training_plot(
     return figure
 
 
-def _figure(x: str, y: str) -> go.Figure:
+def new_figure(x: str, y: str) -> go.Figure:
     figure = go.Figure()
     figure.update_layout(
         template="none",
@@ -167,7 +182,7 @@ def _figure(x: str, y: str) -> go.Figure:
     return figure
 
 
-def _faint(hex_colour: str) -> str:
+def faint(hex_colour: str) -> str:
     red, green, blue = (int(hex_colour[i : i + 2], 16) for i in (1, 3, 5))
     return f"rgba({red},{green},{blue},0.10)"
 

@@ -21,8 +21,9 @@ from sae_lens_alloc.evaluation.plots import (
     quantile,
     training_plot,
 )
-from sae_lens_alloc.evaluation.report_run import MIN_FIRINGS, ReportRun, colour
+from sae_lens_alloc.evaluation.report_run import ReportRun, colour
 from sae_lens_alloc.evaluation.snippets import Snippet
+from sae_lens_alloc.evaluation.usage import MIN_FIRINGS
 
 
 @dataclass(frozen=True)
@@ -126,21 +127,21 @@ def render_report(
         facts=facts or {},
         runs=runs,
         colours=[colour(i) for i in range(len(runs))],
-        laws=[run.zipf_law() for run in runs],
+        laws=[run.evaluation.zipf_law() for run in runs],
         n_tokens=runs[0].evaluation.n_tokens,
         min_firings=MIN_FIRINGS,
         max_beta=max(BETA_GRID),
         plotly_js=Markup(get_plotlyjs()),
         plots={
-            "density": _html(density_plot(runs), "density"),
-            "features_per_token": _html(
+            "density": plot_html(density_plot(runs), "density"),
+            "features_per_token": plot_html(
                 features_per_token_plot(runs), "features-per-token"
             ),
             "training": [
                 {
                     "title": metric.title,
                     "caption": metric.caption,
-                    "html": _html(
+                    "html": plot_html(
                         training_plot(
                             runs,
                             metric.key,
@@ -171,13 +172,14 @@ def _coloured(run: ReportRun, snippet: Snippet, largest: int) -> list[ColouredTo
     return colour_tokens(snippet.tokens, counts, largest)
 
 
-def _html(figure: go.Figure, name: str) -> Markup:
+def plot_html(figure: go.Figure, name: str, height: int = 430) -> Markup:
+    """A plot as a part of a page that holds plotly."""
     return Markup(
         figure.to_html(
             full_html=False,
             include_plotlyjs=False,
             div_id=f"plot-{name}",
-            default_height="430px",
+            default_height=f"{height}px",
             config={"displayModeBar": False, "responsive": True},
         )
     )

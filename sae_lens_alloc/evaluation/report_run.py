@@ -5,16 +5,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import torch
-
-from sae_lens_alloc.allocation.zipf import ZipfLaw
 from sae_lens_alloc.evaluation.metrics import Evaluation
 
-# A density measured from fewer firings is mostly noise.
-MIN_FIRINGS = 10
-
-# Okabe and Ito's palette, which readers of every kind of colour vision tell apart.
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+# Okabe and Ito's palette, which readers of every kind of colour vision tell apart, and for
+# larger reports some of Paul Tol's.
+COLOURS = (
+    *("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"),
+    *("#882255", "#999933", "#44AA99", "#332288", "#AA4499", "#999999"),
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,23 +35,6 @@ class ReportRun:
     history: Sequence[Mapping[str, float]] = ()
     events: Sequence[tuple[float, str]] = ()
     settings: Mapping[str, str] = field(default_factory=dict[str, str])
-
-    @property
-    def min_fitted_density(self) -> float:
-        """Density above which features take part in the fit of the Zipf law."""
-        return (MIN_FIRINGS - 0.5) / self.evaluation.n_tokens
-
-    @property
-    def fitted_densities(self) -> torch.Tensor:
-        """Densities that the Zipf law is fitted to, the largest first."""
-        densities = self.evaluation.densities.sort(descending=True).values
-        return densities[densities > self.min_fitted_density]
-
-    def zipf_law(self) -> ZipfLaw | None:
-        """The law fitted to the densities on held-out text; None if too few features fire."""
-        if len(self.fitted_densities) < 3:
-            return None
-        return ZipfLaw.fit(self.evaluation.densities, self.min_fitted_density)
 
     def series(self, key: str) -> tuple[list[float], list[float]]:
         """Tokens seen and values of one training metric, where it was logged."""

@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch.nn.functional import cross_entropy
+from torch.nn.functional import cross_entropy, kl_div
 from transformer_lens.HookedTransformer import HookedRootModule
 
 # Takes the activations of ordinary tokens, shape (n, d), and gives their replacement.
@@ -38,27 +38,71 @@ def spliced_loss(
     """
     total, count = 0.0, 0
     for batch in tokens.split(contexts_per_batch):
-        ordinary = is_ordinary(batch, special_token_ids)
-
-        def splice(
-            activations: torch.Tensor,
-            hook: Any,  # noqa: ARG001
-            ordinary: torch.Tensor = ordinary,
-        ) -> torch.Tensor:
-            ordinary = ordinary.to(activations.device)
-            spliced = activations.clone()
-            spliced[ordinary] = replace(activations[ordinary]).to(activations)
-            return spliced
-
-        logits = model.run_with_hooks(
-            batch, return_type="logits", fwd_hooks=[(hook_name, splice)]
+        logits, targets = _predictions(
+            model, batch, special_token_ids, hook_name, replace
         )
-        predicted = (ordinary[:, :-1] & ordinary[:, 1:]).to(logits.device)
-        losses = cross_entropy(
-            logits[:, :-1][predicted].float(),
-            batch.to(logits.device)[:, 1:][predicted],
-            reduction="none",
-        )
+        losses = cross_entropy(logits, targets, reduction="none")
         total += losses.double().sum().item()
-        count += len(losses)
+        count += len(targets)
     return total / count
+
+
+@torch.no_grad()
+def loss_and_divergence(
+    model: HookedRootModule,
+    tokens: torch.Tensor,
+    hook_name: str,
+    replace: Replace,
+    special_token_ids: Sequence[int],
+    contexts_per_batch: int,
+) -> tuple[float, float]:
+    """
+    `spliced_loss`, and the mean KL divergence in nats of the next-token distribution with
+    the activations replaced from the untouched model's, KL(untouched || replaced).
+    """
+    loss, divergence, count = 0.0, 0.0, 0
+    for batch in tokens.split(contexts_per_batch):
+        spliced, targets = _predictions(
+            model, batch, special_token_ids, hook_name, replace
+        )
+        untouched, _ = _predictions(
+            model, batch, special_token_ids, hook_name, lambda activations: activations
+        )
+        losses = cross_entropy(spliced, targets, reduction="none")
+        loss += losses.double().sum().item()
+        divergences = kl_div(
+            spliced.log_softmax(-1),
+            untouched.log_softmax(-1),
+            reduction="none",
+            log_target=True,
+        ).sum(-1)
+        divergence += divergences.double().sum().item()
+        count += len(targets)
+    return loss / count, divergence / count
+
+
+def _predictions(
+    model: HookedRootModule,
+    tokens: torch.Tensor,
+    special_token_ids: Sequence[int],
+    hook_name: str,
+    replace: Replace,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """
+    Logits of the predictions made from and of ordinary tokens with the activations at a
+    hook replaced, shape (n, vocabulary), and the tokens to predict, shape (n,).
+    """
+    ordinary = is_ordinary(tokens, special_token_ids)
+
+    def splice(activations: torch.Tensor, hook: Any) -> torch.Tensor:  # noqa: ARG001
+        mask = ordinary.to(activations.device)
+        spliced = activations.clone()
+        spliced[mask] = replace(activations[mask]).to(activations)
+        return spliced
+
+    logits = model.run_with_hooks(
+        tokens, return_type="logits", fwd_hooks=[(hook_name, splice)]
+    )
+    predicted = (ordinary[:, :-1] & ordinary[:, 1:]).to(logits.device)
+    targets = tokens.to(logits.device)[:, 1:][predicted]
+    return logits[:, :-1][predicted].float(), targets

@@ -128,7 +128,9 @@ def _write_results(
         **{
             run.name: {
                 **run.evaluation.to_dict(),
-                "zipf": None if (law := run.zipf_law()) is None else asdict(law),
+                "zipf": None
+                if (law := run.evaluation.zipf_law()) is None
+                else asdict(law),
             }
             for run in runs
         },

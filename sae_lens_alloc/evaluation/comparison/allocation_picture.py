@@ -1,0 +1,65 @@
+"""Figure 1 of the paper on real activations: one budget, given out by three rules."""
+
+from typing import Any
+
+import torch
+from sae_lens import SAE
+
+from sae_lens_alloc.allocation.feature_choice import select_feature_choice
+from sae_lens_alloc.allocation.mutual_choice import select_mutual_choice
+from sae_lens_alloc.allocation.sparse_activations import SparseActivations
+from sae_lens_alloc.allocation.zipf import ZipfLaw, zipf_quotas
+
+N_TOKENS, N_FEATURES = 40, 40
+PAIRS_PER_TOKEN = 4
+# The law that Feature Choice starts with, and the largest share of the tokens it gives one
+# feature (see the defaults of the training SAEs).
+LAW = ZipfLaw(alpha=1.0, beta=16.0, scale=1.0)
+MAX_DENSITY = 0.6
+
+
+@torch.no_grad()
+def allocation_picture(sae: SAE[Any], activations: torch.Tensor) -> dict[str, Any]:
+    """
+    Which of 40 x 40 token-feature pairs each rule activates with the same budget of 4 per
+    token, for the 40 features that are most active on 40 tokens.
+
+    Args:
+        sae: A saved SAE with decoder norms folded in, so that affinities compare.
+        activations: Activations of successive tokens, shape (T, d_in).
+
+    Returns:
+        Affinities of the active pairs by rule, tokens x features, 0 where inactive.
+    """
+    tokens = activations[:N_TOKENS].to(sae.device)
+    active = sae.encode(tokens).to_dense()
+    features = active.sum(0).argsort(descending=True, stable=True)[:N_FEATURES]
+    x = sae.process_sae_in(tokens)
+    bias = getattr(sae, "b_enc", 0.0)
+    affinities = (x @ sae.W_enc + bias)[:, features].relu()
+    # the most wanted feature on the left
+    affinities = affinities[:, (affinities > 0).sum(0).argsort(descending=True)]
+    budget = PAIRS_PER_TOKEN * len(tokens)
+    return {
+        "topk": _rounded(_top_k(affinities)),
+        "mutual_choice": _rounded(select_mutual_choice(affinities, budget).to_dense()),
+        "feature_choice": _rounded(_feature_choice(affinities, budget).to_dense()),
+    }
+
+
+def _top_k(affinities: torch.Tensor) -> torch.Tensor:
+    values, indices = affinities.topk(PAIRS_PER_TOKEN, dim=1)
+    return torch.zeros_like(affinities).scatter(1, indices, values)
+
+
+def _feature_choice(affinities: torch.Tensor, budget: int) -> SparseActivations:
+    quotas = zipf_quotas(
+        LAW, affinities.shape[1], budget, MAX_DENSITY * len(affinities)
+    )
+    # whole numbers that sum to the budget
+    whole = quotas.cumsum(0).round().diff(prepend=torch.zeros(1, dtype=quotas.dtype))
+    return select_feature_choice(affinities, whole.long().to(affinities.device))
+
+
+def _rounded(values: torch.Tensor) -> list[list[float]]:
+    return [[round(value, 3) for value in row] for row in values.tolist()]

@@ -1,0 +1,73 @@
+"""One cell of a comparison: one SAE to train."""
+
+import hashlib
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from sae_lens.config import LanguageModelSAERunnerConfig
+
+from sae_lens_alloc.config import build_runner_config
+
+RESULT_FILENAME = "cell.json"
+
+
+@dataclass(frozen=True)
+class Cell:
+    """
+    One SAE to train.
+
+    Args:
+        row: Name of its row.
+        sparsity_key: Its SAE setting of sparsity: "k", or the name of a coefficient.
+        sparsity: Value of that setting.
+        lr: Learning rate.
+        seed: Seed of the SAE's weights.
+        target_l0s: Features per token that its thresholds are set to after training: its k,
+            or, without a k, every k of the comparison.
+        settings: Its run, laid out as in the file that `load_runner_config` reads.
+        stream: Digest of the activations' settings.
+    """
+
+    row: str
+    sparsity_key: str
+    sparsity: float
+    lr: float
+    seed: int
+    target_l0s: tuple[float, ...]
+    settings: Mapping[str, Any]
+    stream: str
+
+    @property
+    def key(self) -> str:
+        """Its folder's name. A cell of other settings has another, so none is overwritten."""
+        text = json.dumps(asdict(self), sort_keys=True, default=str)
+        row = re.sub(r"[^A-Za-z0-9_.-]+", "-", self.row)
+        return (
+            f"{row}-{self.sparsity_key}{self.sparsity:g}-lr{self.lr:g}-seed{self.seed}-"
+            f"{hashlib.sha256(text.encode()).hexdigest()[:8]}"
+        )
+
+    def runner_config(self) -> LanguageModelSAERunnerConfig[Any]:
+        """Its run, checked."""
+        return build_runner_config(
+            {
+                **self.settings,
+                "logger": {"log_to_wandb": False},
+                "checkpoint_path": None,
+                "verbose": False,
+            }
+        )
+
+    def result(self, output: Path) -> dict[str, Any] | None:
+        """What training it gave, None before it has finished."""
+        path = output / "cells" / self.key / RESULT_FILENAME
+        return json.loads(path.read_text()) if path.exists() else None
+
+
+def sae_folder(folder: Path, target_l0: float) -> Path:
+    """Where a cell's SAE with thresholds for this many features per token is saved."""
+    return folder / f"l0-{target_l0:g}"

@@ -1,0 +1,76 @@
+"""Which of the trained SAEs stands for its row, by the validation split alone."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from sae_lens_alloc.evaluation.comparison.cell import Cell
+
+# What training a cell gave, as `cell.json` holds it, by the cell's key.
+Results = Mapping[str, Mapping[str, Any]]
+
+
+@dataclass(frozen=True)
+class Choice:
+    """
+    The settings that stand for a row at one k.
+
+    Args:
+        row: Name of the row.
+        k: Features per token.
+        cell: The best cell of the first seed; None if no cell reaches this L0.
+        tried: What was tried with the first seed, with explained variance on the validation
+            split, None where the L0 was out of reach.
+    """
+
+    row: str
+    k: float
+    cell: Cell | None
+    tried: Sequence[Mapping[str, Any]]
+
+
+def choose(cells: Sequence[Cell], results: Results) -> list[Choice]:
+    """
+    The best cell of each row at each k, by explained variance on the validation split.
+
+    Args:
+        cells: Trained cells of one seed.
+    """
+    points = dict.fromkeys((cell.row, k) for cell in cells for k in cell.target_l0s)
+    return [_choose(row, k, cells, results) for row, k in points]
+
+
+def _choose(row: str, k: float, cells: Sequence[Cell], results: Results) -> Choice:
+    candidates = [cell for cell in cells if cell.row == row and k in cell.target_l0s]
+    scores = [validation_ev(results[cell.key], k) for cell in candidates]
+    reached = [
+        (score, -i) for i, score in enumerate(scores) if score is not None
+    ]  # the first of equals
+    return Choice(
+        row=row,
+        k=k,
+        cell=candidates[-max(reached)[1]] if reached else None,
+        tried=[
+            {
+                "lr": cell.lr,
+                "sparsity": {cell.sparsity_key: cell.sparsity},
+                "validation_explained_variance": score,
+            }
+            for cell, score in zip(candidates, scores, strict=True)
+        ],
+    )
+
+
+def validation_ev(result: Mapping[str, Any], k: float) -> float | None:
+    """Explained variance at an L0 of k on the validation split, None if out of reach."""
+    return result["validation"][f"{k:g}"].get("explained_variance")
+
+
+def other_seeds(cells: Sequence[Cell], choices: Sequence[Choice]) -> list[Cell]:
+    """The cells of any seed with the settings of a chosen one."""
+    chosen = {
+        (choice.row, choice.cell.sparsity, choice.cell.lr)
+        for choice in choices
+        if choice.cell is not None
+    }
+    return [cell for cell in cells if (cell.row, cell.sparsity, cell.lr) in chosen]

@@ -1,0 +1,214 @@
+"""The config file of a comparison: SAELens' keys for what all rows share, and `compare:`."""
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import MISSING, dataclass, fields, replace
+from pathlib import Path
+from typing import Any, Literal, get_type_hints
+
+from sae_lens.config import LanguageModelSAERunnerConfig
+
+from sae_lens_alloc.config import (
+    check_choice,
+    named_errors,
+    read_settings,
+    sae_config_class,
+)
+from sae_lens_alloc.evaluation.comparison.cell import Cell
+from sae_lens_alloc.typed_values import convert, in_words
+
+# What the grid sets is set nowhere else.
+GRID_KEYS = {
+    "lr": "compare.lr",
+    "sae.k": "compare.k",
+    "sae.architecture": "compare.rows",
+}
+# A comparison keeps its files in a folder of its own, and goes on by cells.
+UNUSED_KEYS = (
+    *("output_path", "checkpoint_path", "n_checkpoints", "save_final_checkpoint"),
+    *("resume_from_checkpoint", "from_pretrained_path", "logger", "verbose"),
+)
+
+
+@dataclass(frozen=True)
+class ComparisonConfig:
+    """
+    What is compared with what. Everything else is shared by all rows.
+
+    Args:
+        k: Features per token at which the rows are compared.
+        lr: Learning rates that every row tries with the first seed; the best on the
+            validation split trains the other seeds.
+        seeds: Seeds of the SAEs' weights. The activations and their order are the same.
+        rows: SAE settings by name of the row, on top of the shared ones under `sae:`. A row
+            whose architecture has no k gives a list for its sparsity coefficient, as long
+            as `k`.
+        heldout_path: Parquet file with a column `text`, for a language model. Its contexts
+            are dealt in turn to the validation and the test split.
+        synthetic: Fields of SAELens' SyntheticModelConfig, for synthetic activations.
+        eval_samples: Size of the validation and of the test split of synthetic activations.
+        stored_dtype: How activations are kept on disk.
+        shared: The rest of the file.
+    """
+
+    k: tuple[float, ...]
+    lr: tuple[float, ...]
+    seeds: tuple[int, ...]
+    rows: Mapping[str, Mapping[str, Any]]
+    shared: Mapping[str, Any]
+    heldout_path: str | None = None
+    synthetic: dict[str, Any] | None = None
+    eval_samples: int = 100_000
+    stored_dtype: Literal["float16", "float32"] = "float16"
+
+    def cells(self) -> list[Cell]:
+        """Every cell of the grid, the first seed before the others."""
+        return [
+            self._cell(row, sparsity, lr, seed)
+            for seed in self.seeds
+            for row in self.rows
+            for sparsity in self.sparsities(row)
+            for lr in self.lr
+        ]
+
+    def sparsity_key(self, row: str) -> str:
+        """The SAE setting that gives a row its sparsity: k, or a coefficient."""
+        hints = get_type_hints(sae_config_class(self.rows[row]["architecture"]))
+        if "k" in hints:
+            return "k"
+        grids = [
+            name
+            for name, value in self.rows[row].items()
+            if isinstance(value, list) and float in _options(hints.get(name))
+        ]
+        if len(grids) != 1 or len(self.rows[row][grids[0]]) != len(self.k):
+            raise ValueError(
+                f"compare.rows.{row}: {self.rows[row]['architecture']!r} has no k, so one "
+                f"of its sparsity coefficients must be a list of {len(self.k)} values, as "
+                "many as compare.k has."
+            )
+        return grids[0]
+
+    def sparsities(self, row: str) -> Sequence[float]:
+        """Values of the sparsity setting that a row trains with."""
+        key = self.sparsity_key(row)
+        return self.k if key == "k" else self.rows[row][key]
+
+    def stream_run(self) -> LanguageModelSAERunnerConfig[Any]:
+        """The run that the activations are taken from: the first cell's, with their seed."""
+        seed = self.shared.get("seed", LanguageModelSAERunnerConfig.seed)
+        return replace(self.cells()[0].runner_config(), seed=seed)
+
+    def stream_settings(self) -> dict[str, Any]:
+        """What the activations depend on."""
+        return {
+            **{key: value for key, value in self.shared.items() if key != "sae"},
+            "d_in": self.shared["sae"]["d_in"],
+            "heldout_path": self.heldout_path,
+            "synthetic": self.synthetic,
+            "eval_samples": self.eval_samples,
+            "stored_dtype": self.stored_dtype,
+        }
+
+    def _cell(self, row: str, sparsity: float, lr: float, seed: int) -> Cell:
+        key = self.sparsity_key(row)
+        sae = {**self.shared["sae"], **self.rows[row], key: sparsity}
+        return Cell(
+            row=row,
+            sparsity_key=key,
+            sparsity=sparsity,
+            lr=lr,
+            seed=seed,
+            target_l0s=(sparsity,) if key == "k" else self.k,
+            settings={**self.shared, "sae": sae, "lr": lr, "seed": seed},
+            stream=digest(self.stream_settings()),
+        )
+
+
+def load_comparison(
+    path: str | Path, overrides: Sequence[str] = ()
+) -> tuple[ComparisonConfig, dict[str, Any]]:
+    """
+    Reads a comparison from a YAML file and checks every cell of it.
+
+    The file has SAELens' keys for what all rows share, as in `load_runner_config`, and the
+    fields of ComparisonConfig under `compare:`. `seed` is the seed of the activations.
+
+    Args:
+        path: The YAML file.
+        overrides: Settings that replace the file's, such as "device=cuda".
+
+    Returns:
+        The comparison, and the settings it was read from.
+
+    Raises:
+        ValueError: in one sentence that names the file and the setting.
+        FileNotFoundError: if there is no such file.
+    """
+    with named_errors(path, overrides):
+        settings = read_settings(path, overrides)
+        return _build(settings), settings
+
+
+def _build(settings: dict[str, Any]) -> ComparisonConfig:
+    compare = _mapping(settings.get("compare"), "compare")
+    shared = {key: value for key, value in settings.items() if key != "compare"}
+    sae = _mapping(shared.get("sae"), "sae")
+    flat = {*shared, *(f"sae.{key}" for key in sae)}
+    for key, instead in GRID_KEYS.items():
+        if key in flat:
+            raise ValueError(f"{key} is not set for all rows: {instead} gives it.")
+    for key in shared:
+        if key in UNUSED_KEYS:
+            raise ValueError(f"{key} has no effect in a comparison: remove it.")
+    for name in ("d_in", "d_sae"):
+        if name not in sae:
+            raise ValueError(f"sae.{name} is missing.")
+
+    hints = get_type_hints(ComparisonConfig)
+    allowed = [f.name for f in fields(ComparisonConfig) if f.name != "shared"]
+    values: dict[str, Any] = {}
+    for key, value in compare.items():
+        check_choice("the key of compare", key, allowed)
+        hint = dict if key == "rows" else hints[key]
+        try:
+            values[key] = convert(value, hint)
+        except TypeError:
+            raise ValueError(
+                f"compare.{key} must be {in_words(hint)}, got {value!r}."
+            ) from None
+    for f in fields(ComparisonConfig):
+        if f.default is MISSING and f.name != "shared" and not values.get(f.name):
+            raise ValueError(f"compare.{f.name} is missing.")
+    for name, row in values["rows"].items():
+        _mapping(row, f"compare.rows.{name}")
+        sae_config_class(row.get("architecture"))
+    config = ComparisonConfig(shared=shared, **values)
+    if (config.heldout_path is None) == (config.synthetic is None):
+        raise ValueError(
+            "compare needs either heldout_path, the held-out text of a language model, or "
+            "synthetic, the description of synthetic activations."
+        )
+    for cell in config.cells():
+        try:
+            cell.runner_config()
+        except ValueError as error:
+            raise ValueError(f"compare.rows.{cell.row}: {error}") from error
+    return config
+
+
+def digest(settings: Mapping[str, Any]) -> str:
+    """Eight letters that differ where settings do."""
+    text = json.dumps(settings, sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:8]
+
+
+def _mapping(value: Any, name: str) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise ValueError(f"{name} must be a mapping, got {value!r}.")
+    return value
+
+
+def _options(hint: Any) -> tuple[Any, ...]:
+    return getattr(hint, "__args__", (hint,))

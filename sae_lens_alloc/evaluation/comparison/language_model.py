@@ -1,0 +1,138 @@
+"""Activations of a language model, and what an SAE of them costs the model."""
+
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import torch
+from sae_lens import SAE
+from sae_lens.load_model import load_model
+from sae_lens.training.activations_store import ActivationsStore
+from sae_lens.util import get_special_token_ids, temporary_seed
+from transformer_lens.HookedTransformer import HookedRootModule
+from typing_extensions import override
+
+from sae_lens_alloc.evaluation.baseline import Baseline, measure_baseline
+from sae_lens_alloc.evaluation.comparison.config import ComparisonConfig
+from sae_lens_alloc.evaluation.comparison.stream import StoredStream, write_stream
+from sae_lens_alloc.evaluation.comparison.subject import Subject
+from sae_lens_alloc.evaluation.contexts import held_out_contexts
+from sae_lens_alloc.evaluation.metrics import evaluate_sae
+from sae_lens_alloc.evaluation.splicing import spliced_loss
+from sae_lens_alloc.evaluation.usage import Usage
+
+
+class LanguageModelSubject(Subject):
+    """
+    A language model at one hook. Training activations come from SAELens' ActivationsStore,
+    shuffled as in any training. The contexts of the held-out text are dealt in turn to the
+    validation and the test split: L0 differs by document, and all that is learnt from the
+    validation split is a learning rate and one number for the thresholds.
+    """
+
+    def __init__(self, config: ComparisonConfig) -> None:
+        assert config.heldout_path is not None
+        self.heldout_path = Path(config.heldout_path)
+        self.stored_dtype = config.stored_dtype
+        self.cfg = config.stream_run()
+
+    @override
+    def write(self, folder: Path) -> StoredStream:
+        held_out = {
+            split: self._held_out_activations(split) for split in ("validation", "test")
+        }
+        with temporary_seed(self.cfg.seed):
+            return write_stream(
+                folder,
+                {
+                    "train": ActivationsStore.from_config(self.model, self.cfg),
+                    **held_out,
+                },
+                {
+                    "train": self.cfg.training_tokens,
+                    **{split: sum(map(len, held_out[split])) for split in held_out},
+                },
+                self.cfg.sae.d_in,
+                self.stored_dtype,
+            )
+
+    @override
+    def evaluate(
+        self,
+        sae: SAE[Any],
+        stream: StoredStream,  # the model must run to be judged
+    ) -> tuple[Usage, dict[str, Any]]:
+        evaluation = evaluate_sae(
+            sae,
+            self.model,
+            self.contexts["test"],
+            self.cfg.hook_name,
+            self.baseline,
+            self.special_token_ids,
+        )
+        return evaluation, evaluation.to_dict()
+
+    @override
+    def facts(self) -> dict[str, Any]:
+        return {
+            "kind": "language_model",
+            "activations": f"{self.cfg.model_name} at {self.cfg.hook_name}",
+        }
+
+    @cached_property
+    def model(self) -> HookedRootModule:
+        """The language model."""
+        return load_model(
+            self.cfg.model_class_name,
+            self.cfg.model_name,
+            str(self.cfg.llm_device),
+            self.cfg.model_from_pretrained_kwargs,
+            hook_names=[self.cfg.hook_name],
+        )
+
+    @cached_property
+    def special_token_ids(self) -> list[int]:
+        """Tokens left out, as in training."""
+        excluded = self.cfg.exclude_special_tokens
+        if isinstance(excluded, list):
+            return excluded
+        return get_special_token_ids(self.model.tokenizer) if excluded else []  # type: ignore[arg-type]
+
+    @cached_property
+    def contexts(self) -> dict[str, torch.Tensor]:
+        """Token ids of the held-out splits, each of shape (contexts, context_size)."""
+        texts = pq.read_table(self.heldout_path, columns=["text"])["text"]
+        contexts = held_out_contexts(
+            texts.to_pylist(),
+            self.model.tokenizer,  # type: ignore[arg-type]
+            self.cfg.context_size,
+        ).to(str(self.cfg.llm_device))
+        return {"validation": contexts[::2], "test": contexts[1::2]}
+
+    @cached_property
+    def baseline(self) -> Baseline:
+        """The model without an SAE on the test split."""
+        return measure_baseline(
+            self.model,
+            self.contexts["test"],
+            self.cfg.hook_name,
+            self.special_token_ids,
+        )
+
+    def _held_out_activations(self, split: str) -> list[torch.Tensor]:
+        taken: list[torch.Tensor] = []
+
+        def take(activations: torch.Tensor) -> torch.Tensor:
+            taken.append(activations.float().cpu())
+            return activations
+
+        spliced_loss(
+            self.model,
+            self.contexts[split],
+            self.cfg.hook_name,
+            take,
+            self.special_token_ids,
+            contexts_per_batch=8,
+        )
+        return taken

@@ -1,0 +1,139 @@
+"""The plots of a comparison's report, one function each."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import plotly.graph_objects as go
+from plotly.subplots import make_subplots
+
+from sae_lens_alloc.evaluation.plots import faint, new_figure
+from sae_lens_alloc.evaluation.report_run import colour
+
+# A point of results.json: one row at one k.
+Point = Mapping[str, Any]
+
+RULES = {
+    "topk": "TopK: every token its 4",
+    "mutual_choice": "Mutual Choice: whoever is largest",
+    "feature_choice": "Feature Choice: every feature its share",
+}
+DEAD_COUNTS = {
+    "dead_features": "never active",
+    "very_rare_features": "on < 1 token in 100,000",
+    "rare_features": "on < 1 token in 10,000",
+}
+
+
+def pareto_plot(
+    rows: Mapping[str, Sequence[Point]], metric: str, label: str, tick_format: str
+) -> go.Figure:
+    """A metric on the test split over L0 there: the mean over seeds in their range."""
+    figure = new_figure("features per token (L0), on the test split", label)
+    for i, (row, points) in enumerate(rows.items()):
+        points = sorted(
+            (point for point in points if metric in point["over_seeds"]),
+            key=lambda point: point["over_seeds"]["l0"]["mean"],
+        )
+        l0 = [point["over_seeds"]["l0"]["mean"] for point in points]
+        values = [point["over_seeds"][metric] for point in points]
+        figure.add_scatter(
+            x=l0 + l0[::-1],
+            y=[v["max"] for v in values] + [v["min"] for v in reversed(values)],
+            mode="lines",
+            line={"width": 0},
+            fill="toself",
+            fillcolor=faint(colour(i)),
+            legendgroup=row,
+            showlegend=False,
+            hoverinfo="skip",
+        )
+        figure.add_scatter(
+            x=l0,
+            y=[v["mean"] for v in values],
+            name=row,
+            legendgroup=row,
+            mode="lines+markers",
+            line={"color": colour(i), "width": 2},
+            text=[f"k {point['k']:g}, {len(point['runs'])} seeds" for point in points],
+            hovertemplate=f"{row}, %{{text}}<br>L0 %{{x:.2f}}: %{{y:{tick_format}}}"
+            "<extra></extra>",
+        )
+    figure.update_yaxes(tickformat=tick_format)
+    return figure
+
+
+def dead_plot(rows: Mapping[str, Sequence[Point]], k: float, d_sae: int) -> go.Figure:
+    """Share of the features that are dead or rare at one k, mean over seeds."""
+    figure = new_figure("", "share of features")
+    shown = {
+        row: point["over_seeds"]
+        for row, points in rows.items()
+        for point in points
+        if point["k"] == k and point["runs"]
+    }
+    for i, (metric, name) in enumerate(DEAD_COUNTS.items()):
+        figures = [over_seeds[metric] for over_seeds in shown.values()]
+        figure.add_bar(
+            x=list(shown),
+            y=[f["mean"] / d_sae for f in figures],
+            error_y={
+                "array": [(f["max"] - f["mean"]) / d_sae for f in figures],
+                "arrayminus": [(f["mean"] - f["min"]) / d_sae for f in figures],
+                "thickness": 1,
+            },
+            name=name,
+            marker={"color": ("#1f2430", "#7d8597", "#c8cdd8")[i]},
+            text=[f"{f['mean']:,.0f}" for f in figures],
+            hovertemplate=f"%{{x}}<br>{name}: %{{text}} features, %{{y:.2%}}<extra></extra>",
+        )
+    figure.update_traces(textposition="none")
+    figure.update_layout(barmode="group")
+    figure.update_yaxes(tickformat="~%", rangemode="tozero")
+    return figure
+
+
+def allocation_plot(rules: Mapping[str, Sequence[Sequence[float]]]) -> go.Figure:
+    """Active pairs of tokens and features under each rule, darker where larger."""
+    figure = make_subplots(
+        rows=1,
+        cols=len(rules),
+        subplot_titles=[RULES[rule] for rule in rules],
+        horizontal_spacing=0.04,
+    )
+    largest = max(max(map(max, affinities)) for affinities in rules.values())
+    for column, affinities in enumerate(rules.values(), start=1):
+        figure.add_trace(
+            go.Heatmap(
+                # half the scale for the smallest, so that whatever is active is seen
+                z=[
+                    [0.5 + value / largest / 2 if value else 0 for value in row]
+                    for row in affinities
+                ],
+                customdata=affinities,
+                colorscale=[[0, "#f5f6f8"], [0.5, "#9dc3dd"], [1, "#00395c"]],
+                zmin=0,
+                zmax=1,
+                showscale=False,
+                xgap=1,
+                ygap=1,
+                hovertemplate="token %{y}, feature %{x}: %{customdata}<extra></extra>",
+            ),
+            row=1,
+            col=column,
+        )
+    style = new_figure("", "").layout
+    figure.update_layout(
+        template="none",
+        font=style.font,
+        height=360,
+        margin={"l": 40, "r": 12, "t": 40, "b": 44},
+        paper_bgcolor="rgba(0,0,0,0)",
+        plot_bgcolor="rgba(0,0,0,0)",
+    )
+    figure.update_annotations(font={"size": 13})
+    figure.update_xaxes(title="feature", showticklabels=False, showgrid=False)
+    figure.update_yaxes(
+        autorange="reversed", showticklabels=False, showgrid=False, zeroline=False
+    )
+    figure.update_yaxes(title="token", row=1, col=1)
+    return figure

@@ -1,0 +1,101 @@
+"""Trains cells in processes of their own, side by side where there is room."""
+
+import os
+import queue
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from pathlib import Path
+
+import torch
+
+from sae_lens_alloc.evaluation.comparison.cell import Cell
+
+LOG_FILENAME = "log.txt"
+
+
+def default_jobs(device: str) -> int:
+    """Processes side by side unless told otherwise: one on the CPU, one on each GPU."""
+    return torch.cuda.device_count() if torch.device(device).type == "cuda" else 1
+
+
+def threads_per_job(jobs: int) -> int:
+    """PyTorch threads of each process: an equal share of this process's."""
+    return max(1, torch.get_num_threads() // jobs)
+
+
+def train_cells(
+    cells: Sequence[Cell],
+    config: Path,
+    stream: Path,
+    output: Path,
+    jobs: int,
+    on_finished: Callable[[], None],
+) -> None:
+    """
+    Trains the cells that have no result yet. What SAELens prints goes to `log.txt` in the
+    cell's folder. On several GPUs each process sees one of them.
+
+    Args:
+        on_finished: Called after each cell.
+
+    Raises:
+        ValueError: if a cell fails. Cells that had started are finished, and kept.
+    """
+    slots: queue.SimpleQueue[int] = queue.SimpleQueue()
+    for slot in range(jobs):
+        slots.put(slot)
+
+    def train(cell: Cell) -> None:
+        slot = slots.get()
+        try:
+            _train(cell, slot)
+        finally:
+            slots.put(slot)
+
+    def _train(cell: Cell, slot: int) -> None:
+        folder = output / "cells" / cell.key
+        folder.mkdir(parents=True, exist_ok=True)
+        environment = dict(os.environ)
+        if torch.device(cell.runner_config().device) == torch.device("cuda"):
+            environment["CUDA_VISIBLE_DEVICES"] = _gpu(slot)
+        with (folder / LOG_FILENAME).open("w") as log:
+            done = subprocess.run(
+                [
+                    *(
+                        sys.executable,
+                        "-m",
+                        "sae_lens_alloc.evaluation.comparison.worker",
+                    ),
+                    *(str(config), str(stream), str(folder)),
+                    *("--threads", str(threads_per_job(jobs))),
+                ],
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                env=environment,
+            )
+        if done.returncode or cell.result(output) is None:
+            raise ValueError(
+                f"training {cell.key} failed: {folder / LOG_FILENAME} says why. What has "
+                "finished is kept, and the same command goes on from there."
+            )
+
+    missing = [cell for cell in cells if cell.result(output) is None]
+    with ThreadPoolExecutor(jobs) as pool:
+        futures = [pool.submit(train, cell) for cell in missing]
+        try:
+            for future in as_completed(futures):
+                future.result()
+                on_finished()
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
+
+
+def _gpu(slot: int) -> str:
+    """The GPU for a slot, among those that this process may use."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    names = visible.split(",") if visible else None
+    index = slot % torch.cuda.device_count()
+    return names[index] if names else str(index)

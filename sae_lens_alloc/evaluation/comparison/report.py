@@ -1,0 +1,191 @@
+"""A comparison's report: one self-contained HTML page, from its results."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
+from plotly.offline import get_plotlyjs
+
+from sae_lens_alloc.evaluation.comparison.plots import (
+    Point,
+    allocation_plot,
+    dead_plot,
+    pareto_plot,
+)
+from sae_lens_alloc.evaluation.comparison.results import middle_k
+from sae_lens_alloc.evaluation.plots import density_plot, features_per_token_plot
+from sae_lens_alloc.evaluation.report import plot_html
+from sae_lens_alloc.evaluation.report_run import colour
+from sae_lens_alloc.evaluation.usage import Usage
+
+
+@dataclass(frozen=True)
+class Metric:
+    """
+    A figure of the test split.
+
+    Args:
+        key: Its name in results.json.
+        name: Its name for the reader.
+        meaning: What it is, in a sentence.
+        form: How to write a value in a table.
+        plotted: Whether a curve over L0 is drawn.
+    """
+
+    key: str
+    name: str
+    meaning: str
+    form: str = "{:.4f}"
+    plotted: bool = False
+
+
+SHARED = (
+    Metric(
+        "explained_variance",
+        "variance explained",
+        "1 − squared error ÷ variance of the activations, over all tokens.",
+        plotted=True,
+    ),
+)
+LANGUAGE_MODEL = (
+    Metric(
+        "ce_recovered_mean",
+        "CE recovered, against the mean",
+        "Share of the next-token loss that the mean activation for every token adds, and "
+        "the SAE's reconstruction wins back.",
+        plotted=True,
+    ),
+    Metric(
+        "ce_recovered_zero",
+        "CE recovered, against zero",
+        "The same against zero for every activation.",
+        plotted=True,
+    ),
+    Metric(
+        "kl_divergence",
+        "KL divergence",
+        "Of the model's next-token distribution with the SAE from its own, in nats. Lower "
+        "is better.",
+    ),
+)
+SYNTHETIC = (
+    Metric(
+        "f1",
+        "F1",
+        "How well each feature of the SAE tells when the known feature nearest to it is "
+        "active, mean over features.",
+        plotted=True,
+    ),
+    Metric(
+        "mcc",
+        "MCC",
+        "Mean cosine similarity of decoder rows and known features, matched one to one.",
+        plotted=True,
+    ),
+    Metric("uniqueness", "uniqueness", "Share of different known features found."),
+)
+COUNTS = (
+    Metric("l0", "features per token", "L0 on the test split.", "{:.2f}"),
+    Metric("dead_features", "dead", "Features active on no test token.", "{:,.0f}"),
+    Metric("very_rare_features", "< 1e-5", "On fewer than 1 in 100,000.", "{:,.0f}"),
+    Metric("rare_features", "< 1e-4", "On fewer than 1 in 10,000.", "{:,.0f}"),
+    Metric("zipf_alpha", "α", "Exponent of the fitted law.", "{:.2f}"),
+    Metric("zipf_beta", "β", "Its flat head, in ranks.", "{:.0f}"),
+    Metric("zipf_r2", "R²", "How well the law fits, in log-log.", "{:.3f}"),
+)
+
+
+@dataclass(frozen=True, eq=False)
+class ShownUsage:
+    """A row's SAE of the first seed, for the plots of a single k."""
+
+    name: str
+    evaluation: Usage
+
+
+def write_comparison_report(
+    path: Path,
+    results: Mapping[str, Any],
+    usages: Mapping[tuple[str, float], Usage],
+) -> None:
+    """
+    Writes the report of a comparison.
+
+    Args:
+        path: HTML file to write.
+        results: The content of results.json.
+        usages: What the first seed's SAE does on the test split, by row and k.
+    """
+    path.write_text(render_comparison_report(results, usages), encoding="utf-8")
+
+
+def render_comparison_report(
+    results: Mapping[str, Any], usages: Mapping[tuple[str, float], Usage]
+) -> str:
+    """The report as HTML; see write_comparison_report."""
+    points: list[Point] = results["points"]
+    rows: dict[str, list[Point]] = {}
+    for point in points:
+        rows.setdefault(point["row"], []).append(point)
+    ks = sorted({point["k"] for point in points})
+    middle = middle_k(ks)
+    of_kind = (
+        LANGUAGE_MODEL if results["subject"]["kind"] == "language_model" else SYNTHETIC
+    )
+    metrics = (*SHARED, *of_kind, *COUNTS)
+    shown = [
+        ShownUsage(row, usages[row, middle]) for row in rows if (row, middle) in usages
+    ]
+    allocation = results["allocation"]
+    environment = Environment(
+        loader=PackageLoader("sae_lens_alloc", "evaluation"),
+        autoescape=True,
+        undefined=StrictUndefined,
+    )
+    return environment.get_template("comparison/report.html.jinja").render(
+        results=results,
+        rows=rows,
+        ks=ks,
+        middle=middle,
+        metrics=metrics,
+        colours={row: colour(i) for i, row in enumerate(rows)},
+        cell=_cell,
+        plotly_js=Markup(get_plotlyjs()),
+        pareto=[
+            {
+                "metric": metric,
+                "html": plot_html(
+                    pareto_plot(rows, metric.key, metric.name, ".3~f"),
+                    f"pareto-{metric.key}",
+                ),
+            }
+            for metric in metrics
+            if metric.plotted
+        ],
+        dead=plot_html(
+            dead_plot(rows, middle, results["subject"]["d_sae"]), "dead-features"
+        ),
+        density=plot_html(density_plot(shown), "density") if shown else None,
+        features_per_token=plot_html(
+            features_per_token_plot(shown), "features-per-token"
+        )
+        if shown
+        else None,
+        allocation=plot_html(allocation_plot(allocation["rules"]), "allocation", 360)
+        if allocation
+        else None,
+    )
+
+
+def _cell(point: Point, metric: Metric) -> Markup:
+    """Mean over seeds and, below it, their range."""
+    figures = point["over_seeds"].get(metric.key)
+    if figures is None:
+        return Markup("–")
+    mean, low, high = (metric.form.format(figures[x]) for x in ("mean", "min", "max"))
+    if low == high:
+        return Markup(mean)
+    return Markup("{}<small>{}–{}</small>").format(mean, low, high)

@@ -1,0 +1,124 @@
+"""Trains one cell, in a process of its own so that its memory can be told."""
+
+import argparse
+import json
+import resource
+import shutil
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from sae_lens import SAE
+from sae_lens.saes.sae import TrainingSAE
+
+from sae_lens_alloc.evaluation.comparison.cell import (
+    RESULT_FILENAME,
+    Cell,
+    sae_folder,
+)
+from sae_lens_alloc.evaluation.comparison.config import load_comparison
+from sae_lens_alloc.evaluation.comparison.operating_point import at_l0
+from sae_lens_alloc.evaluation.comparison.stream import StoredStream
+from sae_lens_alloc.evaluation.usage import measure_usage
+from sae_lens_alloc.training.trainer import AllocSAETrainer
+
+
+def train_cell(cell: Cell, stream: StoredStream, folder: Path) -> dict[str, Any]:
+    """
+    Trains a cell, saves its SAE for inference at each wanted L0, and says how it went. The
+    test split is not looked at.
+
+    Args:
+        folder: Where the SAEs and `cell.json` go; the latter is written last.
+    """
+    cfg = cell.runner_config()
+    torch.manual_seed(cell.seed)
+    before = _peak_memory(cfg.device)
+    sae = TrainingSAE.from_dict(cfg.get_training_sae_cfg_dict()).to(cfg.device)
+    trainer = AllocSAETrainer(
+        cfg.to_sae_trainer_config(),
+        sae,
+        stream.training_batches(cfg.train_batch_size_tokens),
+    )
+    start = time.perf_counter()
+    trainer.fit()
+    seconds = time.perf_counter() - start
+    memory = _peak_memory(cfg.device) - before
+
+    validation = stream.split("validation").to(cfg.device)
+    points: dict[str, Any] = {}
+    with tempfile.TemporaryDirectory() as trained:
+        sae.save_inference_model(trained)
+        natural = measure_usage(_load(trained, cfg.device), validation)
+        for target in cell.target_l0s:
+            try:
+                calibrated = at_l0(_load(trained, cfg.device), validation, target)
+            except ValueError as error:
+                points[f"{target:g}"] = {"unreachable": str(error)}
+                continue
+            usage = measure_usage(calibrated, validation)
+            points[f"{target:g}"] = {
+                "l0": usage.l0,
+                "explained_variance": usage.explained_variance,
+            }
+            calibrated.save_model(sae_folder(folder, target))
+    result = {
+        "row": cell.row,
+        "sparsity": {cell.sparsity_key: cell.sparsity},
+        "lr": cell.lr,
+        "seed": cell.seed,
+        "seconds": seconds,
+        "peak_memory_bytes": memory,
+        "threads": torch.get_num_threads(),
+        "l0_before_calibration": natural.l0,
+        "validation": points,
+        "settings": dict(cell.settings),
+    }
+    partial = folder / f"{RESULT_FILENAME}.partial"
+    partial.write_text(json.dumps(result, indent=2) + "\n")
+    partial.rename(folder / RESULT_FILENAME)
+    return result
+
+
+def _load(folder: str, device: str) -> SAE[Any]:
+    return SAE.load_from_disk(folder, device=device).eval()
+
+
+def _peak_memory(device: str) -> int:
+    """Largest memory of this process so far: on the device if it is a GPU, else resident."""
+    if torch.device(device).type == "cuda":
+        return torch.cuda.max_memory_allocated()
+    status = Path("/proc/self/status")
+    if status.exists():
+        # getrusage would start from the peak of the process that started this one
+        (line,) = (x for x in status.read_text().splitlines() if x.startswith("VmHWM"))
+        return int(line.split()[1]) * 1024
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def main() -> None:
+    """Trains the cell of a comparison that the command line names."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("config", type=Path)
+    parser.add_argument("stream", type=Path)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--threads", type=int, required=True)
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    (cell,) = (
+        cell
+        for cell in load_comparison(args.config)[0].cells()
+        if cell.key == args.folder.name
+    )
+    # what an interrupted training left
+    for path in args.folder.glob("l0-*"):
+        shutil.rmtree(path)
+    train_cell(cell, StoredStream(args.stream), args.folder)
+
+
+if __name__ == "__main__":
+    main()

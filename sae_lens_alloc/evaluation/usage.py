@@ -1,0 +1,157 @@
+"""What an SAE does with its features on some activations."""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from sae_lens import SAE
+
+from sae_lens_alloc.allocation.zipf import ZipfLaw
+
+RARE_DENSITY = 1e-4
+# A density measured from fewer firings is mostly noise.
+MIN_FIRINGS = 10
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Usage:
+    """
+    How an SAE spends its features, and how well it reconstructs.
+
+    Args:
+        explained_variance: 1 - squared error / total variance about the mean, both summed
+            over all tokens and dimensions.
+        features_per_token: Number of active features of every token, of any shape; -1 at
+            special tokens, which are not measured.
+        densities: Share of the tokens on which each feature is active, float64 of shape
+            (d_sae,).
+    """
+
+    explained_variance: float
+    features_per_token: torch.Tensor
+    densities: torch.Tensor
+
+    @property
+    def l0_counts(self) -> torch.Tensor:
+        """Number of active features of every ordinary token, shape (n_tokens,)."""
+        return self.features_per_token[self.features_per_token >= 0]
+
+    @property
+    def n_tokens(self) -> int:
+        """Number of tokens measured."""
+        return len(self.l0_counts)
+
+    @property
+    def l0(self) -> float:
+        """Mean number of active features per token."""
+        return self.l0_counts.double().mean().item()
+
+    @property
+    def top_1_percent_share(self) -> float:
+        """Share of all active pairs held by the 1% of tokens with the most features."""
+        counts = self.l0_counts.sort(descending=True).values
+        held = counts[: math.ceil(len(counts) / 100)].sum().item()
+        return held / max(counts.sum().item(), 1)
+
+    @property
+    def dead_features(self) -> int:
+        """Number of features active on no token."""
+        return int((self.densities == 0).sum())
+
+    @property
+    def rare_features(self) -> int:
+        """Number of features active on less than one token in 10,000, dead ones included."""
+        return self.features_rarer_than(RARE_DENSITY)
+
+    def features_rarer_than(self, density: float) -> int:
+        """Number of features of less than this density, dead ones included."""
+        return int((self.densities < density).sum())
+
+    @property
+    def l0_histogram(self) -> torch.Tensor:
+        """Number of tokens with 0, 1, 2, ... active features, int64."""
+        return self.l0_counts.bincount()
+
+    @property
+    def min_fitted_density(self) -> float:
+        """Density above which features take part in the fit of the Zipf law."""
+        return (MIN_FIRINGS - 0.5) / self.n_tokens
+
+    @property
+    def fitted_densities(self) -> torch.Tensor:
+        """Densities that the Zipf law is fitted to, the largest first."""
+        densities = self.densities.sort(descending=True).values
+        return densities[densities > self.min_fitted_density]
+
+    def zipf_law(self) -> ZipfLaw | None:
+        """The law fitted to the densities; None if too few features fire."""
+        if len(self.fitted_densities) < 3:
+            return None
+        return ZipfLaw.fit(self.densities, self.min_fitted_density)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything but the tensors per token and per feature, ready for JSON."""
+        return {
+            "n_tokens": self.n_tokens,
+            "n_features": len(self.densities),
+            "explained_variance": self.explained_variance,
+            "l0": self.l0,
+            "l0_histogram": self.l0_histogram.tolist(),
+            "top_1_percent_share": self.top_1_percent_share,
+            "dead_features": self.dead_features,
+            "rare_features": self.rare_features,
+        }
+
+
+class UsageMeter:
+    """Watches what an SAE does while it reconstructs activations."""
+
+    def __init__(self, sae: SAE[Any]) -> None:
+        self.sae = sae
+        self.squared_error = 0.0
+        self._firings = torch.zeros(sae.cfg.d_sae, dtype=torch.long)
+        self._l0: list[torch.Tensor] = []
+
+    def reconstruct(self, activations: torch.Tensor) -> torch.Tensor:
+        """Reconstructs activations of shape (n, d) and takes note of the features used."""
+        features = self.sae.encode(activations.to(self.sae.device, self.sae.dtype))
+        reconstruction = self.sae.decode(features).to(activations.device)
+        error = activations.double() - reconstruction.double()
+        self.squared_error += error.square().sum().item()
+        active = features.to_dense() != 0
+        self._firings += active.sum(0).cpu()
+        self._l0.append(active.sum(-1).cpu())
+        return reconstruction
+
+    @property
+    def l0_counts(self) -> torch.Tensor:
+        """Number of active features of every token seen, in order."""
+        return torch.cat(self._l0)
+
+    @property
+    def densities(self) -> torch.Tensor:
+        """Share of the tokens seen on which each feature was active, float64."""
+        return self._firings.double() / len(self.l0_counts)
+
+
+@torch.no_grad()
+def measure_usage(
+    sae: SAE[Any], activations: torch.Tensor, batch_size: int = 2048
+) -> Usage:
+    """
+    Measures an SAE on activations, of which one batch is reconstructed at a time.
+
+    Args:
+        activations: Activations as the SAE takes them, shape (T, d_in), of any float type.
+    """
+    meter = UsageMeter(sae)
+    for batch in activations.split(batch_size):
+        meter.reconstruct(batch)
+    exact = activations.double()
+    variance = (exact - exact.mean(0)).square().sum().item()
+    return Usage(
+        explained_variance=1 - meter.squared_error / variance,
+        features_per_token=meter.l0_counts,
+        densities=meter.densities,
+    )

@@ -1,0 +1,150 @@
+"""The command, run for real on a tiny synthetic comparison."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import pytest
+import torch
+from sae_lens import SAE
+from typer.testing import CliRunner
+
+from sae_lens_alloc.cli import app
+from sae_lens_alloc.evaluation.comparison.results import SCHEMA, summary
+from sae_lens_alloc.evaluation.comparison.stream import StoredStream
+from sae_lens_alloc.evaluation.usage import measure_usage
+from tests.comparison.conftest import small_settings, write_config
+
+
+def compare(config: Path, output: Path, *args: str) -> Any:
+    return CliRunner().invoke(
+        app, ["compare", str(config), "--output", str(output), *args]
+    )
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    settings = small_settings()
+    settings["compare"]["k"] = [2]
+    settings["compare"]["rows"]["stock"]["l1_coefficient"] = [0.01]
+    return write_config(settings, tmp_path_factory.mktemp("config"))
+
+
+@pytest.fixture(scope="module")
+def output(config: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    output = tmp_path_factory.mktemp("compare") / "output"
+    result = compare(config, output, "--jobs", "2")
+    assert result.exit_code == 0, result.output
+    return output
+
+
+@pytest.fixture(scope="module")
+def results(output: Path) -> dict[str, Any]:
+    return json.loads((output / "results.json").read_text())
+
+
+def test_the_results_are_of_their_schema(results: dict[str, Any]):
+    schema = json.loads(SCHEMA.read_text())
+    validator = jsonschema.Draft202012Validator(schema)
+    validator.check_schema(schema)
+    validator.validate(results)
+    del results["points"][0]["runs"][0]["test"]["l0"]
+    assert not validator.is_valid(results)
+
+
+def test_every_row_has_every_seed(output: Path):
+    points = json.loads((output / "results.json").read_text())["points"]
+    assert [
+        (point["row"], point["k"], [run["seed"] for run in point["runs"]])
+        for point in points
+    ] == [("ours", 2, [0, 1]), ("stock", 2, [0, 1])]
+
+
+def test_saved_saes_have_the_wanted_l0_on_the_validation_split(output: Path):
+    """500 samples, 2 features each."""
+    (folder,) = output.glob("activations-*")
+    validation = StoredStream(folder).split("validation")
+    saved = sorted(output.glob("cells/*/l0-2"))
+    assert len(saved) == 4
+    for path in saved:
+        sae = SAE.load_from_disk(path)
+        assert sae.cfg.architecture() == "jumprelu"
+        assert measure_usage(sae, validation).l0 == pytest.approx(2.0, rel=0.01)
+
+
+def test_test_figures_are_those_of_the_saved_sae(output: Path):
+    (folder,) = output.glob("activations-*")
+    test = StoredStream(folder).split("test")
+    for point in json.loads((output / "results.json").read_text())["points"]:
+        run = point["runs"][0]
+        sae = SAE.load_from_disk(output / run["folder"] / "l0-2")
+        x_hat = sae(test)
+        ev = 1 - (x_hat - test).square().sum() / (test - test.mean(0)).square().sum()
+        assert run["test"]["explained_variance"] == pytest.approx(ev.item(), abs=1e-5)
+
+
+def test_what_has_finished_is_not_done_again(config: Path, output: Path):
+    trained = {path: path.stat().st_mtime_ns for path in output.glob("cells/*/*/*")}
+    (lost,) = output.glob("cells/stock-*-seed1-*/cell.json")
+    lost.unlink()
+    result = compare(config, output)
+    assert result.exit_code == 0, result.output
+    again = {
+        path.parts[-3]
+        for path, time in trained.items()
+        if path.stat().st_mtime_ns != time
+    }
+    assert again == {lost.parent.name}
+
+
+def test_a_folder_of_something_else_is_left_alone(config: Path, tmp_path: Path):
+    (tmp_path / "results.json").write_text("mine")
+    result = compare(config, tmp_path)
+    assert result.exit_code == 1
+    assert "holds something that is not a comparison" in result.stderr
+    assert (tmp_path / "results.json").read_text() == "mine"
+    assert [path.name for path in tmp_path.iterdir()] == ["results.json"]
+
+
+def test_a_failed_cell_says_where_to_look(config: Path, output: Path):
+    (lost,) = output.glob("cells/ours-*-seed1-*/cell.json")
+    (train,) = output.glob("activations-*/train.bin")
+    lost.unlink()
+    train.rename(train.with_suffix(".away"))
+    try:
+        result = compare(config, output)
+    finally:
+        train.with_suffix(".away").rename(train)
+    assert result.exit_code == 1
+    assert f"{lost.parent / 'log.txt'} says why" in result.stderr
+    assert "No such file" in (lost.parent / "log.txt").read_text()
+
+
+def test_a_summary_is_mean_and_range_over_the_seeds():
+    runs = [
+        {
+            "seconds": seconds,
+            "peak_memory_bytes": 10,
+            "test": {"l0": l0, "l0_histogram": [1], "zipf": zipf},
+        }
+        for seconds, l0, zipf in ((1.0, 8.0, {"alpha": 1.0}), (3.0, 9.0, None))
+    ]
+    assert summary(runs) == {
+        "seconds": {"mean": 2.0, "min": 1.0, "max": 3.0},
+        "peak_memory_bytes": {"mean": 10, "min": 10, "max": 10},
+        "l0": {"mean": 8.5, "min": 8.0, "max": 9.0},
+    }
+
+
+def test_samples_are_the_same_whatever_was_drawn_before(output: Path, config: Path):
+    from sae_lens_alloc.evaluation.comparison.config import load_comparison
+    from sae_lens_alloc.evaluation.comparison.synthetic import SyntheticSubject
+
+    torch.manual_seed(123)
+    folder = output.parent / "again"
+    again = SyntheticSubject(load_comparison(config)[0]).write(folder)
+    (stored,) = output.glob("activations-*")
+    for split in ("train", "validation", "test"):
+        assert torch.equal(again.split(split), StoredStream(stored).split(split))
+    assert not torch.equal(again.split("validation"), again.split("test"))

@@ -1,0 +1,200 @@
+"""The page of a comparison: what it says, that it stands alone, and that a browser draws it."""
+
+import re
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from plotly.offline import get_plotlyjs
+
+from sae_lens_alloc.allocation.zipf import ZipfLaw
+from sae_lens_alloc.evaluation.comparison.allocation_picture import allocation_picture
+from sae_lens_alloc.evaluation.comparison.plots import dead_plot, pareto_plot
+from sae_lens_alloc.evaluation.comparison.report import (
+    render_comparison_report,
+    write_comparison_report,
+)
+from sae_lens_alloc.evaluation.comparison.results import (
+    comparison_results,
+    figures_of,
+    summary,
+)
+from sae_lens_alloc.evaluation.usage import Usage
+from tests.test_report import CHROMIUM, PHONE_WIDTH, traces
+
+ROWS = ("mutual_choice, <aux>", "topk", "standard")
+KS = (8.0, 16.0, 32.0)
+D_SAE = 300
+
+
+def make_usage(seed: int, k: float) -> Usage:
+    generator = torch.Generator().manual_seed(seed)
+    law = ZipfLaw(alpha=1.1, beta=4.0, scale=1.5)
+    densities = law.density(torch.arange(1, D_SAE + 1, dtype=torch.float64))
+    densities[-3:] = 0.0
+    counts = torch.randint(0, int(2 * k), (5000,), generator=generator)
+    return Usage(
+        explained_variance=0.7 + k / 200 + seed / 1000,
+        features_per_token=counts,
+        densities=densities,
+    )
+
+
+def make_point(row: str, k: float) -> dict[str, Any]:
+    runs = [
+        {
+            "seconds": 10.0 * (seed + 1),
+            "peak_memory_bytes": 200_000_000,
+            "test": figures_of(
+                usage := make_usage(seed, k),
+                {
+                    **usage.to_dict(),
+                    "ce_recovered_mean": 0.9,
+                    "ce_recovered_zero": 0.95,
+                    "kl_divergence": 0.1,
+                },
+            ),
+            "folder": "cells/x",
+        }
+        for seed in range(3)
+    ]
+    reached = not (row == "standard" and k == 32)
+    return {
+        "row": row,
+        "k": k,
+        "chosen": {"lr": 1e-3, "sparsity": {"k": k}} if reached else None,
+        "tried": [],
+        "runs": runs if reached else [],
+        "over_seeds": summary(runs) if reached else {},
+    }
+
+
+@pytest.fixture(scope="module")
+def results() -> dict[str, Any]:
+    torch.manual_seed(0)
+    block = torch.rand(40, 40).mul(3).sub(2).relu().tolist()
+    return comparison_results(
+        {
+            "kind": "language_model",
+            "activations": "a model at a hook",
+            "d_in": 64,
+            "d_sae": D_SAE,
+            "tokens": {"train": 1000, "validation": 100, "test": 5000},
+        },
+        {"compare": {"lr": [1e-3], "seeds": [0, 1, 2]}},
+        {"machine": "x86_64", "device": "cpu", "jobs": 1, "threads_per_job": 2},
+        [make_point(row, k) for row in ROWS for k in KS],
+        {
+            "row": "mutual_choice",
+            "k": 16,
+            "rules": {
+                name: block for name in ("topk", "mutual_choice", "feature_choice")
+            },
+        },
+    )
+
+
+@pytest.fixture(scope="module")
+def usages() -> dict[tuple[str, float], Usage]:
+    return {(row, k): make_usage(0, k) for row in ROWS for k in KS}
+
+
+def test_the_page_stands_alone(
+    results: dict[str, Any], usages: dict[tuple[str, float], Usage]
+):
+    own = render_comparison_report(results, usages).replace(get_plotlyjs(), "")
+    assert "http://" not in own and "https://" not in own
+    assert "url(" not in own and " src=" not in own
+    assert "<aux>" not in own.split("<script")[0]
+
+
+def test_the_page_holds_means_and_ranges(
+    results: dict[str, Any], usages: dict[tuple[str, float], Usage]
+):
+    """Explained variance at k = 16: .78, .781 and .782."""
+    own = render_comparison_report(results, usages).replace(get_plotlyjs(), "")
+    assert "0.7810<small>0.7800–0.7820</small>" in own
+    assert own.count("no thresholds reach this L0") == 1
+    # 10, 20 and 30 seconds for 1,000 tokens
+    assert "<td>20.0</td><td>50</td><td>200 MB</td>" in own
+
+
+def test_the_pareto_curve_is_the_mean_in_the_range_of_the_seeds(
+    results: dict[str, Any],
+):
+    points = [point for point in results["points"] if point["row"] == "topk"]
+    band, line = traces(
+        pareto_plot({"topk": points}, "explained_variance", "EV", ".3f")
+    )
+    assert list(line.y) == pytest.approx([0.741, 0.781, 0.861])
+    assert list(line.x) == sorted(line.x)
+    assert list(band.y) == pytest.approx([0.742, 0.782, 0.862, 0.86, 0.78, 0.74])
+
+
+def test_dead_features_are_shares_of_all(results: dict[str, Any]):
+    points = [point for point in results["points"] if point["row"] == "topk"]
+    dead, _, _ = traces(dead_plot({"topk": points}, 16, D_SAE))
+    assert list(dead.y) == [3 / D_SAE]
+
+
+def test_the_three_rules_spend_the_same_budget():
+    from sae_lens.saes.jumprelu_sae import JumpReLUSAE, JumpReLUSAEConfig
+
+    torch.manual_seed(1)
+    sae = JumpReLUSAE(JumpReLUSAEConfig(d_in=16, d_sae=100))
+    with torch.no_grad():
+        sae.W_enc.normal_()
+    activations = torch.randn(60, 16)
+    rules = allocation_picture(sae, activations)
+    active = {name: torch.tensor(rule) > 0 for name, rule in rules.items()}
+    for pairs in active.values():
+        assert pairs.shape == (40, 40)
+        assert pairs.sum() == 160
+    assert (active["topk"].sum(1) == 4).all()
+    assert active["mutual_choice"].sum(1).unique().numel() > 1
+    # shares that fall with the rank, at most 60% of the tokens
+    shares = active["feature_choice"].sum(0)
+    assert (shares.diff() <= 1).all() and 4 < shares.max() <= 24
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium to open the page with")
+def test_a_browser_draws_the_page_on_a_phone(
+    tmp_path: Path,
+    results: dict[str, Any],
+    usages: dict[tuple[str, float], Usage],
+):
+    path = tmp_path / "report.html"
+    write_comparison_report(path, results, usages)
+    probe = (
+        "<script>addEventListener('load', () => setTimeout(() => {"
+        "document.body.dataset.width = document.documentElement.scrollWidth;"
+        "}, 500))</script></body>"
+    )
+    path.write_text(path.read_text().replace("</body>", probe))
+    dom = subprocess.run(
+        [
+            str(CHROMIUM),
+            *("--headless", "--no-sandbox", "--disable-gpu"),
+            f"--user-data-dir={tmp_path / 'profile'}",
+            f"--window-size={PHONE_WIDTH},900",
+            "--virtual-time-budget=3000",
+            *("--dump-dom", path.as_uri()),
+        ],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=True,
+    ).stdout
+    for plot in (
+        "pareto-explained_variance",
+        "pareto-ce_recovered_mean",
+        "dead-features",
+        "density",
+        "features-per-token",
+        "allocation",
+    ):
+        assert "main-svg" in dom.split(f'id="plot-{plot}"')[1][:3000], plot
+    (laid_out,) = re.findall(r'data-width="(\d+)"', dom)
+    assert int(laid_out) <= PHONE_WIDTH

@@ -1,0 +1,67 @@
+"""Regressions of quality: all architectures on a small synthetic subject, under a minute."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from sae_lens import SAE
+
+from sae_lens_alloc.evaluation.comparison.cell import sae_folder
+from sae_lens_alloc.evaluation.comparison.config import load_comparison
+from sae_lens_alloc.evaluation.comparison.synthetic import SyntheticSubject
+from sae_lens_alloc.evaluation.comparison.worker import train_cell
+
+CONFIG = Path(__file__).parents[2] / "configs" / "compare_synthetic_small.yaml"
+
+
+@pytest.fixture(scope="module")
+def figures(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
+    """Figures on the test split by row."""
+    config = load_comparison(CONFIG)[0]
+    subject = SyntheticSubject(config)
+    stream = subject.write(tmp_path_factory.mktemp("activations"))
+    figures: dict[str, dict[str, Any]] = {}
+    for cell in config.cells():
+        folder = tmp_path_factory.mktemp("cell")
+        train_cell(cell, stream, folder)
+        sae = SAE.load_from_disk(sae_folder(folder, 4))
+        figures[cell.row] = subject.evaluate(sae, stream)[1]
+    return figures
+
+
+def test_all_reach_the_same_l0(figures: dict[str, dict[str, Any]]):
+    for row in figures.values():
+        assert row["l0"] == pytest.approx(4.0, rel=0.02)
+
+
+def test_our_recipe_finds_the_known_features(figures: dict[str, dict[str, Any]]):
+    """Feature Choice first: as much variance as batchtopk, and more of the features."""
+    ours, batchtopk = figures["Feature Choice first"], figures["batchtopk"]
+    assert ours["explained_variance"] > batchtopk["explained_variance"] - 0.01
+    assert ours["f1"] > batchtopk["f1"]
+    assert ours["mcc"] > 0.8
+    assert ours["uniqueness"] > 0.85
+
+
+@pytest.mark.parametrize("row", ["feature_choice", "Feature Choice first"])
+def test_shares_keep_features_alive(figures: dict[str, dict[str, Any]], row: str):
+    assert figures[row]["dead_features"] == 0
+
+
+@pytest.mark.parametrize(
+    ("row", "least"),
+    [
+        ("topk", 0.68),
+        ("batchtopk", 0.7),
+        ("jumprelu", 0.7),
+        ("standard", 0.62),
+        ("gated", 0.58),
+        ("mutual_choice", 0.7),
+        ("feature_choice", 0.69),
+        ("Feature Choice first", 0.7),
+    ],
+)
+def test_every_architecture_learns(
+    figures: dict[str, dict[str, Any]], row: str, least: float
+):
+    assert figures[row]["explained_variance"] > least
