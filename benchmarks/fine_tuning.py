@@ -26,8 +26,6 @@ from sae_lens_alloc.training.source_sae import load_source_sae
 CONFIGS = Path(__file__).parent.parent / "configs"
 TOPK = "sae={architecture: topk, d_in: 192, d_sae: 3072, k: 16}"
 SEEDS = (0, 1, 2)
-# tried for every continuation alike
-LEARNING_RATES = (1e-3, 2e-3)
 
 
 def train_topk(folder: Path, seed: int) -> Trained:
@@ -36,20 +34,16 @@ def train_topk(folder: Path, seed: int) -> Trained:
         CONFIGS / "demo_mutual_choice.yaml",
         [TOPK, f"seed={seed}", f"output_path={folder}", "verbose=false"],
     )
-    sae = AllocSAETrainingRunner(cfg).run()
-    sae.save_model(folder / "training")
+    if not (folder / "training").exists():
+        sae = AllocSAETrainingRunner(cfg).run()
+        sae.save_model(folder / "training")
     return Trained("topk", cfg, folder, 0.0, None)
 
 
-def go_on(name: str, start: Trained, folder: Path, seed: int, lr: float) -> Trained:
+def go_on(name: str, start: Trained, folder: Path, seed: int) -> Trained:
     """The same SAE after a fifth of its tokens more."""
     source = load_source_sae(str(start.folder), "cpu")
-    settings = [
-        f"lr={lr}",
-        f"seed={100 + seed}",
-        f"output_path={folder}",
-        "verbose=false",
-    ]
+    settings = [f"seed={100 + seed}", f"output_path={folder}", "verbose=false"]
     cfg: LanguageModelSAERunnerConfig[Any]
     if name == "topk":
         sae = f"sae={{architecture: topk, k: {source.sae.cfg.k}}}"
@@ -67,7 +61,7 @@ def go_on(name: str, start: Trained, folder: Path, seed: int, lr: float) -> Trai
             CONFIGS / "finetune_demo.yaml", [*settings, *overrides], source.sae.cfg
         )
         FineTuningRunner(cfg, source, chosen).run()
-    return Trained(f"{name}, lr {lr:g}", cfg, folder, 0.0, None)
+    return Trained(name, cfg, folder, 0.0, None)
 
 
 def run_seed(work: Path, seed: int) -> dict[str, dict[str, Any]]:
@@ -75,9 +69,7 @@ def run_seed(work: Path, seed: int) -> dict[str, dict[str, Any]]:
     start = train_topk(work / f"topk_{seed}", seed)
     trained = [start]
     for name in ("topk", "mutual_choice", "feature_choice"):
-        for lr in LEARNING_RATES:
-            folder = work / f"{name}_{lr:g}_{seed}"
-            trained.append(go_on(name, start, folder, seed, lr))
+        trained.append(go_on(name, start, work / f"{name}_{seed}", seed))
     runs, _ = evaluate(trained, CONTEXTS)
     return {
         "start" if run is runs[0] else run.name: run.evaluation.to_dict()
