@@ -66,7 +66,7 @@ def go_on(name: str, start: Trained, folder: Path, seed: int) -> Trained:
 
 def run_seed(work: Path, seed: int) -> dict[str, dict[str, Any]]:
     """Figures on held-out text of the SAE to start from and of each continuation."""
-    start = train_topk(work / f"topk_{seed}", seed)
+    start = train_topk(work / f"start_{seed}", seed)
     trained = [start]
     for name in ("topk", "mutual_choice", "feature_choice"):
         trained.append(go_on(name, start, work / f"{name}_{seed}", seed))
