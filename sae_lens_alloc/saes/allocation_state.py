@@ -125,8 +125,6 @@ class AllocationState(DensityState):
         # never tracked from 0, which a factor would not leave
         restart = self.threshold <= (math.inf if after_mutual else 0.0)
         self.threshold.copy_(self.cut.where(restart, self.threshold))
-        if self._bounds is None:
-            self._bounds = torch.zeros_like(self.threshold)
         quotas = self._quotas(len(x), budget)
         selection = encode_feature_choice(
             encoder,
@@ -134,7 +132,7 @@ class AllocationState(DensityState):
             take_whole_quotas(quotas, self.quota_carry),
             self.threshold,
             self.cut,
-            self._bounds,
+            self._likely_bounds(),
         )
         self._bounds = selection.bounds
         self.threshold.copy_(track_threshold(self.threshold, selection.above, quotas))
@@ -189,8 +187,12 @@ class AllocationState(DensityState):
             take_whole_quotas(quotas, self.quota_carry.clone()),
             self.threshold,
             self.cut,
-            torch.zeros_like(self.threshold),
+            self._likely_bounds(),
         ).pairs
+
+    def _likely_bounds(self) -> torch.Tensor:
+        """Guesses of a lower bound of each feature's cut, shape (F,)."""
+        return self.threshold * 0.9 if self._bounds is None else self._bounds
 
     def _quotas(self, n_tokens: int, budget: int) -> torch.Tensor:
         """Fractional quotas m_j of shape (F,): the law at the rank of each feature's demand."""
