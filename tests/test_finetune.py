@@ -163,7 +163,7 @@ def test_the_size_is_that_of_the_source():
     cfg, chosen = load_fine_tuning_config(CONFIG, ["sae.k=8"], source)
     assert (cfg.sae.d_in, cfg.sae.d_sae) == (192, 64)
     assert cfg.total_training_steps == 78
-    assert chosen == {"k": 8, "feature_choice_steps": 58, "aux_loss_decay_start": 58}
+    assert chosen == {"k": 8, "aux_loss": "aux_k", "aux_loss_decay_start": 58}
     with pytest.raises(ValueError, match="sae.d_sae is 32, but that .* is 64"):
         load_fine_tuning_config(CONFIG, ["sae.d_sae=32"], source)
 
