@@ -324,8 +324,8 @@ def _calibration_table(report: Recalibration) -> Table:
                 text,
                 thresholds,
                 f"{usage.l0:.2f}",
-                f"{usage.ev:.4f}",
-                f"{usage.dead:,}",
+                f"{usage.explained_variance:.4f}",
+                f"{usage.dead_features:,}",
             )
     return table
 

@@ -16,10 +16,10 @@ from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
 from sae_lens_alloc.demo.methods import HERE
 from sae_lens_alloc.evaluation.baseline import measure_baseline
 from sae_lens_alloc.evaluation.contexts import held_out_contexts
-from sae_lens_alloc.evaluation.equal_l0 import mean_l0, set_l0
+from sae_lens_alloc.evaluation.equal_l0 import set_l0
 from sae_lens_alloc.evaluation.metrics import evaluate_sae
 from sae_lens_alloc.evaluation.snippets import take_snippets
-from sae_lens_alloc.evaluation.usage import Usage, measure_usage
+from sae_lens_alloc.evaluation.usage import Usage, as_user, measure_usage
 
 HOOK = "transformer.h.0"
 D_IN, D_SAE, VOCAB, BOS = 8, 24, 20, 0
@@ -278,7 +278,7 @@ def test_usage_on_activations_is_that_in_the_model(
     sae: JumpReLUSAE,
 ):
     activations = activations_of(gpt2, tokens)[tokens != BOS]
-    usage = measure_usage(sae, activations, batch_size=10)
+    usage = measure_usage(as_user(sae), activations, batch_size=10)
     in_model = evaluate_sae(sae, model, tokens, HOOK)
     assert usage.explained_variance == pytest.approx(in_model.explained_variance)
     assert torch.equal(usage.features_per_token, in_model.l0_counts)
@@ -301,7 +301,7 @@ def test_thresholds_are_moved_to_the_wanted_l0(sae: JumpReLUSAE):
     ratios = sae.threshold / sae.threshold[0]
     for target in (1.0, 3.7):
         set_l0(sae, activations, target)
-        assert mean_l0(sae, activations) == pytest.approx(
+        assert measure_usage(as_user(sae), activations).l0 == pytest.approx(
             math.floor(target * 500) / 500
         )
         assert torch.allclose(sae.threshold / sae.threshold[0], ratios)

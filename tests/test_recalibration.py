@@ -64,7 +64,7 @@ def test_one_factor_keeps_the_ratios_of_the_thresholds(
     assert report.held_out_after.l0 == pytest.approx(target_l0, rel=0.05)
     assert torch.equal(report.held_out_after.firings, counts(report.sae, held_out))
     assert torch.equal(report.before.firings, counts(jumprelu, used))
-    assert report.before.dead >= 1
+    assert report.before.dead_features >= 1
 
 
 @pytest.mark.parametrize("target_l0", [2.5, 9.0])
@@ -152,7 +152,7 @@ def test_saved_sae_says_how_it_was_calibrated(
     calibration = loaded.cfg.metadata.calibration
     assert calibration == report.to_dict()
     assert calibration["l0_before"] == 5
-    assert calibration["ev_held_out_after"] == report.held_out_after.ev
+    assert calibration["ev_held_out_after"] == report.held_out_after.explained_variance
     assert json.dumps(calibration)
 
 

@@ -12,7 +12,8 @@ from sae_lens.config import LanguageModelSAERunnerConfig
 from sae_lens.saes.jumprelu_sae import JumpReLUSAE
 
 from sae_lens_alloc.config import load_runner_config
-from sae_lens_alloc.evaluation.equal_l0 import mean_l0, set_l0
+from sae_lens_alloc.evaluation.equal_l0 import set_l0
+from sae_lens_alloc.evaluation.usage import as_user, measure_usage
 from sae_lens_alloc.saes.mutual_choice_sae import MutualChoiceTrainingSAEConfig
 from sae_lens_alloc.training.runner import (
     CALIBRATION_TOKENS,
@@ -112,7 +113,7 @@ def _set_saved_l0(folder: Path, runner: AllocSAETrainingRunner) -> float:
     activations = torch.cat([next(runner.activations_store) for _ in range(n_batches)])
     sae = SAE.load_from_disk(folder)
     assert isinstance(sae, JumpReLUSAE)
-    before = mean_l0(sae, activations)
+    before = measure_usage(as_user(sae), activations).l0
     set_l0(sae, activations, runner.cfg.sae.k)
     sae.save_model(folder)
     return before

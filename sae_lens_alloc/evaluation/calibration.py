@@ -1,14 +1,13 @@
 """Inference thresholds set on activations, so that the saved SAE has the wanted L0."""
 
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
 
 import torch
 
-from sae_lens_alloc.allocation.sparse_activations import SparseActivations
 from sae_lens_alloc.evaluation.equal_l0 import threshold_factor
+from sae_lens_alloc.evaluation.usage import by_pairs, measure_usage
 from sae_lens_alloc.saes.allocation_sae import AllocationTrainingSAE
 
 BATCH_SIZE = 4096
@@ -69,20 +68,20 @@ def calibrate_thresholds(
     """
     wanted: float = sae.cfg.k if target_l0 is None else target_l0
     require_activations(sae, activations)
-    by_batch = partial(sae.autoencode_pairs, by_threshold=False)
-    by_threshold = partial(sae.autoencode_pairs, by_threshold=True)
-    training_l0, training_ev = l0_and_ev(by_batch, activations, batch_size)
-    l0_before, ev_before = l0_and_ev(by_threshold, activations, batch_size)
+    by_batch = by_pairs(partial(sae.autoencode_pairs, by_threshold=False))
+    by_threshold = by_pairs(partial(sae.autoencode_pairs, by_threshold=True))
+    training = measure_usage(by_batch, activations, batch_size)
+    before = measure_usage(by_threshold, activations, batch_size)
     scale_thresholds(sae, activations, wanted)
-    l0, ev = l0_and_ev(by_threshold, activations, batch_size)
+    after = measure_usage(by_threshold, activations, batch_size)
     report = CalibrationReport(
         target_l0=wanted,
-        training_l0=training_l0,
-        l0_before=l0_before,
-        l0=l0,
-        training_ev=training_ev,
-        ev_before=ev_before,
-        ev=ev,
+        training_l0=training.l0,
+        l0_before=before.l0,
+        l0=after.l0,
+        training_ev=training.explained_variance,
+        ev_before=before.explained_variance,
+        ev=after.explained_variance,
         n_tokens=len(activations),
     )
     sae.cfg.metadata.calibration = asdict(report)
@@ -123,77 +122,3 @@ def scale_thresholds(
     thresholds *= threshold_factor(
         sae.encoder(), sae.process_sae_in(activations), thresholds, target_l0
     )
-
-
-@dataclass(frozen=True, eq=False)
-class Usage:
-    """
-    What an SAE does with some activations.
-
-    Args:
-        firings: Tokens on which each feature is active, int64 of shape (F,).
-        ev: Explained variance.
-        n_tokens: Number of tokens.
-    """
-
-    firings: torch.Tensor
-    ev: float
-    n_tokens: int
-
-    @property
-    def l0(self) -> float:
-        """Mean number of active features per token."""
-        return int(self.firings.sum()) / self.n_tokens
-
-    @property
-    def dead(self) -> int:
-        """Number of features that are active on no token."""
-        return int((self.firings == 0).sum())
-
-
-@torch.no_grad()
-def measure_usage(
-    autoencode: Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]],
-    activations: torch.Tensor,
-    batch_size: int = 2048,
-) -> Usage:
-    """
-    Measures an SAE batch by batch.
-
-    Args:
-        autoencode: For a batch of shape (B, d_in), the tokens on which each feature is
-            active, shape (F,), and the reconstruction.
-        activations: Activations as the SAE takes them, shape (T, d_in).
-        batch_size: Tokens per batch.
-    """
-    firings, squared_error = torch.zeros((), dtype=torch.int64), 0.0
-    for batch in activations.split(batch_size):
-        counts, sae_out = autoencode(batch)
-        firings = firings.to(counts.device) + counts
-        squared_error += float((sae_out - batch).pow(2).sum(dtype=torch.float64))
-    variance = float(
-        (activations - activations.mean(0)).pow(2).sum(dtype=torch.float64)
-    )
-    return Usage(firings, 1 - squared_error / variance, len(activations))
-
-
-def l0_and_ev(
-    autoencode: Callable[[torch.Tensor], tuple[SparseActivations, torch.Tensor]],
-    activations: torch.Tensor,
-    batch_size: int = BATCH_SIZE,
-) -> tuple[float, float]:
-    """
-    Features per token and explained variance on activations of shape (T, d_in).
-
-    Args:
-        autoencode: Gives the active pairs and the reconstruction of a batch of them.
-        activations: Activations as the SAE takes them.
-        batch_size: Tokens per batch.
-    """
-
-    def counted(batch: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        pairs, sae_out = autoencode(batch)
-        return pairs.feature_counts(), sae_out
-
-    usage = measure_usage(counted, activations, batch_size)
-    return usage.l0, usage.ev

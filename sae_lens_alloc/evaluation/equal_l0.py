@@ -1,23 +1,10 @@
 """Comparing SAEs at equal sparsity: thresholds of a saved SAE moved to a wanted L0."""
 
-from typing import Any
-
 import torch
-from sae_lens import SAE
 from sae_lens.saes.jumprelu_sae import JumpReLUSAE
 
 from sae_lens_alloc.allocation.mutual_choice import budget_for
 from sae_lens_alloc.ops.encode_select import Encoder, encode_mutual_choice
-
-
-@torch.no_grad()
-def mean_l0(sae: SAE[Any], activations: torch.Tensor, batch_size: int = 2048) -> float:
-    """Mean number of active features per token on activations of shape (T, d_in)."""
-    n_pairs = sum(
-        int((sae.encode(batch).to_dense() != 0).sum())
-        for batch in activations.split(batch_size)
-    )
-    return n_pairs / len(activations)
 
 
 @torch.no_grad()

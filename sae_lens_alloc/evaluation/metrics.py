@@ -12,7 +12,7 @@ from typing_extensions import override
 
 from sae_lens_alloc.evaluation.baseline import Baseline, measure_baseline
 from sae_lens_alloc.evaluation.splicing import is_ordinary, loss_and_divergence
-from sae_lens_alloc.evaluation.usage import Usage, UsageMeter
+from sae_lens_alloc.evaluation.usage import Usage, UsageMeter, as_user
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -94,7 +94,7 @@ def evaluate_sae(
         baseline = measure_baseline(
             model, tokens, hook_name, special_token_ids, contexts_per_batch
         )
-    meter = UsageMeter(sae)
+    meter = UsageMeter(as_user(sae))
     loss_with_sae, kl_divergence = loss_and_divergence(
         model,
         tokens,

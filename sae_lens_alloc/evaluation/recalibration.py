@@ -14,8 +14,8 @@ from sae_lens.saes.topk_sae import TopKSAE
 
 from sae_lens_alloc.allocation.mutual_choice import budget_for
 from sae_lens_alloc.allocation.zipf import proportional_quotas
-from sae_lens_alloc.evaluation.calibration import Usage, measure_usage
 from sae_lens_alloc.evaluation.equal_l0 import set_l0
+from sae_lens_alloc.evaluation.usage import Usage, as_user, measure_usage
 from sae_lens_alloc.ops.encode_select import Encoder, encode_feature_choice
 
 # Relative distance of a threshold from the affinity that decides it.
@@ -48,14 +48,15 @@ class Recalibration:
     def to_dict(self) -> dict[str, Any]:
         """All figures, ready for JSON."""
         usages = ("before", "after", "held_out_before", "held_out_after")
+        figures = {"l0": "l0", "ev": "explained_variance", "dead": "dead_features"}
         return {
             "target_l0": self.target_l0,
             "per_feature": self.per_feature,
             "n_tokens": self.before.n_tokens,
             **{
-                f"{figure}_{name}": getattr(getattr(self, name), figure)
+                f"{key}_{name}": getattr(getattr(self, name), figure)
                 for name in usages
-                for figure in ("l0", "ev", "dead")
+                for key, figure in figures.items()
             },
         }
 
@@ -134,7 +135,7 @@ def recalibrate(
     if isinstance(sae, TopKSAE) or not per_feature:
         set_l0(calibrated, used, target_l0)
     if per_feature:
-        _set_densities(calibrated, used, before.firings, target_l0)
+        _set_densities(calibrated, used, before.firings.to(used.device), target_l0)
     report = Recalibration(
         sae=calibrated,
         target_l0=target_l0,
@@ -150,11 +151,7 @@ def recalibrate(
 
 
 def _usage(sae: SAE[Any], activations: torch.Tensor) -> Usage:
-    def autoencode(batch: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        acts = sae.encode(batch)
-        return (acts != 0).sum(0), sae.decode(acts)
-
-    return measure_usage(autoencode, activations)
+    return measure_usage(as_user(sae), activations)
 
 
 def _as_jumprelu(sae: JumpReLUSAE | TopKSAE) -> JumpReLUSAE:

@@ -1,13 +1,19 @@
 """What an SAE does with its features on some activations."""
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from sae_lens import SAE
 
+from sae_lens_alloc.allocation.sparse_activations import SparseActivations
 from sae_lens_alloc.allocation.zipf import ZipfLaw
+
+# Of activations (n, d_in): on how many tokens each feature is active (d_sae,), how many features
+# each token has (n,), and the reconstruction.
+Autoencode = Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor, torch.Tensor]]
 
 RARE_DENSITY = 1e-4
 # A density measured from fewer firings is mostly noise.
@@ -53,6 +59,11 @@ class Usage:
         counts = self.l0_counts.sort(descending=True).values
         held = counts[: math.ceil(len(counts) / 100)].sum().item()
         return held / max(counts.sum().item(), 1)
+
+    @property
+    def firings(self) -> torch.Tensor:
+        """Number of tokens on which each feature is active, int64 of shape (d_sae,)."""
+        return (self.densities * self.n_tokens).round().long()
 
     @property
     def dead_features(self) -> int:
@@ -105,23 +116,27 @@ class Usage:
 
 
 class UsageMeter:
-    """Watches what an SAE does while it reconstructs activations."""
+    """
+    Watches what an SAE does while it reconstructs activations.
 
-    def __init__(self, sae: SAE[Any]) -> None:
-        self.sae = sae
+    Args:
+        autoencode: How the SAE does that, see `as_user` and `by_pairs`.
+    """
+
+    def __init__(self, autoencode: Autoencode) -> None:
+        self.autoencode = autoencode
         self.squared_error = 0.0
-        self._firings = torch.zeros(sae.cfg.d_sae, dtype=torch.long)
+        self._firings = torch.zeros((), dtype=torch.long)
         self._l0: list[torch.Tensor] = []
 
     def reconstruct(self, activations: torch.Tensor) -> torch.Tensor:
         """Reconstructs activations of shape (n, d) and takes note of the features used."""
-        features = self.sae.encode(activations.to(self.sae.device, self.sae.dtype))
-        reconstruction = self.sae.decode(features).to(activations.device)
+        by_feature, by_token, reconstruction = self.autoencode(activations)
+        reconstruction = reconstruction.to(activations.device)
         error = activations.double() - reconstruction.double()
         self.squared_error += error.square().sum().item()
-        active = features.to_dense() != 0
-        self._firings += active.sum(0).cpu()
-        self._l0.append(active.sum(-1).cpu())
+        self._firings = self._firings + by_feature.cpu()
+        self._l0.append(by_token.cpu())
         return reconstruction
 
     @property
@@ -135,21 +150,46 @@ class UsageMeter:
         return self._firings.double() / len(self.l0_counts)
 
 
+def as_user(sae: SAE[Any]) -> Autoencode:
+    """As a user of the SAE does: `encode` and `decode`."""
+
+    def autoencode(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        features = sae.encode(x.to(sae.device, sae.dtype))
+        active = features.to_dense() != 0
+        return active.sum(0), active.sum(-1), sae.decode(features)
+
+    return autoencode
+
+
+def by_pairs(
+    autoencode_pairs: Callable[[torch.Tensor], tuple[SparseActivations, torch.Tensor]],
+) -> Autoencode:
+    """By active pairs, where no dense matrix of activations is needed."""
+
+    def autoencode(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        pairs, sae_out = autoencode_pairs(x)
+        return pairs.feature_counts(), pairs.token_counts(), sae_out
+
+    return autoencode
+
+
 @torch.no_grad()
 def measure_usage(
-    sae: SAE[Any], activations: torch.Tensor, batch_size: int = 2048
+    autoencode: Autoencode, activations: torch.Tensor, batch_size: int = 2048
 ) -> Usage:
     """
     Measures an SAE on activations, of which one batch is reconstructed at a time.
 
     Args:
+        autoencode: See `as_user` and `by_pairs`.
         activations: Activations as the SAE takes them, shape (T, d_in), of any float type.
+        batch_size: Tokens per batch.
     """
-    meter = UsageMeter(sae)
+    meter = UsageMeter(autoencode)
     for batch in activations.split(batch_size):
         meter.reconstruct(batch)
-    exact = activations.double()
-    variance = (exact - exact.mean(0)).square().sum().item()
+    centred = activations.float() - activations.float().mean(0)
+    variance = float(centred.square().sum(dtype=torch.float64))
     return Usage(
         explained_variance=1 - meter.squared_error / variance,
         features_per_token=meter.l0_counts,

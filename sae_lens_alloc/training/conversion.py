@@ -18,10 +18,11 @@ from sae_lens_alloc.allocation.mutual_choice import budget_for
 from sae_lens_alloc.allocation.schedule import budget_per_token
 from sae_lens_alloc.allocation.sparse_activations import SparseActivations
 from sae_lens_alloc.evaluation.calibration import (
-    l0_and_ev,
+    BATCH_SIZE,
     require_activations,
     scale_thresholds,
 )
+from sae_lens_alloc.evaluation.usage import by_pairs, measure_usage
 from sae_lens_alloc.ops.encode_select import (
     Encoder,
     encode_auxiliary,
@@ -181,17 +182,17 @@ def warm_start(
     thresholds = _carried_thresholds(source, sae)
     state.threshold.copy_(state.cut if thresholds is None else thresholds)
     scale_thresholds(sae, activations, cfg.k)
-    l0, ev = l0_and_ev(partial(sae.autoencode_pairs, by_threshold=True), activations)
-    training_l0, training_ev = l0_and_ev(
-        partial(sae.autoencode_pairs, by_threshold=False), activations
-    )
+    by_batch = by_pairs(partial(sae.autoencode_pairs, by_threshold=False))
+    by_threshold = by_pairs(partial(sae.autoencode_pairs, by_threshold=True))
+    training = measure_usage(by_batch, activations, BATCH_SIZE)
+    start = measure_usage(by_threshold, activations, BATCH_SIZE)
     report = ConversionReport(
         source_l0=source_l0,
         source_ev=source_ev,
-        l0=l0,
-        ev=ev,
-        training_l0=training_l0,
-        training_ev=training_ev,
+        l0=start.l0,
+        ev=start.explained_variance,
+        training_l0=training.l0,
+        training_ev=training.explained_variance,
         n_tokens=len(activations),
     )
     cfg.metadata.conversion = asdict(report)
@@ -371,12 +372,12 @@ def _source_quality(
     converted weights, which spares dense activations and leaves the source alone.
     """
     require_activations(converted, activations)
-    return l0_and_ev(
-        partial(
-            converted.autoencode_selected, select=_source_selection(source, converted)
-        ),
+    select = _source_selection(source, converted)
+    usage = measure_usage(
+        by_pairs(partial(converted.autoencode_selected, select=select)),
         activations.to(converted.device),
     )
+    return usage.l0, usage.explained_variance
 
 
 def _source_selection(

@@ -5,6 +5,12 @@ from typing import Any
 import torch
 from sae_lens.saes.sae import SAE
 
+from sae_lens_alloc.evaluation.usage import (
+    Autoencode,
+    as_user,
+    by_pairs,
+    measure_usage,
+)
 from sae_lens_alloc.saes.allocation_sae import AllocationTrainingSAE
 
 
@@ -27,27 +33,16 @@ def held_out_metrics(
     """
     was_training = sae.training
     sae.eval()
-    firings = torch.zeros(sae.cfg.d_sae, dtype=torch.long, device=sae.device)
-    squared_error = 0.0
-    for batch in activations.split(batch_size):
-        batch = batch.to(sae.device)
-        batch_firings, sae_out = _autoencode(sae, batch)
-        firings += batch_firings
-        squared_error += float((sae_out - batch).pow(2).sum(dtype=torch.float64))
+    usage = measure_usage(_autoencode(sae), activations, batch_size)
     sae.train(was_training)
-    centred = activations - activations.mean(0)
-    variance = float(centred.pow(2).sum(dtype=torch.float64))
     return {
-        "explained_variance": 1 - squared_error / variance,
-        "l0": firings.sum().item() / len(activations),
-        "dead_features": int((firings == 0).sum()),
+        "explained_variance": usage.explained_variance,
+        "l0": usage.l0,
+        "dead_features": usage.dead_features,
     }
 
 
-def _autoencode(sae: SAE[Any], x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Number of tokens on which each feature is active, and the reconstruction."""
+def _autoencode(sae: SAE[Any]) -> Autoencode:
     if isinstance(sae, AllocationTrainingSAE):
-        pairs, sae_out = sae.autoencode_pairs(x, by_threshold=True)
-        return pairs.feature_counts(), sae_out
-    feature_acts = sae.encode(x)
-    return (feature_acts.to_dense() != 0).sum(0), sae.decode(feature_acts)
+        return by_pairs(lambda x: sae.autoencode_pairs(x.to(sae.device), True))
+    return as_user(sae)

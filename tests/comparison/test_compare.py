@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 from sae_lens_alloc.cli import app
 from sae_lens_alloc.evaluation.comparison.results import SCHEMA, summary
 from sae_lens_alloc.evaluation.comparison.stream import StoredStream
-from sae_lens_alloc.evaluation.usage import measure_usage
+from sae_lens_alloc.evaluation.usage import as_user, measure_usage
 from tests.comparison.conftest import small_settings, write_config
 
 
@@ -70,7 +70,9 @@ def test_saved_saes_have_the_wanted_l0_on_the_validation_split(output: Path):
     for path in saved:
         sae = SAE.load_from_disk(path)
         assert sae.cfg.architecture() == "jumprelu"
-        assert measure_usage(sae, validation).l0 == pytest.approx(2.0, rel=0.01)
+        assert measure_usage(as_user(sae), validation).l0 == pytest.approx(
+            2.0, rel=0.01
+        )
 
 
 def test_test_figures_are_those_of_the_saved_sae(output: Path):

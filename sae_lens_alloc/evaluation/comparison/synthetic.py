@@ -23,7 +23,7 @@ from sae_lens_alloc.evaluation.comparison.stream import (
     write_stream,
 )
 from sae_lens_alloc.evaluation.comparison.subject import Subject
-from sae_lens_alloc.evaluation.usage import Usage, measure_usage
+from sae_lens_alloc.evaluation.usage import Usage, as_user, measure_usage
 
 SAMPLES_PER_BATCH = 4096
 
@@ -70,7 +70,7 @@ class SyntheticSubject(Subject):
     def evaluate(
         self, sae: SAE[Any], stream: StoredStream
     ) -> tuple[Usage, dict[str, Any]]:
-        usage = measure_usage(sae, stream.split("test").to(sae.device))
+        usage = measure_usage(as_user(sae), stream.split("test").to(sae.device))
         with temporary_seed(self._seed(len(SPLITS))):
             result = eval_sae_on_synthetic_data(
                 sae,

@@ -22,7 +22,7 @@ from sae_lens_alloc.evaluation.comparison.cell import (
 from sae_lens_alloc.evaluation.comparison.config import load_comparison
 from sae_lens_alloc.evaluation.comparison.operating_point import at_l0
 from sae_lens_alloc.evaluation.comparison.stream import StoredStream
-from sae_lens_alloc.evaluation.usage import measure_usage
+from sae_lens_alloc.evaluation.usage import as_user, measure_usage
 from sae_lens_alloc.training.trainer import AllocSAETrainer
 
 
@@ -52,14 +52,14 @@ def train_cell(cell: Cell, stream: StoredStream, folder: Path) -> dict[str, Any]
     points: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as trained:
         sae.save_inference_model(trained)
-        natural = measure_usage(_load(trained, cfg.device), validation)
+        natural = measure_usage(as_user(_load(trained, cfg.device)), validation)
         for target in cell.target_l0s:
             try:
                 calibrated = at_l0(_load(trained, cfg.device), validation, target)
             except ValueError as error:
                 points[f"{target:g}"] = {"unreachable": str(error)}
                 continue
-            usage = measure_usage(calibrated, validation)
+            usage = measure_usage(as_user(calibrated), validation)
             points[f"{target:g}"] = {
                 "l0": usage.l0,
                 "explained_variance": usage.explained_variance,
