@@ -21,11 +21,13 @@ class ResumableActivationsStore(ActivationsStore):
     finished, neither its buffer nor how far it was in the running document.
 
     The state is the buffer and the number of contexts read from the running epoch. `load`
-    reads these contexts again, which for text means to tokenize them again.
+    reads these contexts again, which for text means to tokenize them again. It does nothing
+    the second time, so that it can be called before a thread starts to prefetch.
     """
 
     n_contexts_read: int = 0
     n_held_out_contexts: int = 0
+    loaded_from: str | None = None
 
     def hold_out(self, n_tokens: int) -> torch.Tensor:
         """
@@ -96,6 +98,9 @@ class ResumableActivationsStore(ActivationsStore):
 
     @override
     def load(self, file_path: str) -> None:
+        if file_path == self.loaded_from:
+            return
+        self.loaded_from = file_path
         state = load_file(file_path)
         if "n_contexts_read" not in state:
             logger.warning(

@@ -19,6 +19,7 @@ from sae_lens.training.sae_trainer import SAETrainer
 from transformer_lens.HookedTransformer import HookedRootModule
 from typing_extensions import override
 
+from sae_lens_alloc.evaluation.activations import take_tokens
 from sae_lens_alloc.evaluation.calibration import calibrate_thresholds
 from sae_lens_alloc.saes.allocation_sae import AllocationTrainingSAE
 from sae_lens_alloc.training.activations_store import make_resumable
@@ -79,6 +80,9 @@ class AllocSAETrainingRunner(LanguageModelSAETrainingRunner):
     def run(self) -> TrainingSAE[Any]:
         # again, so that it does not matter what was drawn since the runner was made
         seed_all(self.cfg.seed)
+        if self.cfg.resume_from_checkpoint is not None:
+            # SAELens does so with prefetch_llm_batches only when a thread reads the store
+            self.activations_store.load_from_checkpoint(self.cfg.resume_from_checkpoint)
         return super().run()
 
     @override
@@ -139,9 +143,8 @@ class AllocSAETrainingRunner(LanguageModelSAETrainingRunner):
         )
 
     def _calibration_activations(self, trainer: SAETrainer[Any, Any]) -> torch.Tensor:
-        n_batches = -(-CALIBRATION_TOKENS // self.cfg.train_batch_size_tokens)
-        batches = [next(trainer.data_provider) for _ in range(n_batches)]
-        return torch.cat(batches).to(self.cfg.device)
+        taken = take_tokens(trainer.data_provider, CALIBRATION_TOKENS)
+        return taken.to(self.cfg.device)
 
 
 def _restore_rng_state(checkpoint: Path) -> None:

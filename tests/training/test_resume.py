@@ -3,6 +3,7 @@
 import os
 import pickle
 import signal
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch
 from datasets import Dataset
 from sae_lens import LanguageModelSAETrainingRunner
 from sae_lens.config import LoggingConfig
+from sae_lens.saes.sae import TrainStepOutput
 from sae_lens.training._interruption import InterruptedException
 from sae_lens.training.sae_trainer import SAETrainer
 from transformer_lens.hook_points import HookPoint
@@ -296,18 +298,40 @@ def test_second_signal_stops_at_once(
 
 
 @pytest.mark.usefixtures("few_calibration_tokens")
-def test_prefetching_run_can_be_resumed(
-    demo_model: HookedRootModule, demo_text: Dataset, tmp_path: Path
+def test_resumed_prefetching_run_reads_on_where_the_checkpoint_was(
+    demo_model: HookedRootModule,
+    demo_text: Dataset,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ):
-    our_runner(tmp_path, demo_model, demo_text, prefetch_llm_batches=2).run()
+    in_order = {"prefetch_llm_batches": 2, "activations_mixing_fraction": 0.0}
+    store = our_runner(tmp_path, demo_model, demo_text, **in_order).activations_store
+    served = [batch.clone() for batch in islice(store, 16)]
+    our_runner(tmp_path, demo_model, demo_text, **in_order).run()
+
+    trained_on: list[torch.Tensor] = []
+    step = AllocSAETrainer.step
+
+    def recorded(trainer: AllocSAETrainer, batch: torch.Tensor) -> TrainStepOutput:
+        trained_on.append(batch.clone())
+        return step(trainer, batch)
+
+    monkeypatch.setattr(AllocSAETrainer, "step", recorded)
     sae = our_runner(
         tmp_path,
         demo_model,
         demo_text,
-        prefetch_llm_batches=2,
         resume_from_checkpoint=str(tmp_path / "checkpoints" / "run" / "768"),
+        **in_order,
     ).run()
     assert statistics(sae).density_tokens.item() == 8 * 256
+    assert len(trained_on) == 5
+    place = next(
+        i for i, batch in enumerate(served) if torch.equal(batch, trained_on[0])
+    )
+    assert 3 <= place <= 6  # three steps, and at most what was prefetched beyond
+    for batch, expected in zip(trained_on, served[place:], strict=False):
+        assert torch.equal(batch, expected)
 
 
 @pytest.mark.usefixtures("few_calibration_tokens", "restore_signals")
