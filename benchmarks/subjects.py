@@ -348,8 +348,8 @@ SUBJECTS = {
         feature_choice, swept=True, config=feature_choice_config
     ),
     "SAELens batchtopk": SubjectKind(sae_lens_batchtopk, swept=True),
-    "SAELens topk": SubjectKind(sae_lens_topk),
-    "SAELens jumprelu": SubjectKind(sae_lens_jumprelu),
+    "SAELens topk": SubjectKind(sae_lens_topk, swept=True),
+    "SAELens jumprelu": SubjectKind(sae_lens_jumprelu, swept=True),
     "sparsify topk": SubjectKind(sparsify_topk, "sparsify", swept=True),
     "sparsify topk, Adam": SubjectKind(sparsify_topk_adam, "sparsify", has_aux=False),
     "dictionary_learning batchtopk": SubjectKind(
