@@ -6,12 +6,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from sae_lens import SAE
 from sae_lens.config import LanguageModelSAERunnerConfig
 from sae_lens.saes.jumprelu_sae import JumpReLUSAE
 
 from sae_lens_alloc.config import load_runner_config
+from sae_lens_alloc.evaluation.activations import take_tokens
 from sae_lens_alloc.evaluation.equal_l0 import set_l0
 from sae_lens_alloc.evaluation.usage import as_user, measure_usage
 from sae_lens_alloc.saes.mutual_choice_sae import MutualChoiceTrainingSAEConfig
@@ -109,8 +109,7 @@ def _set_saved_l0(folder: Path, runner: AllocSAETrainingRunner) -> float:
     Returns:
         Features per token before.
     """
-    n_batches = -(-CALIBRATION_TOKENS // runner.cfg.train_batch_size_tokens)
-    activations = torch.cat([next(runner.activations_store) for _ in range(n_batches)])
+    activations = take_tokens(runner.activations_store, CALIBRATION_TOKENS)
     sae = SAE.load_from_disk(folder)
     assert isinstance(sae, JumpReLUSAE)
     before = measure_usage(as_user(sae), activations).l0

@@ -1,5 +1,6 @@
 """Activations of a language model on the text that an SAE was trained on, or on other text."""
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -109,7 +110,12 @@ def gather_activations(
         hook_names=[cfg.hook_name],
     )
     store = ActivationsStore.from_config(model, cfg)
-    batches: list[torch.Tensor] = []
-    while sum(map(len, batches)) < n_tokens:
-        batches.append(next(store).to(cfg.device))
-    return torch.cat(batches)[:n_tokens]
+    return take_tokens(store, n_tokens).to(cfg.device)[:n_tokens]
+
+
+def take_tokens(batches: Iterator[torch.Tensor], n_tokens: int) -> torch.Tensor:
+    """The next batches together, of shape (n, d_in), so many that n is at least `n_tokens`."""
+    taken: list[torch.Tensor] = []
+    while sum(map(len, taken)) < n_tokens:
+        taken.append(next(batches))
+    return torch.cat(taken)

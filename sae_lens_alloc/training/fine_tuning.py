@@ -5,11 +5,11 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-import torch
 from sae_lens import SAE
 from sae_lens.config import LanguageModelSAERunnerConfig
 from sae_lens.saes.sae import TrainingSAE
 
+from sae_lens_alloc.evaluation.activations import take_tokens
 from sae_lens_alloc.training.conversion import ConversionReport, convert_sae
 from sae_lens_alloc.training.runner import CALIBRATION_TOKENS, AllocSAETrainingRunner
 from sae_lens_alloc.training.source_sae import SourceSAE
@@ -46,11 +46,11 @@ class FineTuningRunner(AllocSAETrainingRunner):
                 the model's activations.
         """
         super().__init__(cfg)
-        activations = self._take_activations(CALIBRATION_TOKENS)
+        activations = take_tokens(self.activations_store, CALIBRATION_TOKENS)
         sae = convert_sae(
             source.sae,
             cfg.sae.architecture(),
-            activations=activations,
+            activations=activations.to(cfg.device),
             scaling_factor=source.scaling_factor,
             **{"device": cfg.device, **sae_overrides},
         )
@@ -58,11 +58,6 @@ class FineTuningRunner(AllocSAETrainingRunner):
         require_plausible(source, self.start)
         self.sae = sae
         self.cfg.sae = sae.cfg
-
-    def _take_activations(self, n_tokens: int) -> torch.Tensor:
-        n_batches = -(-n_tokens // self.cfg.train_batch_size_tokens)
-        batches = [next(self.activations_store) for _ in range(n_batches)]
-        return torch.cat(batches).to(self.cfg.device)
 
 
 def require_plausible(source: SourceSAE, start: ConversionReport) -> None:

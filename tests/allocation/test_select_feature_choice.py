@@ -10,9 +10,7 @@ from sae_lens_alloc.allocation.feature_choice import (
     select_feature_choice,
 )
 from sae_lens_alloc.allocation.quotas import take_whole_quotas
-from sae_lens_alloc.allocation.sparse_activations import SparseActivations
-
-Pair = tuple[int, int, float]
+from tests.helpers import Pair, stored_pairs
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 
@@ -26,18 +24,6 @@ def best_tokens(affinities: torch.Tensor, quotas: list[int]) -> list[Pair]:
         )
         pairs += [(token, feature, -value) for value, token in best[: quotas[feature]]]
     return sorted(pairs)
-
-
-def stored_pairs(selection: SparseActivations) -> list[Pair]:
-    """The pairs in the order in which they are stored."""
-    return list(
-        zip(
-            selection.token_indices.tolist(),
-            selection.feature_indices.tolist(),
-            selection.values.double().tolist(),
-            strict=True,
-        )
-    )
 
 
 def test_select_feature_choice_gives_each_feature_its_best_tokens():

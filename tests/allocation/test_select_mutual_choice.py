@@ -14,8 +14,7 @@ from sae_lens_alloc.allocation.mutual_choice import (
     select_mutual_choice,
 )
 from sae_lens_alloc.allocation.sparse_activations import SparseActivations
-
-Pair = tuple[int, int, float]
+from tests.helpers import Pair, stored_pairs
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 
@@ -29,18 +28,6 @@ def best_pairs(affinities: torch.Tensor, budget: int) -> list[Pair]:
         if value > 0
     )[:budget]
     return sorted((token, feature, -value) for value, token, feature in best)
-
-
-def stored_pairs(selection: SparseActivations) -> list[Pair]:
-    """The pairs in the order in which they are stored."""
-    return list(
-        zip(
-            selection.token_indices.tolist(),
-            selection.feature_indices.tolist(),
-            selection.values.double().tolist(),
-            strict=True,
-        )
-    )
 
 
 @st.composite

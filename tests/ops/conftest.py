@@ -1,18 +1,10 @@
-from collections.abc import Iterator
-
 import pytest
 import torch
 
 from sae_lens_alloc.ops.backend import BACKEND_VARIABLE, has_csr_kernels
+from tests.helpers import one_thread
 
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """On tensors this small, several threads only wait for each other."""
-    n_threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(n_threads)
+__all__ = ["one_thread"]
 
 
 @pytest.fixture(params=["torch", "reference", "triton"])

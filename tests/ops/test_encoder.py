@@ -13,8 +13,8 @@ from sae_lens_alloc.ops.encode_select import (
     encode_mutual_choice,
     encode_thresholds,
 )
+from tests.helpers import Pair, stored_pairs
 
-Pair = tuple[int, int, float]
 CPU = torch.device("cpu")
 
 
@@ -51,18 +51,6 @@ def dense_affinities(encoder: Encoder, x: torch.Tensor) -> torch.Tensor:
     """Affinities of the dense formula in float64."""
     affinities = x.double() @ encoder.W_enc.double() + encoder.b_enc.double()
     return affinities if encoder.scale is None else affinities * encoder.scale.double()
-
-
-def stored_pairs(selection: SparseActivations) -> list[Pair]:
-    """The pairs in the order in which they are stored."""
-    return list(
-        zip(
-            selection.token_indices.tolist(),
-            selection.feature_indices.tolist(),
-            selection.values.double().tolist(),
-            strict=True,
-        )
-    )
 
 
 def best_pairs(affinities: torch.Tensor, budget: int) -> list[Pair]:

@@ -1,11 +1,9 @@
 """Helpers of the SAE tests: tiny SAEs, training steps, and the dense formulas they must equal."""
 
 import copy
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-import pytest
 import torch
 from sae_lens.saes.sae import TrainingSAE, TrainStepInput, TrainStepOutput
 
@@ -17,19 +15,13 @@ from sae_lens_alloc import (
 )
 from sae_lens_alloc.saes.allocation_sae import AllocationTrainingSAE
 from sae_lens_alloc.saes.allocation_state import AllocationState
+from tests.helpers import one_thread
+
+__all__ = ["one_thread"]
 
 ARCHITECTURES = ("mutual_choice", "feature_choice")
 LN_EPS = 1e-5  # SAELens' layer_norm
 WEIGHTS = ("W_enc", "b_enc", "W_dec", "b_dec")
-
-
-@pytest.fixture(scope="session", autouse=True)
-def one_thread() -> Iterator[None]:  # pyright: ignore[reportUnusedFunction]
-    """Matrices this small are slower with more threads, above all on a busy machine."""
-    n_threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(n_threads)
 
 
 def make_sae(

@@ -18,7 +18,7 @@ from transformer_lens.HookedTransformer import HookedRootModule
 
 import sae_lens_alloc
 from sae_lens_alloc.training import runner as runner_module
-from tests.saes.conftest import one_thread
+from tests.helpers import one_thread
 
 __all__ = ["one_thread"]
 
