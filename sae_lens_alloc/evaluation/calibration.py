@@ -5,6 +5,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from sae_lens import SAE
 
 from sae_lens_alloc.evaluation.equal_l0 import threshold_factor
 from sae_lens_alloc.evaluation.usage import by_pairs, measure_usage
@@ -88,9 +89,7 @@ def calibrate_thresholds(
     return report
 
 
-def require_activations(
-    sae: AllocationTrainingSAE[Any], activations: torch.Tensor
-) -> None:
+def require_activations(sae: SAE[Any], activations: torch.Tensor) -> None:
     """Raises ValueError if activations are not finite and of shape (tokens, d_in)."""
     if activations.ndim != 2 or activations.shape[1] != sae.cfg.d_in:
         raise ValueError(

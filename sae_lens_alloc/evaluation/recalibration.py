@@ -1,20 +1,21 @@
 """Thresholds of a saved SAE set anew, to a wanted L0 on text of one's choice."""
 
-import copy
 import json
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from sae_lens import SAE
 from sae_lens.constants import SAE_CFG_FILENAME
-from sae_lens.saes.jumprelu_sae import JumpReLUSAE, JumpReLUSAEConfig
+from sae_lens.saes.jumprelu_sae import JumpReLUSAE
 from sae_lens.saes.topk_sae import TopKSAE
 
 from sae_lens_alloc.allocation.mutual_choice import budget_for
 from sae_lens_alloc.allocation.zipf import proportional_quotas
+from sae_lens_alloc.evaluation.calibration import require_activations
 from sae_lens_alloc.evaluation.equal_l0 import set_l0
+from sae_lens_alloc.evaluation.jumprelu_form import jumprelu_form
 from sae_lens_alloc.evaluation.usage import Usage, as_user, measure_usage
 from sae_lens_alloc.ops.encode_select import Encoder, encode_feature_choice
 
@@ -116,14 +117,10 @@ def recalibrate(
             active too rarely for one of the tokens is then silenced on them.
 
     Raises:
-        ValueError: if the activations are not of the SAE's d_in or fewer than 2 tokens, or
-            no thresholds give the wanted L0.
+        ValueError: if the activations are not finite, not of the SAE's d_in or fewer than
+            2 tokens, or no thresholds give the wanted L0.
     """
-    if activations.ndim != 2 or activations.shape[1] != sae.cfg.d_in:
-        raise ValueError(
-            f"activations must have shape (tokens, {sae.cfg.d_in}), got "
-            f"{tuple(activations.shape)}."
-        )
+    require_activations(sae, activations)
     if len(activations) < 2:
         raise ValueError(
             "activations of at least 2 tokens are needed, one for each half."
@@ -131,7 +128,9 @@ def recalibrate(
     half = len(activations) // 2
     used, held_out = activations[:half], activations[half:]
     before, held_out_before = _usage(sae, used), _usage(sae, held_out)
-    calibrated = _as_jumprelu(sae)
+    calibrated = jumprelu_form(sae)
+    if isinstance(sae, TopKSAE):
+        calibrated.threshold.fill_(1.0)  # a common one, that a factor can move
     if isinstance(sae, TopKSAE) or not per_feature:
         set_l0(calibrated, used, target_l0)
     if per_feature:
@@ -152,27 +151,6 @@ def recalibrate(
 
 def _usage(sae: SAE[Any], activations: torch.Tensor) -> Usage:
     return measure_usage(as_user(sae), activations)
-
-
-def _as_jumprelu(sae: JumpReLUSAE | TopKSAE) -> JumpReLUSAE:
-    """A copy, of a topk SAE with thresholds of 1, which only wait to be set."""
-    cfg = sae.cfg.to_dict()
-    names = {field.name for field in fields(JumpReLUSAEConfig)}
-    settings: dict[str, Any] = {k: v for k, v in cfg.items() if k in names}
-    settings["metadata"] = copy.deepcopy(sae.cfg.metadata)
-    weights = {name: value.clone() for name, value in sae.state_dict().items()}
-    if isinstance(sae, TopKSAE):
-        weights["threshold"] = torch.ones_like(weights["b_enc"])
-        if sae.cfg.rescale_acts_by_decoder_norm:
-            norms = sae.get_W_dec_norm()
-            weights["W_enc"] *= norms
-            weights["b_enc"] *= norms
-            weights["W_dec"] /= norms[:, None]
-    jumprelu = JumpReLUSAE(JumpReLUSAEConfig(**settings))
-    jumprelu.load_state_dict(weights)
-    if not sae.hook_z_reshaping_mode:
-        jumprelu.turn_off_forward_pass_hook_z_reshaping()
-    return jumprelu
 
 
 def _set_densities(

@@ -22,6 +22,7 @@ from sae_lens_alloc.evaluation.calibration import (
     require_activations,
     scale_thresholds,
 )
+from sae_lens_alloc.evaluation.jumprelu_form import gate_as_thresholds
 from sae_lens_alloc.evaluation.usage import by_pairs, measure_usage
 from sae_lens_alloc.ops.encode_select import (
     Encoder,
@@ -29,6 +30,7 @@ from sae_lens_alloc.ops.encode_select import (
     encode_thresholds,
 )
 from sae_lens_alloc.saes.allocation_sae import AllocationTrainingSAE, decoder_norms
+from sae_lens_alloc.saes.aux_zipf import AuxZipfTrainingSAEConfig
 
 STOCK_ARCHITECTURES = (
     "batchtopk",
@@ -88,8 +90,7 @@ def convert_sae(
     A Mutual Choice or Feature Choice training SAE with the weights of another SAE: of the same
     inputs it computes the same affinities, and from the same pairs the same reconstruction.
 
-    A gated SAE is carried as the JumpReLU SAE that it equals, with W_enc * exp(r_mag), b_mag
-    and the threshold b_mag - exp(r_mag) * b_gate. Thresholds below 0 count as 0, as they do
+    A gated SAE is carried as the JumpReLU SAE that it equals, see `jumprelu_form`. Thresholds below 0 count as 0, as they do
     in a JumpReLU SAE at inference. Of a Matryoshka SAE the nesting of the losses is not
     carried, and hyperparameters of the source's training are not either. A topk SAE has no
     thresholds: its evaluation mode needs `activations` or a training step. A standard SAE
@@ -98,7 +99,8 @@ def convert_sae(
 
     Args:
         sae: An inference or training SAE of SAELens' topk, batchtopk, jumprelu, standard,
-            gated or matryoshka_batchtopk architecture, or of this package. Not changed.
+            gated or matryoshka_batchtopk architecture, with aux_zipf_loss or without, or of
+            this package. Not changed.
         architecture: "mutual_choice" or "feature_choice".
         activations: Activations as the converted SAE takes them, shape (T, d_in), for
             `warm_start`, whose report goes to `cfg.metadata.conversion`. Without them
@@ -215,7 +217,7 @@ def require_convertible(source: SAE[Any], architecture: str) -> None:
             f"an SAE can be converted to {' or '.join(targets)}, not to {architecture!r}."
         )
     # by name, since AbsTopK is a subclass of TopK and activates other features
-    name = source.cfg.architecture()
+    name = _architecture(source)
     if name not in STOCK_ARCHITECTURES and not isinstance(
         source, AllocationTrainingSAE
     ):
@@ -225,6 +227,14 @@ def require_convertible(source: SAE[Any], architecture: str) -> None:
             f"supported are {', '.join(STOCK_ARCHITECTURES)}, mutual_choice and "
             "feature_choice."
         )
+
+
+def _architecture(source: SAE[Any]) -> str:
+    """The source's architecture, aux_zipf_loss being a matter of its training alone."""
+    cfg = source.cfg
+    if isinstance(cfg, AuxZipfTrainingSAEConfig):
+        return cfg.base_config_class.architecture()
+    return cfg.architecture()
 
 
 def _carried_settings(source: SAE[Any]) -> dict[str, Any]:
@@ -294,12 +304,10 @@ def _thresholds(source: SAE[Any]) -> torch.Tensor | None:
     elif isinstance(source, JumpReLUSAE | JumpReLUTrainingSAE):
         thresholds = source.threshold
     elif isinstance(source, GatedSAE | GatedTrainingSAE):
-        # x W + b_gate > 0 where x W exp(r_mag) + b_mag > b_mag - exp(r_mag) b_gate
-        b_mag, b_gate = _precise(source.b_mag), _precise(source.b_gate)
-        thresholds = b_mag - _precise(source.r_mag).exp() * b_gate
+        thresholds = gate_as_thresholds(source)
     elif isinstance(source, BatchTopKTrainingSAE):
         thresholds = source.topk_threshold
-    elif source.cfg.architecture() == "topk":
+    elif _architecture(source) == "topk":
         return None
     else:  # standard
         thresholds = source.W_enc.new_zeros(())

@@ -56,11 +56,13 @@ SOURCES = [
         for training in (True, False)
     ],
     *[(name, True, rescale) for name in ARCHITECTURES for rescale in (True, False)],
+    *[(f"{name}_aux_zipf", True, True) for name in RANKING],
+    *[(f"{name}_aux_zipf", True, None) for name in ("jumprelu", "standard", "gated")],
 ]
 VARIANT = ("name", "training", "rescale")
 EACH_SOURCE = pytest.mark.parametrize(VARIANT, SOURCES)
 EACH_SOURCE_WITH_THRESHOLDS = pytest.mark.parametrize(
-    VARIANT, [source for source in SOURCES if source[0] != "topk"]
+    VARIANT, [source for source in SOURCES if not source[0].startswith("topk")]
 )
 
 
@@ -74,9 +76,10 @@ def make_source(
         sae = make_sae(name, **{"d_in": D_IN, "d_sae": D_SAE, "k": K, **settings})
         statistics(sae).threshold.copy_(0.1 + torch.rand(D_SAE))
         return sae
-    if name in RANKING:
+    base = name.removesuffix("_aux_zipf")
+    if base in RANKING:
         settings.setdefault("k", K)
-    if name == "matryoshka_batchtopk":
+    if base == "matryoshka_batchtopk":
         settings["matryoshka_widths"] = [8, D_SAE]
     registry: dict[str, Any] = (
         SAE_TRAINING_CLASS_REGISTRY if training else SAE_CLASS_REGISTRY
@@ -91,7 +94,7 @@ def make_source(
                 parameter.copy_(weights.get_parameter(parameter_name))
             else:  # biases, and thresholds of both signs
                 parameter.copy_(0.3 * torch.randn(sae.cfg.d_sae, generator=generator))
-        if name == "jumprelu" and training:
+        if base == "jumprelu" and training:
             sae.threshold.clamp_(min=0.0)  # as each of its training steps does
         if "topk_threshold" in dict(sae.named_buffers()):
             sae.topk_threshold.fill_(0.8)

@@ -5,11 +5,12 @@ from typing import Any
 import torch
 from sae_lens import SAE
 from sae_lens.saes.gated_sae import GatedSAE
-from sae_lens.saes.jumprelu_sae import JumpReLUSAE, JumpReLUSAEConfig
+from sae_lens.saes.jumprelu_sae import JumpReLUSAE
 from sae_lens.saes.standard_sae import StandardSAE
 from sae_lens.saes.topk_sae import TopKSAE
 
 from sae_lens_alloc.evaluation.equal_l0 import set_l0, threshold_factor
+from sae_lens_alloc.evaluation.jumprelu_form import jumprelu_form
 from sae_lens_alloc.ops.encode_select import Encoder
 
 
@@ -23,8 +24,7 @@ def at_l0(sae: SAE[Any], activations: torch.Tensor, target_l0: float) -> SAE[Any
       by one factor.
     - standard becomes a jumprelu with one threshold on activation * decoder norm.
     - gated becomes a jumprelu that is open where gate pre-activation * decoder norm exceeds
-      one threshold in place of 0. A gate and a magnitude that share their weights up to
-      exp(r_mag) are a threshold on the magnitude (arXiv 2404.16014, section 3.2).
+      one threshold in place of 0.
 
     Args:
         sae: An inference SAE; it may be changed in place.
@@ -46,33 +46,14 @@ def at_l0(sae: SAE[Any], activations: torch.Tensor, target_l0: float) -> SAE[Any
             f"{target_l0:g}."
         )
     sae.fold_W_dec_norm()
-    gate_bias = sae.b_gate if isinstance(sae, GatedSAE) else sae.b_enc
+    gate_bias, gain = (
+        (sae.b_gate, sae.r_mag.exp())
+        if isinstance(sae, GatedSAE)
+        else (sae.b_enc, torch.ones_like(sae.b_enc))
+    )
     gate = Encoder(sae.W_enc, gate_bias, None)
     x = sae.process_sae_in(activations)
     cut = threshold_factor(gate, x, torch.ones_like(gate_bias), target_l0)
-    if isinstance(sae, StandardSAE):
-        return _jumprelu(sae, sae.W_enc, sae.b_enc, cut.expand_as(sae.b_enc))
-    gain = sae.r_mag.exp()
-    # gate + b_gate > cut, where the magnitude is gain * gate + b_mag
-    return _jumprelu(
-        sae, sae.W_enc * gain, sae.b_mag, sae.b_mag + gain * (cut - sae.b_gate)
-    )
-
-
-def _jumprelu(
-    sae: SAE[Any],
-    W_enc: torch.Tensor,
-    b_enc: torch.Tensor,
-    threshold: torch.Tensor,
-) -> JumpReLUSAE:
-    cfg = JumpReLUSAEConfig.from_dict({**sae.cfg.to_dict(), "architecture": "jumprelu"})
-    jumprelu = JumpReLUSAE(cfg)
-    for name, value in {
-        "W_enc": W_enc,
-        "b_enc": b_enc,
-        "threshold": threshold,
-        "W_dec": sae.W_dec,
-        "b_dec": sae.b_dec,
-    }.items():
-        getattr(jumprelu, name).copy_(value)
+    jumprelu = jumprelu_form(sae)
+    jumprelu.threshold.add_(gain * cut)
     return jumprelu
