@@ -109,8 +109,8 @@ def train(
         _require_machine(cfg)
         _claim_output(cfg, overwrite)
         runner = AllocSAETrainingRunner(cfg)
-    with _interruptible(cfg):
-        runner.run()
+        with _interruptible(cfg):
+            runner.run()
     typer.echo(f"saved in {cfg.output_path}")
 
 
@@ -338,8 +338,13 @@ def _interruptible(
     try:
         yield
     except (InterruptedException, KeyboardInterrupt):
-        kept = cfg.checkpoint_path or "nowhere: checkpoint_path is null"
-        typer.echo(f"interrupted; checkpoints are in {kept}", err=True)
+        checkpoints = "nothing is saved, since checkpoint_path is null"
+        if cfg.checkpoint_path is not None:
+            checkpoints = (
+                "to go on, start again with resume_from_checkpoint="
+                f"{cfg.checkpoint_path}"
+            )
+        typer.echo(f"interrupted; {checkpoints}", err=True)
         raise typer.Exit(130) from None
 
 
