@@ -1,7 +1,8 @@
-"""Draws the sweep over d_sae as a picture; plotly needs kaleido and a Chrome for that."""
+"""Draws the pictures of the documents; plotly needs kaleido and a Chrome for that."""
 
 import hashlib
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,15 @@ SYMBOLS = ("circle", "square", "diamond", "cross", "x", "triangle-up", "star")
 OURS = ("mutual_choice", "feature_choice")
 
 
-def figure(report: dict[str, Any]) -> go.Figure:
+STYLE: dict[str, Any] = {
+    "template": "none",
+    "font": {"family": "Helvetica, Arial, sans-serif", "size": 13, "color": "#1f2430"},
+    "paper_bgcolor": "white",
+}
+AXIS_STYLE: dict[str, Any] = {"gridcolor": "#e3e6ec", "linecolor": "#5d6472"}
+
+
+def growth(report: dict[str, Any]) -> go.Figure:
     """Seconds and working memory of a step over d_sae, log-log."""
     picture = make_subplots(
         cols=2,
@@ -72,20 +81,46 @@ def figure(report: dict[str, Any]) -> go.Figure:
         tickvals=sizes,
         ticktext=[f"{size:,}" for size in sizes],
         title="d_sae",
-        gridcolor="#e3e6ec",
-        linecolor="#5d6472",
+        **AXIS_STYLE,
     )
-    picture.update_yaxes(
-        type="log", dtick="D2", gridcolor="#e3e6ec", linecolor="#5d6472"
-    )
+    picture.update_yaxes(type="log", dtick="D2", **AXIS_STYLE)
     picture.update_layout(
-        template="none",
         width=1100,
         height=470,
         margin={"l": 50, "r": 20, "t": 40, "b": 120},
-        font={"family": "Helvetica, Arial, sans-serif", "size": 13, "color": "#1f2430"},
-        paper_bgcolor="white",
         legend={"orientation": "h", "x": 0.5, "xanchor": "center", "y": -0.2},
+        **STYLE,
+    )
+    return picture
+
+
+def continuations(report: dict[str, Any]) -> go.Figure:
+    """What became of a TopK SAE that was trained further, one point for each seed."""
+    panels = {
+        "Explained variance": "explained_variance",
+        "CE recovered (mean ablation)": "ce_recovered_mean",
+        "Dead features": "dead_features",
+    }
+    picture = make_subplots(
+        cols=3, rows=1, subplot_titles=list(panels), horizontal_spacing=0.08
+    )
+    seeds = report["seeds"].values()
+    for i, name in enumerate(next(iter(seeds))):
+        label = "not at all" if name == "start" else name
+        for column, figure in enumerate(panels.values(), start=1):
+            picture.add_scatter(
+                x=[label] * len(seeds),
+                y=[seed[name][figure] for seed in seeds],
+                mode="markers",
+                marker={"color": COLOURS[i], "symbol": SYMBOLS[i], "size": 11},
+                showlegend=False,
+                row=1,
+                col=column,
+            )
+    picture.update_xaxes(**AXIS_STYLE)
+    picture.update_yaxes(**AXIS_STYLE)
+    picture.update_layout(
+        width=1100, height=330, margin={"l": 60, "r": 20, "t": 40, "b": 50}, **STYLE
     )
     return picture
 
@@ -94,7 +129,9 @@ def is_drawn_from(picture: Path, results: Path) -> bool:
     return picture.exists() and picture.read_text().endswith(_stamp(results))
 
 
-def draw(picture: Path, results: Path) -> None:
+def draw(
+    picture: Path, results: Path, figure: Callable[[dict[str, Any]], go.Figure]
+) -> None:
     """Writes an SVG, stamped with the results it shows."""
     svg = figure(json.loads(results.read_text())).to_image(format="svg").decode()
     picture.write_text(svg + _stamp(results))

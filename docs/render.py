@@ -2,11 +2,11 @@
 Writes what the documents take from code and from result files, so that no figure is typed.
 
     python docs/render.py           rewrites docs/config.md, the marked parts of README.md,
-                                    docs/performance.md and docs/fine-tuning.md, and the
-                                    picture of docs/performance.md
+                                    docs/performance.md and docs/fine-tuning.md, and their
+                                    pictures
     python docs/render.py --check   exits with 1 if they are not up to date
 
-Drawing the picture needs kaleido and a Chrome or Chromium; only new measurements need it.
+Drawing a picture needs kaleido and a Chrome or Chromium; only new measurements need it.
 """
 
 import dataclasses
@@ -19,7 +19,7 @@ from docstring_parser import parse
 from sae_lens.saes.sae import TrainingSAEConfig
 
 from benchmarks import tables
-from benchmarks.plot import draw, is_drawn_from
+from benchmarks.plot import continuations, draw, growth, is_drawn_from
 from sae_lens_alloc.saes.allocation_sae_config import AllocationTrainingSAEConfig
 from sae_lens_alloc.saes.auxiliary_loss import AuxiliaryLossTrainingSAEConfig
 from sae_lens_alloc.saes.feature_choice_sae import FeatureChoiceTrainingSAEConfig
@@ -29,7 +29,12 @@ DOCS = Path(__file__).parent
 README = DOCS.parent / "README.md"
 RESULTS = DOCS / "results"
 PERFORMANCE = RESULTS / "performance_cpu.json"
-PERFORMANCE_PICTURE = DOCS / "images" / "performance_cpu.svg"
+FINE_TUNING = RESULTS / "fine_tuning.json"
+# what each picture shows
+PICTURES = {
+    DOCS / "images" / "performance_cpu.svg": (PERFORMANCE, growth),
+    DOCS / "images" / "fine_tuning.svg": (FINE_TUNING, continuations),
+}
 
 
 def config_reference() -> str:
@@ -139,7 +144,7 @@ def demo_table() -> str:
 
 def fine_tuning_table() -> str:
     """The continuations of a TopK SAE, from what benchmarks/fine_tuning.py measured."""
-    report = json.loads((RESULTS / "fine_tuning.json").read_text())
+    report = json.loads(FINE_TUNING.read_text())
     versions, seeds = report["versions"], list(report["seeds"].values())
     columns = {
         "variance explained": ("explained_variance", ".4f"),
@@ -200,8 +205,11 @@ def main() -> None:
         for path, text in pages.items()
         if not path.exists() or path.read_text() != text
     ]
-    if not is_drawn_from(PERFORMANCE_PICTURE, PERFORMANCE):
-        stale.append(PERFORMANCE_PICTURE)
+    stale += [
+        picture
+        for picture, (results, _) in PICTURES.items()
+        if not is_drawn_from(picture, results)
+    ]
     if "--check" in sys.argv[1:]:
         sys.exit(
             f"not up to date, run python docs/render.py: {', '.join(map(str, stale))}"
@@ -210,8 +218,9 @@ def main() -> None:
         )
     for path, text in pages.items():
         path.write_text(text)
-    if PERFORMANCE_PICTURE in stale:
-        draw(PERFORMANCE_PICTURE, PERFORMANCE)
+    for picture, (results, figure) in PICTURES.items():
+        if picture in stale:
+            draw(picture, results, figure)
 
 
 if __name__ == "__main__":
