@@ -10,22 +10,23 @@ benchmarks/requirements.txt).
 """
 
 import argparse
-import json
 import os
-import platform
-import re
 import sys
 import time
 from collections.abc import Iterator
 from dataclasses import asdict
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import torch
 
-import sae_lens_alloc
 from benchmarks.measure import in_own_process, peak_memory, time_step
+from benchmarks.results import (
+    describe_machine,
+    installed_versions,
+    load_results,
+    write_results,
+)
 from benchmarks.shape import MEMORY_LINE, Shape
 from benchmarks.subjects import SUBJECTS, Machine
 from benchmarks.tables import centre_table
@@ -58,15 +59,10 @@ class Report:
 
     def __init__(self, path: Path, about: dict[str, Any]):
         self.path = path
-        self.content: dict[str, Any] = {**about, **{part: [] for part in PARTS}}
-        if path.exists():
-            self.content = json.loads(path.read_text())
-            other = [key for key in about if self.content.get(key) != about[key]]
-            if other:
-                sys.exit(
-                    f"{path} was measured with another {' and '.join(other)}; name another "
-                    "file, or delete it to measure all of it again."
-                )
+        self.content = load_results(path, about) or {
+            **about,
+            **{part: [] for part in PARTS},
+        }
 
     def find(self, part: str, name: str, shape: Shape) -> dict[str, Any] | None:
         wanted = {"subject": name, **asdict(shape)}
@@ -87,10 +83,7 @@ class Report:
                 *(row[field] for field in asdict(shape)),
             ]
         )
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        partial = self.path.with_suffix(".partial")
-        partial.write_text(json.dumps(self.content, indent=1) + "\n")
-        partial.replace(self.path)
+        write_results(self.path, self.content)
 
 
 def too_much(
@@ -145,32 +138,6 @@ def measure_all(
     return True
 
 
-def installed_versions() -> dict[str, str]:
-    versions = {
-        "sae-lens-alloc": sae_lens_alloc.__version__,
-        "python": platform.python_version(),
-    }
-    for package in PACKAGES:
-        try:
-            versions[package] = version(package)
-        except PackageNotFoundError:
-            print(f"{package} is not installed and left out", file=sys.stderr)
-    return versions
-
-
-def describe(machine: Machine) -> str:
-    if torch.device(machine.device).type == "cuda":
-        return torch.cuda.get_device_name(machine.device)
-    cpuinfo = Path("/proc/cpuinfo")
-    models = (
-        re.findall(r"model name\s*: (.*)", cpuinfo.read_text())
-        if cpuinfo.exists()
-        else []
-    )
-    model = models[0] if models else platform.processor()
-    return f"{model} ({platform.machine()}), {torch.get_num_threads()} threads"
-
-
 def usable_memory_gb(machine: Machine) -> float:
     """Nine tenths of the memory there is."""
     if torch.device(machine.device).type == "cuda":
@@ -215,9 +182,9 @@ def main() -> None:
     report = Report(
         args.json,
         {
-            "machine": describe(machine),
+            "machine": describe_machine(machine.device),
             "autocast": machine.autocast,
-            "versions": installed_versions(),
+            "versions": installed_versions(PACKAGES),
             "centre_shape": asdict(centre),
             "limits": {
                 "step_seconds": args.step_seconds,
