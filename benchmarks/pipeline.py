@@ -65,7 +65,8 @@ class Variant:
 VARIANTS = {
     "as shipped": Variant(),
     "compile_sae": Variant(("compile_sae=true",)),
-    "autocast": Variant(("autocast=true",)),
+    # few tokens: CPUs without bfloat16 instructions take very long over these products
+    "autocast": Variant(("autocast=true",), training_tokens=40_000),
     "prefetch_llm_batches": Variant(("prefetch_llm_batches=true",)),
     "SAELens batchtopk": Variant(
         ("sae={architecture: batchtopk, d_in: 192, d_sae: 3072, k: 16}",), stock=True
@@ -118,6 +119,7 @@ def time_the_parts(clock: Clock) -> None:
     """Counts the seams of SAELens and of ours as parts, in this process from now on."""
     seams: list[tuple[Any, str, str]] = [
         (LanguageModelSAETrainingRunner, "__init__", "start-up"),
+        (AllocSAETrainingRunner, "__init__", "start-up"),
         (ActivationsStore, "get_filtered_llm_batch", "activation store"),
         (ActivationsStore, "__next__", "activation store"),
         (ActivationsStore, "get_activations", "language model"),
