@@ -3,7 +3,7 @@
 import functools
 import threading
 import time
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from typing import Any
@@ -50,10 +50,11 @@ class Clock:
 
     def seconds_of_other_threads(self) -> dict[str, float]:
         """Own times of the parts of all other threads together."""
-        total: Counter[str] = Counter()
+        total: defaultdict[str, float] = defaultdict(float)
         for thread, track in self._tracks.items():
             if thread != threading.get_ident():
-                total.update(track.seconds)
+                for names, seconds in track.seconds.items():
+                    total[names] += seconds
         return dict(total)
 
 
@@ -62,7 +63,7 @@ class _Track:
 
     def __init__(self) -> None:
         self.names: list[str] = []
-        self.seconds: Counter[str] = Counter()
+        self.seconds: defaultdict[str, float] = defaultdict(float)
         self._since = time.perf_counter()
 
     def turn(self) -> None:

@@ -140,15 +140,15 @@ def time_the_parts(clock: Clock) -> None:
         setattr(owner, name, clock.timed(part, getattr(owner, name)))
     fit = SAETrainer.fit
 
-    def timed_fit(trainer: SAETrainer[Any, Any]) -> Any:
+    def timed_fit(self: SAETrainer[Any, Any]) -> Any:
         # not before: SAELens compiles the forward of the instance
-        sae: Any = trainer.sae
+        sae: Any = self.sae
         sae.training_forward_pass = clock.timed(
             "SAE forward", sae.training_forward_pass
         )
-        trainer.optimizer.step = clock.timed("optimizer", trainer.optimizer.step)
+        self.optimizer.step = clock.timed("optimizer", self.optimizer.step)
         with clock.part("training"):
-            return fit(trainer)
+            return fit(self)
 
     SAETrainer.fit = timed_fit
 

@@ -1,6 +1,7 @@
-"""Markdown tables of what `python -m benchmarks` measured."""
+"""Markdown tables of what `python -m benchmarks` and `benchmarks.pipeline` measured."""
 
 import statistics
+from collections import defaultdict
 from collections.abc import Callable
 from typing import Any
 
@@ -13,13 +14,18 @@ Row = dict[str, Any]
 
 def measured_on(report: Row) -> str:
     """The shape, the machine and the versions, in a sentence."""
-    centre, versions = report["centre_shape"], report["versions"]
-    packages = ", ".join(f"{name} {version}" for name, version in versions.items())
+    centre = report["centre_shape"]
     return (
         f"d_in {centre['d_in']} → d_sae {centre['d_sae']}, k {centre['k']}, "
         f"B {centre['batch']}, {'bfloat16 autocast' if report['autocast'] else 'float32'}; "
-        f"{report['machine']}; {packages}."
+        f"{_where_and_with(report)}."
     )
+
+
+def _where_and_with(report: Row) -> str:
+    versions = report["versions"].items()
+    packages = ", ".join(f"{name} {version}" for name, version in versions)
+    return f"{report['machine']}; {packages}"
 
 
 def limits(report: Row) -> str:
@@ -157,6 +163,106 @@ def _sweep_table(
         growth = f"{AXES[axis]}^{slope(points):.2f}" if len(points) > 1 else ""
         lines.append(f"| {subject} | {' | '.join(cells)} | {growth} |")
     return "\n".join(lines)
+
+
+# Rows of the table of the whole pipeline, in the order of a run.
+PIPELINE_PARTS = (
+    "imports",
+    "start-up: model, text, SAE, held-out activations",
+    "language model",
+    "activation store: tokens, mixing buffer",
+    "SAE forward",
+    "SAE backward",
+    "gradient clipping, optimizer",
+    "rest of the step: firing statistics, schedules",
+    "metrics",
+    "metrics on held-out activations",
+    "calibration: activations of 65k tokens",
+    "calibration: thresholds",
+    "saving and self check",
+    "other",
+)
+# What a `Clock` calls the parts of the training loop.
+_TRAINING_PARTS: dict[str, str] = {
+    "language model": PIPELINE_PARTS[2],
+    "activation store": PIPELINE_PARTS[3],
+    "SAE forward": PIPELINE_PARTS[4],
+    "SAE backward": PIPELINE_PARTS[5],
+    "optimizer": PIPELINE_PARTS[6],
+    "trainer": PIPELINE_PARTS[7],
+    "metrics": PIPELINE_PARTS[8],
+    "held-out metrics": PIPELINE_PARTS[9],
+}
+
+
+def pipeline_table(report: Row) -> str:
+    """Seconds and shares of the parts of a training run, a column for each variant."""
+    variants = report["variants"]
+    tokens = [f"{run['training_tokens']:,}" for run in variants.values()]
+    lines = [
+        f"`sae-lens-alloc train {report['config']}` on {tokens[0]} tokens; "
+        f"{_where_and_with(report)}.\n",
+        f"| | {' | '.join(variants)} |",
+        "|---" * (len(variants) + 1) + "|",
+        f"| training tokens | {' | '.join(tokens)} |",
+    ]
+    runs = [pipeline_parts(run["seconds"]) for run in variants.values()]
+    totals = [sum(run.values()) for run in runs]
+    for part in PIPELINE_PARTS:
+        cells = [
+            f"{run[part]:.1f} s ({run[part] / total:.1%})" if part in run else ""
+            for run, total in zip(runs, totals, strict=True)
+        ]
+        if any(cells):
+            lines.append(f"| {part} | {' | '.join(cells)} |")
+    whole = " | ".join(f"**{total:.1f} s**" for total in totals)
+    lines.append(f"| **whole** | {whole} |")
+    background = [
+        f"{sum(run['background_seconds'].values()):.1f} s"
+        if run["background_seconds"]
+        else ""
+        for run in variants.values()
+    ]
+    lines.append(f"| in a thread beside it | {' | '.join(background)} |")
+    speeds = " | ".join(
+        f"{run['training_tokens'] / _training_seconds(run):,.0f}"
+        for run in variants.values()
+    )
+    lines.append(f"| tokens/s of the training loop | {speeds} |")
+    return "\n".join(lines)
+
+
+def pipeline_parts(seconds: dict[str, float]) -> dict[str, float]:
+    """Seconds by row of the table, from what a `Clock` counted."""
+    parts: defaultdict[str, float] = defaultdict(float)
+    for stack, value in seconds.items():
+        parts[_pipeline_part(stack.split(";")[1:])] += value
+    return dict(parts)
+
+
+def _pipeline_part(names: list[str]) -> str:
+    match names:
+        case ["imports"]:
+            return "imports"
+        case ["start-up", *_]:
+            return PIPELINE_PARTS[1]
+        case ["calibration", *within]:
+            is_store = "activation store" in within
+            return f"calibration: {'activations of 65k tokens' if is_store else 'thresholds'}"
+        case ["saving and check", *_]:
+            return "saving and self check"
+        case ["training", *_, innermost]:
+            return _TRAINING_PARTS[innermost]
+        case _:
+            return "other"
+
+
+def _training_seconds(run: Row) -> float:
+    return sum(
+        value
+        for stack, value in run["seconds"].items()
+        if stack.startswith("run;training")
+    )
 
 
 def _times_faster(row: Row, rows: list[Row]) -> str:

@@ -29,6 +29,7 @@ DOCS = Path(__file__).parent
 README = DOCS.parent / "README.md"
 RESULTS = DOCS / "results"
 PERFORMANCE = RESULTS / "performance_cpu.json"
+PIPELINE = RESULTS / "pipeline_cpu.json"
 FINE_TUNING = RESULTS / "fine_tuning.json"
 # what each picture shows
 PICTURES = {
@@ -111,6 +112,7 @@ def performance_parts() -> dict[str, str]:
         "limits": tables.limits(report),
         "centre": step_table(),
         "memory line": tables.memory_line_table(report),
+        "pipeline": tables.pipeline_table(json.loads(PIPELINE.read_text())),
     }
     for axis in tables.AXES:
         parts[f"time {axis}"] = tables.time_table(report, axis)

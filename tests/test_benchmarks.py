@@ -2,6 +2,7 @@
 
 import json
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -10,7 +11,9 @@ import torch
 
 from benchmarks import __main__ as benchmarks
 from benchmarks import tables
+from benchmarks.clock import Clock
 from benchmarks.measure import in_own_process, peak_memory
+from benchmarks.pipeline import Variant, in_fresh_process
 from benchmarks.shape import SWEEPS, Shape
 from benchmarks.subjects import SUBJECTS, Machine
 
@@ -144,3 +147,84 @@ def test_sweep_table_has_the_centre_and_says_what_was_left_out():
     assert line == (
         "| ours | 1.00 s (2.0) | 2.00 s (4.0) | would take about 99 GB | d_sae^1.00 |"
     )
+
+
+def test_clock_gives_each_moment_to_the_innermost_part(
+    monkeypatch: pytest.MonkeyPatch,
+):
+    now = 0.0
+    monkeypatch.setattr("time.perf_counter", lambda: now)
+    clock = Clock()
+
+    def wait(seconds: float) -> None:
+        nonlocal now
+        now += seconds
+
+    wait(100)  # in no part
+    with clock.part("run"):
+        wait(1)
+        inner = clock.timed("inner", wait)
+        inner(2)
+        wait(4)
+        with pytest.raises(ZeroDivisionError), clock.part("inner"):
+            wait(8)
+            _ = 1 / 0
+        wait(16)
+    assert clock.seconds() == {"run": 1 + 4 + 16, "run;inner": 2 + 8}
+    assert clock.seconds_of_other_threads() == {}
+
+    thread = threading.Thread(target=clock.timed("beside", wait), args=(32,))
+    thread.start()
+    thread.join()
+    assert clock.seconds_of_other_threads() == {"beside": 32}
+    assert clock.seconds() == {"run": 21, "run;inner": 10}
+
+
+def test_all_seams_of_a_run_are_timed():
+    sae = "sae={architecture: batchtopk, d_in: 192, d_sae: 64, k: 4}"
+    run = in_fresh_process(Variant((sae, "n_batches_in_buffer=16"), 4096, stock=True))
+    in_training = "run;training;"
+    assert run["seconds"].keys() >= {
+        "run;imports",
+        "run;start-up",
+        f"{in_training}activation store",
+        f"{in_training}activation store;activation store;language model",
+        f"{in_training}trainer;SAE forward",
+        f"{in_training}trainer;SAE backward",
+        f"{in_training}trainer;optimizer",
+        "run;saving and check",
+    }
+    assert tables.pipeline_parts(run["seconds"]).keys() <= set(tables.PIPELINE_PARTS)
+
+
+def test_pipeline_table_adds_up():
+    seconds = {
+        "run;imports": 1.0,
+        "run": 0.5,
+        "run;training": 0.5,
+        "run;training;trainer;SAE forward": 2.0,
+        "run;training;activation store;language model": 4.0,
+        "run;calibration;activation store;language model": 1.0,
+        "run;calibration": 1.0,
+    }
+    run = {"training_tokens": 1300, "seconds": seconds, "background_seconds": {}}
+    report = {
+        "machine": "an abacus",
+        "versions": {"torch": "2"},
+        "config": "demo.yaml",
+        "variants": {"ours": run},
+    }
+    assert tables.pipeline_table(report).splitlines()[2:] == [
+        "| | ours |",
+        "|---|---|",
+        "| training tokens | 1,300 |",
+        "| imports | 1.0 s (10.0%) |",
+        "| language model | 4.0 s (40.0%) |",
+        "| SAE forward | 2.0 s (20.0%) |",
+        "| calibration: activations of 65k tokens | 1.0 s (10.0%) |",
+        "| calibration: thresholds | 1.0 s (10.0%) |",
+        "| other | 1.0 s (10.0%) |",
+        "| **whole** | **10.0 s** |",
+        "| in a thread beside it |  |",
+        "| tokens/s of the training loop | 200 |",
+    ]

@@ -44,6 +44,8 @@ RECIPES: dict[str, dict[str, Any]] = {
         "architecture": "mutual_choice",
         "feature_choice_steps": SWITCH,
         "aux_loss_decay_start": SWITCH,
+        # in so few steps of Feature Choice no feature falls below half of the law
+        "underuse_fraction": 0.9,
     },
     "mutual, then feature": {
         "architecture": "feature_choice",
@@ -91,6 +93,7 @@ class DenseTraining:
         self.cut = torch.zeros(())
         self.flagged = torch.zeros(d_sae, dtype=torch.bool)
         self.steps_since_fired = torch.zeros(d_sae)
+        self.n_steps_with_auxiliary_loss = 0
 
     def step(self, step: int, x: torch.Tensor) -> None:
         affinities = self.dense.affinities(x).detach()
@@ -100,6 +103,7 @@ class DenseTraining:
         if weight and step % 10 == 0:
             self.flagged = self._underused(len(x))
         n_flagged = int(self.flagged.sum())
+        self.n_steps_with_auxiliary_loss += weight > 0 and n_flagged > 0
         rule = self.rule_at(step)
         if rule == "mutual":
             mask, fired = self._mutual_choice(affinities)
@@ -221,7 +225,7 @@ def new_trainer(
 ) -> AllocSAETrainer:
     """A trainer about to start, the same for the same seed whatever the dtype."""
     torch.manual_seed(seed)
-    settings = {"d_in": D_MODEL, "d_sae": D_SAE, "k": K, **recipe}
+    settings: dict[str, Any] = {"d_in": D_MODEL, "d_sae": D_SAE, "k": K, **recipe}
     sae: AllocationTrainingSAE[Any]
     if settings.pop("architecture") == "mutual_choice":
         sae = MutualChoiceTrainingSAE(MutualChoiceTrainingSAEConfig(**settings))
@@ -263,6 +267,7 @@ def train_dense(
     reference = DenseTraining(trainer.sae, trainer.cfg)
     for step in range(N_STEPS):
         reference.step(step, next(trainer.data_provider))
+    assert reference.n_steps_with_auxiliary_loss >= 10
     return reference.figures(held_out)
 
 
@@ -297,9 +302,14 @@ def test_rounding_to_float32_matters_less_than_the_seed(
     expected: list[dict[str, float]],
     activations: torch.Tensor,
 ):
+    """
+    Where a rounding makes another pair win, a run is in the end as good as unrelated to the
+    reference. The mean difference over seeds then has a standard error of sqrt(2 / n) of the
+    noise, which is the standard deviation of all runs.
+    """
     found = [train(recipe, seed, torch.float32, activations) for seed in SEEDS]
     for name in expected[0]:
         reference = torch.tensor([figures[name] for figures in expected])
-        difference = torch.tensor([figures[name] for figures in found]) - reference
-        # 1e-6 where the three seeds happen to agree
-        assert difference.mean().abs() <= reference.std() + 1e-6, name
+        fast = torch.tensor([figures[name] for figures in found])
+        standard_error = torch.cat([reference, fast]).std() * (2 / len(SEEDS)) ** 0.5
+        assert (fast - reference).mean().abs() <= 3 * standard_error, name
