@@ -12,6 +12,7 @@ import sys
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from sae_lens_alloc.ops import triton_affinities as affinities
 from sae_lens_alloc.ops import triton_select as select, triton_sparse as sparse
 
 TYPES = {"x": "*bf16", "W_enc": "*bf16", "b_enc": "*bf16", "scale": "*fp32",
@@ -37,10 +38,10 @@ def compile(kernel, out_type, options, **constants):
 for shift in (-1, 48, 0):
     compile(
         select.encode_keys_kernel, "*i64",
-        {"num_warps": select.WARPS, "num_stages": select.STAGES},
+        {"num_warps": affinities.WARPS, "num_stages": affinities.STAGES},
         HAS_SCALE=True, SHIFT=shift, IN_FLOAT32=False, PRECISION="ieee",
-        TOKENS=select.TOKENS_PER_TILE, FEATURES=select.FEATURES_PER_TILE,
-        INPUTS=select.STEP_BYTES // 2,
+        TOKENS=affinities.TOKENS_PER_TILE, FEATURES=affinities.FEATURES_PER_TILE,
+        INPUTS=affinities.STEP_BYTES // 2,
     )
 for rows in (1, sparse.COLUMNS):
     compile(
