@@ -12,7 +12,7 @@ sort by feature and from the best token on.
    As a rule they are few, and all their positive affinities fit into the buffer. Otherwise a
    search finds a bound for each that its quota reaches, and not many more. If the first keys
    overflowed the buffer, all features are gone through again. Both launches are always made;
-   the number of features to look at is on the device, and they end at once where it is 0.
+   which features to look at is on the device, and they end at once where there is none.
 3. Sort the keys, take each feature's best and bring them into row order. Quotas that cannot be
    filled leave padding in the last places.
 """
@@ -24,7 +24,6 @@ import torch
 from sae_lens_alloc.allocation.sparse_activations import SparseActivations
 from sae_lens_alloc.ops.key_selection import (
     BOUND_SHARE,
-    MAX_POSITIONS,
     EncoderTensors,
     pair_keys,
     pairs_of_keys,
@@ -56,29 +55,6 @@ class FeatureChoiceSelection:
     demand: torch.Tensor
     above: torch.Tensor
     bounds: torch.Tensor
-
-
-@dataclass(frozen=True)
-class ListedFeatures:
-    """
-    Some of the features, as many as the device says.
-
-    Args:
-        indices: Ascending indices, of which those behind the first `n` mean nothing, int64
-            of shape (F,).
-        n: int64 of shape ().
-    """
-
-    indices: torch.Tensor
-    n: torch.Tensor
-
-    @classmethod
-    def of(cls, mask: torch.Tensor) -> "ListedFeatures":
-        """The features at which a boolean mask of shape (F,) is true."""
-        places = torch.where(mask, mask.cumsum(0) - 1, len(mask))
-        features = torch.arange(len(mask), device=mask.device)
-        indices = features.new_zeros(len(mask) + 1).scatter_(0, places, features)
-        return cls(indices[:-1], mask.sum())
 
 
 @dataclass(frozen=True)
@@ -136,7 +112,7 @@ class FeatureKeyEncoder(EncoderTensors):
         bounds: torch.Tensor,
         keys: torch.Tensor,
         count: torch.Tensor,
-        listed: ListedFeatures | None,
+        features: torch.Tensor | None,
     ) -> torch.Tensor:
         """
         Collects the keys that reach their feature's bound, in any order.
@@ -146,13 +122,13 @@ class FeatureKeyEncoder(EncoderTensors):
             keys: Buffer of shape (capacity,), int64. Changed in place.
             count: How many of its places are taken, int64 of shape (). Grows in place by the
                 number of keys that reach the bound, also where they do not fit.
-            listed: The features to look at, None for all.
+            features: Boolean mask of the features to look at, shape (F,), or None for all.
 
         Returns:
             int64 of shape (4, F): tokens whose affinity reaches the feature's bound, is
             positive, exceeds the threshold, exceeds the cut; 0 for other features.
         """
-        affinities, own = self._own_keys(listed)
+        affinities, own = self._own_keys(features)
         reach = (own >= bounds) & (own > 0)
         inverted = self.shape[1] - 1 - torch.arange(self.shape[1], device=own.device)
         new = (own + (inverted << (VALUE_BITS + self.token_bits)))[reach]
@@ -166,30 +142,28 @@ class FeatureKeyEncoder(EncoderTensors):
         return torch.stack([m.sum(0) for m in (reach, positive, above, demand)])
 
     def find_bounds(
-        self, listed: ListedFeatures, fewest: torch.Tensor, most: torch.Tensor
+        self, features: torch.Tensor, fewest: torch.Tensor, most: torch.Tensor
     ) -> torch.Tensor:
         """
         Bounds that no fewer and no more keys reach than wanted.
 
         Args:
-            listed: The features to look at.
+            features: Boolean mask of the features to look at, shape (F,).
             fewest: Shape (F,), at most as many as the feature has positive affinities.
             most: Shape (F,), at least `fewest`.
 
         Returns:
             int64 of shape (F,). For other features, a bound that all keys reach.
         """
-        _, own = self._own_keys(listed)
+        _, own = self._own_keys(features)
         # the `most`-th largest, if there is one
         ordered = own.sort(dim=0, descending=True).values
         bounds = ordered.gather(0, (most - 1).clamp(0, len(own) - 1)[None])[0]
         bounds = bounds.where(most > 0, self.above_all)
-        chosen = torch.zeros_like(bounds, dtype=torch.bool)
-        chosen[listed.indices[: int(listed.n)]] = True
-        return bounds.where(chosen, self.least_key).clamp(min=self.least_key)
+        return bounds.where(features, self.least_key).clamp(min=self.least_key)
 
     def _own_keys(
-        self, listed: ListedFeatures | None
+        self, features: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Affinities, and keys without the feature, 0 where not positive; shape (B, F)."""
         affinities = self.affinities()
@@ -197,10 +171,8 @@ class FeatureKeyEncoder(EncoderTensors):
         bits = affinities.view(torch.int32).long()
         keys = (bits << self.token_bits) | (self.token_mask - tokens)[:, None]
         looked_at = affinities > 0
-        if listed is not None:
-            chosen = torch.zeros_like(looked_at[0])
-            chosen[listed.indices[: int(listed.n)]] = True
-            looked_at &= chosen
+        if features is not None:
+            looked_at &= features
         return affinities, keys.where(looked_at, 0)
 
 
@@ -260,17 +232,16 @@ def select_by_feature_keys(
     n_taken = n_taken.where(~overflows, 0)
     # where all their positive affinities do not fit
     searched = again & (positive.where(again, 0).sum() > capacity - n_taken)
-    bounds = encoder.find_bounds(ListedFeatures.of(searched), fewest, most)
+    bounds = encoder.find_bounds(searched, fewest, most)
     keys.masked_fill_(again[encoder.features_of(keys)], 0)
-    reached_again, *_ = encoder.collect(bounds, keys, n_taken, ListedFeatures.of(again))
+    reached_again, *_ = encoder.collect(bounds, keys, n_taken, again)
 
     counts = torch.where(again, reached_again, reached)
     keys = keys.sort(descending=True).values
-    next_bounds = _next_bounds(
-        torch.where(searched, encoder.affinities_of(bounds), guesses),
-        _affinities_at(encoder, keys, counts, wanted - 1),
-        is_exact=again,
-    )
+    # where the guess did not serve, as many as there are
+    ranks = torch.where(again, wanted.minimum(counts), wanted) - 1
+    right_bounds = _affinities_at(encoder, keys, counts, ranks)
+    next_bounds = _next_bounds(guesses, right_bounds, was_wrong=again)
     return FeatureChoiceSelection(
         _best_pairs(encoder, keys, counts, quotas, n_places),
         demand,
@@ -319,25 +290,27 @@ def _affinities_at(
     counts: torch.Tensor,
     ranks: torch.Tensor,
 ) -> torch.Tensor:
-    """Affinities of the keys at ranks from 0, one a feature; NaN where there is no such key."""
+    """Affinity of each feature's key at a rank from 0 on, NaN where there is none; shape (F,)."""
     places = counts.cumsum(0) - counts + ranks
     found = keys[places.clamp(0, len(keys) - 1)]
-    return encoder.affinities_of(found).where(ranks < counts, torch.nan)
+    return encoder.affinities_of(found).where(
+        (ranks >= 0) & (ranks < counts), torch.nan
+    )
 
 
 def _next_bounds(
-    bounds: torch.Tensor, wanted: torch.Tensor, is_exact: torch.Tensor
+    bounds: torch.Tensor, right: torch.Tensor, was_wrong: torch.Tensor
 ) -> torch.Tensor:
     """
     Moves each bound towards the one that gives the candidates wanted.
 
     Args:
-        bounds: What was collected from, shape (F,).
-        wanted: What would have been right for this batch, NaN where not known, shape (F,).
-        is_exact: Where the bound did not serve, boolean of shape (F,).
+        bounds: The guesses, shape (F,).
+        right: What would have been right for this batch, NaN where not known, shape (F,).
+        was_wrong: Where the guess did not serve, boolean of shape (F,).
     """
-    moved = torch.where(is_exact | (bounds == 0), wanted, (bounds + wanted) / 2)
-    return moved.where(wanted.isfinite(), bounds * BOUND_SHARE)
+    moved = torch.where(was_wrong | (bounds == 0), right, (bounds + right) / 2)
+    return torch.where(right.isnan(), bounds * BOUND_SHARE, moved)
 
 
 def _bits(n: int) -> int:

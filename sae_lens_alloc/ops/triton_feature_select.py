@@ -5,11 +5,7 @@ import triton
 import triton.language as tl
 from typing_extensions import override
 
-from sae_lens_alloc.ops.feature_key_selection import (
-    VALUE_BITS,
-    FeatureKeyEncoder,
-    ListedFeatures,
-)
+from sae_lens_alloc.ops.feature_key_selection import VALUE_BITS, FeatureKeyEncoder
 from sae_lens_alloc.ops.triton_affinities import (
     FEATURES_PER_TILE,
     TOKENS_PER_TILE,
@@ -19,10 +15,6 @@ from sae_lens_alloc.ops.triton_affinities import (
     tensor_arguments,
     tile_options,
 )
-
-# Counts of a tile, packed into one number: at most TOKENS_PER_TILE = 128 each.
-COUNT_BITS = tl.constexpr(8)
-N_COUNTS = tl.constexpr(4)
 
 
 class TritonFeatureKeyEncoder(FeatureKeyEncoder):
@@ -34,18 +26,18 @@ class TritonFeatureKeyEncoder(FeatureKeyEncoder):
         bounds: torch.Tensor,
         keys: torch.Tensor,
         count: torch.Tensor,
-        listed: ListedFeatures | None,
+        features: torch.Tensor | None,
     ) -> torch.Tensor:
         n_tokens, n_features = self.shape
-        counts = count.new_zeros(N_COUNTS.value, n_features)
+        # of no use where all features are looked at
+        chosen = (bounds,) * 3 if features is None else chosen_tiles(features)
+        counts = count.new_zeros(4, n_features)
         n_tiles = triton.cdiv(n_tokens, TOKENS_PER_TILE) * triton.cdiv(
             n_features, FEATURES_PER_TILE
         )
         collect_feature_keys_kernel[(min(n_tiles, n_programs(keys.device)),)](
             *tensor_arguments(self),
-            # of no use where all are looked at
-            count if listed is None else listed.indices,
-            count if listed is None else listed.n,
+            *chosen,
             bounds,
             self.thresholds,
             self.cut,
@@ -55,21 +47,20 @@ class TritonFeatureKeyEncoder(FeatureKeyEncoder):
             len(keys),
             self.token_bits,
             VALUE_BITS=VALUE_BITS,
-            IS_LISTED=listed is not None,
+            ALL=features is None,
             **tile_options(self),
         )
         return counts
 
     @override
     def find_bounds(
-        self, listed: ListedFeatures, fewest: torch.Tensor, most: torch.Tensor
+        self, features: torch.Tensor, fewest: torch.Tensor, most: torch.Tensor
     ) -> torch.Tensor:
         bounds = torch.full_like(fewest, self.least_key)
         n_tiles = triton.cdiv(self.shape[1], FEATURES_PER_TILE)
         find_feature_bounds_kernel[(min(n_tiles, n_programs(bounds.device)),)](
             *tensor_arguments(self),
-            listed.indices,
-            listed.n,
+            *chosen_tiles(features),
             fewest,
             most,
             bounds,
@@ -78,6 +69,27 @@ class TritonFeatureKeyEncoder(FeatureKeyEncoder):
             **tile_options(self),
         )
         return bounds
+
+
+def chosen_tiles(
+    features: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """
+    The tiles that a mask of shape (F,) leaves to be looked at. Whole tiles are, even for one
+    feature: as part of another tile, its products might round differently.
+
+    Returns:
+        The mask as int8, ascending indices of tiles with places for all of them, of which
+        only the first mean anything, and how many these are, of shape ().
+    """
+    n_tiles = triton.cdiv(len(features), FEATURES_PER_TILE)
+    padded = features.new_zeros(n_tiles * FEATURES_PER_TILE)
+    padded[: len(features)] = features
+    is_chosen = padded.view(n_tiles, FEATURES_PER_TILE).any(1)
+    places = torch.where(is_chosen, is_chosen.cumsum(0) - 1, n_tiles)
+    tiles = torch.arange(n_tiles, device=features.device)
+    indices = tiles.new_zeros(n_tiles + 1).scatter_(0, places, tiles)
+    return features.to(torch.int8), indices, is_chosen.sum()
 
 
 @triton.jit
@@ -93,8 +105,9 @@ def collect_feature_keys_kernel(
     x_input_stride,
     W_input_stride,
     W_feature_stride,
-    listed_ptr,
-    n_listed_ptr,
+    chosen_ptr,
+    tiles_ptr,
+    n_tiles_ptr,
     bounds_ptr,
     thresholds_ptr,
     cut_ptr,
@@ -104,7 +117,7 @@ def collect_feature_keys_kernel(
     capacity,
     token_bits,
     VALUE_BITS: tl.constexpr,
-    IS_LISTED: tl.constexpr,
+    ALL: tl.constexpr,  # whether all features are looked at
     HAS_SCALE: tl.constexpr,
     IN_FLOAT32: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -113,22 +126,22 @@ def collect_feature_keys_kernel(
     INPUTS: tl.constexpr,
 ):
     """Computes affinities tile by tile, collects keys and counts by feature."""
-    n_listed = n_features
-    if IS_LISTED:
-        n_listed = tl.load(n_listed_ptr).to(tl.int32)
     cut = tl.load(cut_ptr).to(tl.float32)
     token_mask = (1 << token_bits) - 1
     n_token_tiles = tl.cdiv(n_tokens, TOKENS)
-    n_tiles = n_token_tiles * tl.cdiv(n_listed, FEATURES)
+    if ALL:
+        n_tiles = n_token_tiles * tl.cdiv(n_features, FEATURES)
+    else:
+        n_tiles = n_token_tiles * tl.load(n_tiles_ptr).to(tl.int32)
     # in the order of encode_keys_kernel
     for tile in range(tl.program_id(0), n_tiles, tl.num_programs(0)):
         tokens = (tile % n_token_tiles) * TOKENS + tl.arange(0, TOKENS)
-        features = (tile // n_token_tiles) * FEATURES + tl.arange(0, FEATURES)
+        feature_tile = tile // n_token_tiles
+        if not ALL:
+            feature_tile = tl.load(tiles_ptr + feature_tile).to(tl.int32)
+        features = feature_tile * FEATURES + tl.arange(0, FEATURES)
         is_token = tokens < n_tokens
-        is_feature = features < n_listed
-        if IS_LISTED:
-            features = tl.load(listed_ptr + features, mask=is_feature, other=0)
-            features = features.to(tl.int32)
+        is_feature = features < n_features
         affinities = affinity_tile(
             x_ptr,
             W_enc_ptr,
@@ -154,17 +167,20 @@ def collect_feature_keys_kernel(
         low = token_mask - tokens
         bounds = tl.load(bounds_ptr + features, mask=is_feature, other=0)
         thresholds = tl.load(thresholds_ptr + features, mask=is_feature, other=0.0)
-        positive = (affinities > 0) & is_token[:, None] & is_feature[None, :]
+        chosen = is_feature
+        if not ALL:
+            chosen &= tl.load(chosen_ptr + features, mask=is_feature, other=0) != 0
+        positive = (affinities > 0) & is_token[:, None] & chosen[None, :]
         collected = positive & reaches(bits, low, bounds, token_bits, token_mask)
 
         above = positive & (affinities > thresholds.to(tl.float32)[None, :])
         demand = positive & (affinities > cut)
-        packed = collected.to(tl.uint32) | (positive.to(tl.uint32) << COUNT_BITS)
-        packed |= above.to(tl.uint32) << (2 * COUNT_BITS)
-        packed |= demand.to(tl.uint32) << (3 * COUNT_BITS)
+        # summed at once: a tile has fewer than 256 tokens, so a byte holds each
+        packed = collected.to(tl.uint32) | (positive.to(tl.uint32) << 8)
+        packed |= (above.to(tl.uint32) << 16) | (demand.to(tl.uint32) << 24)
         per_feature = tl.sum(packed, axis=0)
-        for i in tl.static_range(N_COUNTS):
-            counts = (per_feature >> (i * COUNT_BITS)) & ((1 << COUNT_BITS) - 1)
+        for i in tl.static_range(4):
+            counts = (per_feature >> (8 * i)) & 0xFF
             tl.atomic_add(
                 counts_ptr + i * n_features + features,
                 counts.to(tl.int64),
@@ -199,8 +215,9 @@ def find_feature_bounds_kernel(
     x_input_stride,
     W_input_stride,
     W_feature_stride,
-    listed_ptr,
-    n_listed_ptr,
+    chosen_ptr,
+    tiles_ptr,
+    n_tiles_ptr,
     fewest_ptr,
     most_ptr,
     bounds_ptr,
@@ -214,22 +231,20 @@ def find_feature_bounds_kernel(
     INPUTS: tl.constexpr,
 ):
     """Halves the interval of each feature's bound until a good one is found."""
-    n_listed = tl.load(n_listed_ptr).to(tl.int32)
+    n_tiles = tl.load(n_tiles_ptr).to(tl.int32)
     token_mask = (1 << token_bits) - 1
     # A program has its features to itself, and goes over the tokens again and again.
-    for tile in range(
-        tl.program_id(0), tl.cdiv(n_listed, FEATURES), tl.num_programs(0)
-    ):
-        features = tile * FEATURES + tl.arange(0, FEATURES)
-        is_feature = features < n_listed
-        features = tl.load(listed_ptr + features, mask=is_feature, other=0)
-        features = features.to(tl.int32)
+    for tile in range(tl.program_id(0), n_tiles, tl.num_programs(0)):
+        feature_tile = tl.load(tiles_ptr + tile).to(tl.int32)
+        features = feature_tile * FEATURES + tl.arange(0, FEATURES)
+        is_feature = features < n_features
+        chosen = tl.load(chosen_ptr + features, mask=is_feature, other=0) != 0
         fewest = tl.load(fewest_ptr + features, mask=is_feature, other=0)
         most = tl.load(most_ptr + features, mask=is_feature, other=0)
         # as many as wanted reach `low`, or more; fewer reach `high`
         low = tl.full((FEATURES,), 1, dtype=tl.int64) << token_bits
         high = tl.full((FEATURES,), (1 << VALUE_BITS) - 1, dtype=tl.int64) << token_bits
-        high = tl.where(is_feature, high, low + 1)
+        high = tl.where(chosen, high, low + 1)
         while tl.max(high - low, axis=0) > 1:
             middle = low + (high - low) // 2
             reached = tl.zeros((FEATURES,), dtype=tl.int32)
