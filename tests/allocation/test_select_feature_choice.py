@@ -249,7 +249,9 @@ def test_random_carries_spread_the_payments_of_rare_features():
     # them are paid in each batch, and each of them once in ten batches
     torch.manual_seed(0)
     quotas, carry = torch.full((1000,), 0.1), torch.rand(1000)
-    payments = torch.stack([take_whole_quotas(quotas, carry, NO_LIMIT) for _ in range(10)])
+    payments = torch.stack(
+        [take_whole_quotas(quotas, carry, NO_LIMIT) for _ in range(10)]
+    )
     assert (payments.sum(0) == 1).all()
     assert payments.sum(1).min() > 60
     assert payments.sum(1).max() < 140
