@@ -175,6 +175,8 @@ def test_the_test_notices_a_question(monkeypatch: pytest.MonkeyPatch):
     sae = make_sae()
     with pytest.raises(AssertionError, match="asks the device"), RefusesQuestions():
         training_step(sae, tokens(16, 8))
+    with pytest.raises(AssertionError, match="copied"), RefusesQuestions():
+        torch.tensor(2.0)
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
