@@ -20,7 +20,11 @@ def track_threshold(
         count: Affinities of the batch above the threshold, same shape.
         target: Wanted count, same shape or a number.
     """
-    target = torch.as_tensor(target, dtype=threshold.dtype, device=threshold.device)
+    if isinstance(target, torch.Tensor):
+        target = target.to(threshold)
+    else:
+        # copied to a GPU, a number would be waited for
+        target = torch.full_like(threshold, target)
     error = (count - target) / target.clamp(min=1.0)
     return threshold * torch.exp(
         RATE * error.clamp(-MAX_RELATIVE_ERROR, MAX_RELATIVE_ERROR)

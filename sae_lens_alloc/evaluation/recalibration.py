@@ -184,9 +184,10 @@ def _set_densities(
                 f"{int(quotas.sum()) / len(x):.3g}."
             )
         # a feature without quota is silenced, so its largest affinity has to be known, too
+        wanted = quotas.clamp(min=1)
         best = encode_feature_choice(
-            encoder, x, quotas.clamp(min=1), guess, never, guess
-        ).pairs
+            encoder, x, wanted, guess, never, guess, int(wanted.sum())
+        ).pairs.without_padding()
         found = best.feature_counts()
         if not (found < quotas).any():
             break

@@ -10,15 +10,18 @@ from sae_lens_alloc.allocation.candidates import candidate_positions
 from sae_lens_alloc.allocation.feature_choice import RankedCandidates, rank_candidates
 from sae_lens_alloc.allocation.mutual_choice import MutualChoiceCollector
 from sae_lens_alloc.allocation.sparse_activations import SparseActivations
-from sae_lens_alloc.ops.key_selection import key_encoder, select_by_keys
+from sae_lens_alloc.ops.feature_key_selection import (
+    FeatureChoiceSelection,
+    feature_key_encoder,
+    select_by_feature_keys,
+)
+from sae_lens_alloc.ops.key_selection import BOUND_SHARE, key_encoder, select_by_keys
 
 # Elements of a block of affinities: small enough for the caches of a CPU, large enough to
 # fill a GPU.
 _BLOCK_ELEMENTS = {"cpu": 2**20, "cuda": 2**26}
 # A block takes at most one part in so many of a GPU's free memory.
 _BLOCK_MEMORY_SHARE = 16
-# A batch's cut is within a few percent of the last one: this share of it is a safe bound.
-_BOUND_SHARE = 0.9
 
 
 @dataclass(frozen=True)
@@ -164,7 +167,7 @@ def encode_mutual_choice(
     Returns:
         The pairs, padded to min(budget, B * F) by the Triton backend.
     """
-    bound = None if cut is None else cut * _BOUND_SHARE
+    bound = None if cut is None else cut * BOUND_SHARE
     if isinstance(encoder, Encoder):
         keys = key_encoder(encoder.W_enc, encoder.b_enc, encoder.scale, x)
         if keys is not None and budget > 0:
@@ -179,22 +182,6 @@ def encode_mutual_choice(
     return collector.finish()
 
 
-@dataclass(frozen=True)
-class FeatureChoiceSelection:
-    """
-    Args:
-        pairs: The selected pairs.
-        demand: Tokens on which each feature's affinity exceeds the cut, shape (F,).
-        above: Tokens on which each feature's affinity exceeds its threshold, shape (F,).
-        bounds: Bounds for the next batch, shape (F,).
-    """
-
-    pairs: SparseActivations
-    demand: torch.Tensor
-    above: torch.Tensor
-    bounds: torch.Tensor
-
-
 @torch.no_grad()
 def encode_feature_choice(
     encoder: Encoder | KnownAffinities,
@@ -203,6 +190,7 @@ def encode_feature_choice(
     thresholds: torch.Tensor,
     cut: torch.Tensor,
     bounds: torch.Tensor,
+    max_pairs: int,
 ) -> FeatureChoiceSelection:
     """
     Selects for each feature its `quotas[j]` largest positive affinities among the tokens x,
@@ -216,7 +204,17 @@ def encode_feature_choice(
         cut: Running cut of Mutual Choice, scalar tensor.
         bounds: Guesses of a lower bound of each feature's cut, shape (F,), 0 for none. They
             make the selection fast and do not change it.
+        max_pairs: What the quotas sum to at most.
+
+    Returns:
+        The selection, whose pairs are padded to min(max_pairs, B * F) by the Triton backend.
     """
+    if isinstance(encoder, Encoder):
+        keys = feature_key_encoder(
+            encoder.W_enc, encoder.b_enc, encoder.scale, x, thresholds, cut
+        )
+        if keys is not None and max_pairs > 0:
+            return select_by_feature_keys(keys, quotas, max_pairs, bounds)
     kept: list[RankedCandidates] = []
     demand = torch.zeros_like(quotas)
     above = torch.zeros_like(quotas)
@@ -283,7 +281,7 @@ def _next_bounds(
     at_wanted = candidates.where(
         candidates.ranks == 2 * quotas[candidates.features] + 3
     )
-    next_bounds = bounds * _BOUND_SHARE
+    next_bounds = bounds * BOUND_SHARE
     old = bounds[at_wanted.features]
     values = at_wanted.values.to(bounds.dtype)
     next_bounds[at_wanted.features] = torch.where(old == 0, values, (old + values) / 2)

@@ -31,20 +31,22 @@ N_DIGITS = 2**DIGIT_BITS
 # The first digit is an affinity's exponent and 7 bits more, so a bucket of it is less than
 # 1% wide: the later ones matter only where a batch has ties by the thousand.
 SHIFTS = (48, 32, 16, 0)
+# A batch's cut is within a few percent of the last one: this share of it is a safe bound.
+BOUND_SHARE = 0.9
 # Places for candidates per pair of the budget.
 CAPACITY_FACTOR = 4
 MIN_CAPACITY = 1024
 
 
 @dataclass(frozen=True)
-class KeyEncoder:
+class EncoderTensors:
     """
-    Affinities a_ij = (x_i W_enc + b_enc)_j * scale_j as keys. Products are accumulated in
-    float32 whatever the dtype of the weights.
+    What gives the affinities a_ij = (x_i W_enc + b_enc)_j * scale_j of a batch. Products are
+    accumulated in float32 whatever the dtype of the weights.
 
     Args:
         x: Encoder inputs of shape (B, d_in), of the dtype of W_enc.
-        W_enc: Shape (d_in, F), with B * F at most 2^32.
+        W_enc: Shape (d_in, F).
         b_enc: Shape (F,).
         scale: Decoder norms of shape (F,), or None.
     """
@@ -57,6 +59,15 @@ class KeyEncoder:
     @property
     def shape(self) -> tuple[int, int]:
         return len(self.x), self.W_enc.shape[1]
+
+    def affinities(self) -> torch.Tensor:
+        """All of them, float32 of shape (B, F): for the references of the kernels."""
+        affinities = self.x.float() @ self.W_enc.float() + self.b_enc.float()
+        return affinities if self.scale is None else affinities * self.scale.float()
+
+
+class KeyEncoder(EncoderTensors):
+    """The keys of positive affinities, of which there are at most B * F = 2^32."""
 
     def collect(
         self, bound: torch.Tensor, done: torch.Tensor, capacity: int
@@ -100,10 +111,7 @@ class KeyEncoder:
         return torch.bincount(digits, minlength=N_DIGITS)
 
     def _all_keys(self) -> torch.Tensor:
-        affinities = self.x.float() @ self.W_enc.float() + self.b_enc.float()
-        if self.scale is not None:
-            affinities = affinities * self.scale.float()
-        affinities = affinities.flatten()
+        affinities = self.affinities().flatten()
         positions = torch.arange(len(affinities), device=affinities.device)
         positive = affinities > 0
         return pair_keys(affinities[positive], positions[positive])
@@ -116,6 +124,21 @@ def key_encoder(
     x: torch.Tensor,
 ) -> KeyEncoder | None:
     """The kernels that encode to keys, None where the backend has none for such tensors."""
+    tensors = tensors_for_kernels(W_enc, b_enc, scale, x)
+    if tensors is None or len(x) * W_enc.shape[1] > MAX_POSITIONS:
+        return None
+    from sae_lens_alloc.ops.triton_select import TritonKeyEncoder
+
+    return TritonKeyEncoder(*tensors)
+
+
+def tensors_for_kernels(
+    W_enc: torch.Tensor,
+    b_enc: torch.Tensor,
+    scale: torch.Tensor | None,
+    x: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None] | None:
+    """The arguments of EncoderTensors, None where the backend has no kernels for them."""
     if torch.is_autocast_enabled(x.device.type):
         dtype = torch.get_autocast_dtype(x.device.type)
         x, W_enc = x.to(dtype), W_enc.to(dtype)
@@ -123,12 +146,9 @@ def key_encoder(
         backend_for(x.device) != "triton"
         or x.dtype != W_enc.dtype
         or x.dtype not in (torch.float32, torch.bfloat16, torch.float16)
-        or len(x) * W_enc.shape[1] > MAX_POSITIONS
     ):
         return None
-    from sae_lens_alloc.ops.triton_select import TritonKeyEncoder
-
-    return TritonKeyEncoder(x, W_enc, b_enc, scale)
+    return x, W_enc, b_enc, scale
 
 
 def pair_keys(affinities: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:

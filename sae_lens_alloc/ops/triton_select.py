@@ -1,23 +1,20 @@
-"""Encoding whose epilogue keeps candidates only, so that no affinity is written to memory."""
+"""The selection's keys by encoding whose epilogue keeps candidates only."""
 
 import torch
 import triton
 import triton.language as tl
 from typing_extensions import override
 
-from sae_lens_alloc.ops.backend import is_interpreted
 from sae_lens_alloc.ops.key_selection import N_DIGITS, KeyEncoder
-
-# A tile twice as large spills registers (ptxas for sm_90).
-TOKENS_PER_TILE = 128
-FEATURES_PER_TILE = 64
-# Bytes of one row of the tiles that are multiplied.
-STEP_BYTES = 128
-WARPS = 8
-STAGES = 3
-# Programs for each multiprocessor. Each takes many tiles, so that a launch with nothing to do
-# ends at once.
-PROGRAMS_PER_PROCESSOR = 2
+from sae_lens_alloc.ops.triton_affinities import (
+    FEATURES_PER_TILE,
+    TOKENS_PER_TILE,
+    affinity_tile,
+    n_programs,
+    places_in_buffer,
+    tensor_arguments,
+    tile_options,
+)
 
 
 class TritonKeyEncoder(KeyEncoder):
@@ -49,50 +46,19 @@ class TritonKeyEncoder(KeyEncoder):
         capacity: int,
         shift: int | None,
     ) -> None:
-        x, W_enc = self.x, self.W_enc
-        n_tiles = triton.cdiv(len(x), TOKENS_PER_TILE) * triton.cdiv(
-            W_enc.shape[1], FEATURES_PER_TILE
+        n_tiles = triton.cdiv(self.shape[0], TOKENS_PER_TILE) * triton.cdiv(
+            self.shape[1], FEATURES_PER_TILE
         )
-        encode_keys_kernel[(min(n_tiles, _n_programs(x.device)),)](
-            x,
-            W_enc,
-            self.b_enc,
-            self.b_enc if self.scale is None else self.scale,
+        encode_keys_kernel[(min(n_tiles, n_programs(self.x.device)),)](
+            *tensor_arguments(self),
             bound,
             done.to(torch.int32),
             out,
             count,
-            len(x),
-            W_enc.shape[1],
-            x.shape[1],
             capacity,
-            x.stride(0),
-            x.stride(1),
-            W_enc.stride(0),
-            W_enc.stride(1),
-            HAS_SCALE=self.scale is not None,
             SHIFT=-1 if shift is None else shift,
-            # Triton's interpreter multiplies the bits of bfloat16 numbers
-            IN_FLOAT32=is_interpreted(),
-            PRECISION=_product_precision(),
-            TOKENS=TOKENS_PER_TILE,
-            FEATURES=FEATURES_PER_TILE,
-            INPUTS=STEP_BYTES // x.element_size(),
-            num_warps=WARPS,
-            num_stages=STAGES,
+            **tile_options(self),
         )
-
-
-def _n_programs(device: torch.device) -> int:
-    if device.type != "cuda":
-        return PROGRAMS_PER_PROCESSOR
-    properties = torch.cuda.get_device_properties(device)
-    return PROGRAMS_PER_PROCESSOR * properties.multi_processor_count
-
-
-def _product_precision() -> str:
-    """Float32 products in TF32 where torch's own setting allows that for its products."""
-    return "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
 
 
 @triton.jit
@@ -101,20 +67,20 @@ def encode_keys_kernel(
     W_enc_ptr,
     b_enc_ptr,
     scale_ptr,
-    bound_ptr,
-    done_ptr,
-    out_ptr,
-    count_ptr,
     n_tokens,
     n_features,
     d_in,
-    capacity,
     x_token_stride,
     x_input_stride,
     W_input_stride,
     W_feature_stride,
-    HAS_SCALE: tl.constexpr,
+    bound_ptr,
+    done_ptr,
+    out_ptr,
+    count_ptr,
+    capacity,
     SHIFT: tl.constexpr,  # of the digit to count, -1 to collect
+    HAS_SCALE: tl.constexpr,
     IN_FLOAT32: tl.constexpr,
     PRECISION: tl.constexpr,
     TOKENS: tl.constexpr,
@@ -136,32 +102,27 @@ def encode_keys_kernel(
         features = (tile // n_token_tiles) * FEATURES + tl.arange(0, FEATURES)
         is_token = tokens < n_tokens
         is_feature = features < n_features
-        products = tl.zeros((TOKENS, FEATURES), dtype=tl.float32)
-        for start in range(0, d_in, INPUTS):
-            inputs = start + tl.arange(0, INPUTS)
-            x = tl.load(
-                x_ptr
-                + tokens.to(tl.int64)[:, None] * x_token_stride
-                + inputs[None, :] * x_input_stride,
-                mask=is_token[:, None] & (inputs < d_in)[None, :],
-                other=0.0,
-            )
-            W_enc = tl.load(
-                W_enc_ptr
-                + inputs.to(tl.int64)[:, None] * W_input_stride
-                + features[None, :] * W_feature_stride,
-                mask=(inputs < d_in)[:, None] & is_feature[None, :],
-                other=0.0,
-            )
-            if IN_FLOAT32:
-                x = x.to(tl.float32)
-                W_enc = W_enc.to(tl.float32)
-            products = tl.dot(x, W_enc, products, input_precision=PRECISION)
-        b_enc = tl.load(b_enc_ptr + features, mask=is_feature, other=0.0)
-        affinities = products + b_enc.to(tl.float32)[None, :]
-        if HAS_SCALE:
-            scale = tl.load(scale_ptr + features, mask=is_feature, other=0.0)
-            affinities = affinities * scale.to(tl.float32)[None, :]
+        affinities = affinity_tile(
+            x_ptr,
+            W_enc_ptr,
+            b_enc_ptr,
+            scale_ptr,
+            d_in,
+            x_token_stride,
+            x_input_stride,
+            W_input_stride,
+            W_feature_stride,
+            tokens,
+            features,
+            is_token,
+            is_feature,
+            HAS_SCALE,
+            IN_FLOAT32,
+            PRECISION,
+            TOKENS,
+            FEATURES,
+            INPUTS,
+        )
         bits = affinities.to(tl.int32, bitcast=True)
         # modulo 2^32, which positions are below
         positions = tokens[:, None] * n_features + features[None, :]
@@ -183,14 +144,9 @@ def encode_keys_kernel(
         else:
             reach = (bits > bound_bits) | ((bits == bound_bits) & (low >= bound_low))
             collected = (is_pair & reach).to(tl.int32)
-            # one place for the tile, one in it for each row, one in that for each pair
             per_row = tl.sum(collected, axis=1)
-            total = tl.sum(per_row, axis=0)
-            if total > 0:
-                first = tl.atomic_add(count_ptr, total.to(tl.int64), sem="relaxed")
-                first = tl.minimum(first, capacity).to(tl.int32)
-                row_first = first + tl.cumsum(per_row, axis=0) - per_row
-                places = row_first[:, None] + tl.cumsum(collected, axis=1) - collected
+            if tl.sum(per_row, axis=0) > 0:
+                places = places_in_buffer(collected, per_row, count_ptr, capacity)
                 tl.store(
                     out_ptr + places,
                     (bits.to(tl.int64) << 32) | low.to(tl.int64),

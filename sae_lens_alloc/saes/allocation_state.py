@@ -7,7 +7,7 @@ import torch
 from typing_extensions import override
 
 from sae_lens_alloc.allocation.density import density_ranks, fit_floor
-from sae_lens_alloc.allocation.quotas import take_whole_quotas
+from sae_lens_alloc.allocation.quotas import most_whole_quotas, take_whole_quotas
 from sae_lens_alloc.allocation.sparse_activations import SparseActivations
 from sae_lens_alloc.allocation.thresholds import follow_cut, track_threshold
 from sae_lens_alloc.allocation.zipf import ZipfLaw, zipf_quotas
@@ -72,7 +72,7 @@ class AllocationState(DensityState):
     def _forget_derived(self) -> None:
         super()._forget_derived()
         self._cut_is_known: bool | None = None
-        self._rank_quotas: tuple[int, int, torch.Tensor] | None = None
+        self._rank_quotas: tuple[int, int, torch.Tensor, int] | None = None
         self._bounds: torch.Tensor | None = None
 
     @torch.no_grad()
@@ -125,14 +125,15 @@ class AllocationState(DensityState):
         # never tracked from 0, which a factor would not leave
         restart = self.threshold <= (math.inf if after_mutual else 0.0)
         self.threshold.copy_(self.cut.where(restart, self.threshold))
-        quotas = self._quotas(len(x), budget)
+        quotas, max_pairs = self._quotas(len(x), budget)
         selection = encode_feature_choice(
             encoder,
             x,
-            take_whole_quotas(quotas, self.quota_carry),
+            take_whole_quotas(quotas, self.quota_carry, max_pairs),
             self.threshold,
             self.cut,
             self._likely_bounds(),
+            max_pairs,
         )
         self._bounds = selection.bounds
         self.threshold.copy_(track_threshold(self.threshold, selection.above, quotas))
@@ -180,22 +181,26 @@ class AllocationState(DensityState):
         if rule == "mutual":
             cut = self.cut if self._knows_cut() else None
             return encode_mutual_choice(encoder, x, budget, cut).without_padding()
-        quotas = self._quotas(len(x), budget)
+        quotas, max_pairs = self._quotas(len(x), budget)
         return encode_feature_choice(
             encoder,
             x,
-            take_whole_quotas(quotas, self.quota_carry.clone()),
+            take_whole_quotas(quotas, self.quota_carry.clone(), max_pairs),
             self.threshold,
             self.cut,
             self._likely_bounds(),
-        ).pairs
+            max_pairs,
+        ).pairs.without_padding()
 
     def _likely_bounds(self) -> torch.Tensor:
         """Guesses of a lower bound of each feature's cut, shape (F,)."""
         return self.threshold * 0.9 if self._bounds is None else self._bounds
 
-    def _quotas(self, n_tokens: int, budget: int) -> torch.Tensor:
-        """Fractional quotas m_j of shape (F,): the law at the rank of each feature's demand."""
+    def _quotas(self, n_tokens: int, budget: int) -> tuple[torch.Tensor, int]:
+        """
+        Fractional quotas m_j of shape (F,), the law at the rank of each feature's demand, and
+        the limit for their whole parts.
+        """
         if self._rank_quotas is None or self._rank_quotas[:2] != (n_tokens, budget):
             alpha, beta = self.quota_law.tolist()
             by_rank = zipf_quotas(
@@ -205,8 +210,15 @@ class AllocationState(DensityState):
                 self.max_density * n_tokens,
                 self.min_tokens_per_feature,
             )
-            self._rank_quotas = (n_tokens, budget, by_rank.to(self.density))
-        return self._rank_quotas[2][density_ranks(self.density)]
+            max_pairs = most_whole_quotas(float(by_rank.sum()), len(by_rank))
+            self._rank_quotas = (
+                n_tokens,
+                budget,
+                by_rank.to(self.density),
+                max_pairs,
+            )
+        *_, by_rank, max_pairs = self._rank_quotas
+        return by_rank[density_ranks(self.density)], max_pairs
 
     def _anchor_quota_law(self, floor: float) -> None:
         """Takes the law of the quotas from what Mutual Choice found, once and for all."""

@@ -9,7 +9,7 @@ from sae_lens_alloc.allocation.feature_choice import (
     rank_candidates,
     select_feature_choice,
 )
-from sae_lens_alloc.allocation.quotas import take_whole_quotas
+from sae_lens_alloc.allocation.quotas import most_whole_quotas, take_whole_quotas
 from tests.helpers import Pair, stored_pairs
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
@@ -171,20 +171,23 @@ def test_rank_candidates_counts_within_each_feature():
     assert ranked.ranks.tolist() == [0, 0, 1, 2]
 
 
+NO_LIMIT = 10**9
+
+
 def test_take_whole_quotas_pays_the_whole_part_and_carries_the_rest():
     carry = torch.tensor([0.0, 0.5, 0.75, 0.25])
     quotas = torch.tensor([0.25, 0.5, 2.5, 0.0])
     # Owed: [0.25, 1.0, 3.25, 0.25]
-    whole = take_whole_quotas(quotas, carry)
+    whole = take_whole_quotas(quotas, carry, NO_LIMIT)
     assert whole.tolist() == [0, 1, 3, 0]
     assert whole.dtype == torch.int64
     assert carry.tolist() == [0.25, 0.0, 0.25, 0.25]
     # Owed: [0.5, 0.5, 2.75, 0.25]
-    assert take_whole_quotas(quotas, carry).tolist() == [0, 0, 2, 0]
+    assert take_whole_quotas(quotas, carry, NO_LIMIT).tolist() == [0, 0, 2, 0]
     # Owed: [0.75, 1.0, 3.25, 0.25]
-    assert take_whole_quotas(quotas, carry).tolist() == [0, 1, 3, 0]
+    assert take_whole_quotas(quotas, carry, NO_LIMIT).tolist() == [0, 1, 3, 0]
     # Owed: [1.0, 0.5, 2.75, 0.25]
-    assert take_whole_quotas(quotas, carry).tolist() == [1, 0, 2, 0]
+    assert take_whole_quotas(quotas, carry, NO_LIMIT).tolist() == [1, 0, 2, 0]
 
 
 @settings(deadline=None, max_examples=30)
@@ -210,7 +213,7 @@ def test_take_whole_quotas_is_exact_in_the_long_run(
     carry = torch.tensor([carry for _, carry in quotas_and_carries])
     paid = torch.zeros(len(quotas), dtype=torch.int64)
     for _ in range(n_batches):
-        whole = take_whole_quotas(quotas, carry)
+        whole = take_whole_quotas(quotas, carry, NO_LIMIT)
         assert ((carry >= 0) & (carry < 1)).all()
         assert (whole <= quotas.ceil()).all()
         assert (whole >= quotas.floor()).all()
@@ -220,12 +223,35 @@ def test_take_whole_quotas_is_exact_in_the_long_run(
     assert ((paid - owed).abs() < 1.001 + 1e-6 * owed).all()
 
 
+def test_take_whole_quotas_carries_what_goes_beyond_the_limit():
+    carry = torch.tensor([0.0, 0.5, 0.75, 0.25])
+    quotas = torch.tensor([1.0, 1.5, 2.5, 1.0])
+    # Owed: [1.0, 2.0, 3.25, 1.25]
+    assert take_whole_quotas(quotas, carry, 6).tolist() == [1, 2, 3, 0]
+    assert carry.tolist() == [0, 0, 0.25, 1.25]
+    # Owed: [0, 0, 0.25, 1.25]
+    assert take_whole_quotas(0 * quotas, carry, 6).tolist() == [0, 0, 0, 1]
+    assert carry.tolist() == [0, 0, 0.25, 0.25]
+
+
+def test_random_carries_stay_below_the_limit():
+    torch.manual_seed(1)
+    quotas, carry = 3 * torch.rand(2000), torch.rand(2000)
+    limit = most_whole_quotas(float(quotas.sum()), 2000)
+    assert limit == pytest.approx(float(quotas.sum()), abs=4 * 2000**0.5 + 1)
+    for _ in range(50):
+        assert take_whole_quotas(quotas, carry, limit).sum() < limit
+        assert (carry < 1).all()
+
+
 def test_random_carries_spread_the_payments_of_rare_features():
     # 1000 features owed a tenth of a token per batch, from random remainders: about 100 of
     # them are paid in each batch, and each of them once in ten batches
     torch.manual_seed(0)
     quotas, carry = torch.full((1000,), 0.1), torch.rand(1000)
-    payments = torch.stack([take_whole_quotas(quotas, carry) for _ in range(10)])
+    payments = torch.stack(
+        [take_whole_quotas(quotas, carry, NO_LIMIT) for _ in range(10)]
+    )
     assert (payments.sum(0) == 1).all()
     assert payments.sum(1).min() > 60
     assert payments.sum(1).max() < 140

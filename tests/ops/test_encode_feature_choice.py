@@ -95,7 +95,7 @@ def test_encode_feature_choice_selects_the_same_for_any_bounds_and_cut(
     bounds = bounds_of_kind(bounds_kind, affinities)
     before = bounds.clone()
     selection = encode_feature_choice(
-        encoder, x, quotas, FAR_TOO_HIGH, torch.tensor(cut), bounds
+        encoder, x, quotas, FAR_TOO_HIGH, torch.tensor(cut), bounds, int(quotas.sum())
     )
     # no affinity reaches the thresholds, so that `above` is 0
     assert_is_exact(selection, affinities, quotas, FAR_TOO_HIGH, torch.tensor(cut))
@@ -113,7 +113,9 @@ def test_encode_feature_choice_counts_what_is_above_the_thresholds(largest_quota
     assert ((affinities == thresholds) & (affinities > 0)).sum() > 100
     assert (affinities == cut).sum() > 100
     bounds = thresholds * torch.rand(N_FEATURES)
-    selection = encode_feature_choice(encoder, x, quotas, thresholds, cut, bounds)
+    selection = encode_feature_choice(
+        encoder, x, quotas, thresholds, cut, bounds, int(quotas.sum())
+    )
     assert_is_exact(selection, affinities, quotas, thresholds, cut)
 
 
@@ -127,7 +129,9 @@ def test_counts_above_the_thresholds_do_not_depend_on_the_bounds(bounds_kind: st
     quotas = torch.randint(0, 4, (N_FEATURES,))
     thresholds, cut = torch.full((N_FEATURES,), 0.25), torch.tensor(2.0)
     bounds = bounds_of_kind(bounds_kind, affinities)
-    selection = encode_feature_choice(encoder, x, quotas, thresholds, cut, bounds)
+    selection = encode_feature_choice(
+        encoder, x, quotas, thresholds, cut, bounds, int(quotas.sum())
+    )
     assert_is_exact(selection, affinities, quotas, thresholds, cut)
 
 
@@ -142,7 +146,9 @@ def test_encode_feature_choice_over_successive_batches():
         affinities = dense_affinities(encoder, x)
         quotas = torch.randint(0, 6, (N_FEATURES,))
         thresholds = torch.maximum(bounds, cut) + torch.randint(0, 4, (N_FEATURES,)) / 2
-        selection = encode_feature_choice(encoder, x, quotas, thresholds, cut, bounds)
+        selection = encode_feature_choice(
+            encoder, x, quotas, thresholds, cut, bounds, int(quotas.sum())
+        )
         assert_is_exact(selection, affinities, quotas, thresholds, cut)
         bounds = selection.bounds
         used_bounds += int((bounds > 0).sum())
@@ -160,7 +166,9 @@ def test_bounds_settle_where_about_twice_the_quota_passes():
         x = torch.randn(256, 8)
         if step >= 16:
             passing.append((encoder.affinities(x) > bounds).sum(0))
-        selection = encode_feature_choice(encoder, x, quotas, FAR_TOO_HIGH, cut, bounds)
+        selection = encode_feature_choice(
+            encoder, x, quotas, FAR_TOO_HIGH, cut, bounds, int(quotas.sum())
+        )
         bounds = selection.bounds
     mean = torch.stack(passing).float().mean(0)
     # 2 n + 4 candidates, give or take the batches and the 10% that a bound may fall
@@ -180,7 +188,9 @@ def test_encode_feature_choice_of_real_numbers_over_successive_batches():
         x = torch.randn(64, 8)
         affinities = dense_affinities(encoder, x)
         quotas = torch.randint(0, 6, (N_FEATURES,))
-        selection = encode_feature_choice(encoder, x, quotas, FAR_TOO_HIGH, cut, bounds)
+        selection = encode_feature_choice(
+            encoder, x, quotas, FAR_TOO_HIGH, cut, bounds, int(quotas.sum())
+        )
         assert_is_exact(selection, affinities, quotas, FAR_TOO_HIGH, cut)
         bounds = selection.bounds
 
@@ -199,6 +209,7 @@ def test_encode_feature_choice_of_known_affinities(bounds_kind: str):
         thresholds,
         cut,
         bounds_of_kind(bounds_kind, affinities),
+        int(quotas.sum()),
     )
     assert_is_exact(selection, affinities, quotas, thresholds, cut)
 
@@ -208,7 +219,9 @@ def test_encode_feature_choice_without_quotas_still_measures_demand():
     encoder, x = exact_encoder(), exact_inputs(20)
     quotas = torch.zeros(N_FEATURES, dtype=torch.int64)
     thresholds, cut = FAR_TOO_HIGH, torch.tensor(1.0)
-    selection = encode_feature_choice(encoder, x, quotas, thresholds, cut, FAR_TOO_HIGH)
+    selection = encode_feature_choice(
+        encoder, x, quotas, thresholds, cut, FAR_TOO_HIGH, 0
+    )
     assert len(selection.pairs.values) == 0
     assert selection.demand.sum() > 100
     affinities = dense_affinities(encoder, x)
@@ -233,5 +246,6 @@ def test_encode_feature_choice_is_exact_where_the_quota_ends_within_the_slack():
             torch.full((N_FEATURES,), 1e9),
             torch.tensor(1e9),
             torch.full((N_FEATURES,), 2.0**20 + eighths / 8),
+            N_FEATURES,
         )
         assert selection.pairs.token_indices.tolist() == [0] * N_FEATURES

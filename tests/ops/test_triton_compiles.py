@@ -12,11 +12,16 @@ import sys
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from sae_lens_alloc.ops import triton_affinities as affinities
+from sae_lens_alloc.ops import triton_feature_select as feature_select
 from sae_lens_alloc.ops import triton_select as select, triton_sparse as sparse
 
 TYPES = {"x": "*bf16", "W_enc": "*bf16", "b_enc": "*bf16", "scale": "*fp32",
          "bound": "*i64", "done": "*i32", "out": "*i64", "count": "*i64",
          "offsets": "*i64", "rows": "*i64", "columns": "*i64", "values": "*fp32",
+         "chosen": "*i8", "tiles": "*i64", "n_tiles": "*i64", "bounds": "*i64",
+         "thresholds": "*fp32", "cut": "*fp32", "keys": "*i64", "counts": "*i64",
+         "fewest": "*i64", "most": "*i64",
          "dense": "*bf16", "left": "*fp32", "right": "*bf16"}
 
 def compile(kernel, out_type, options, **constants):
@@ -34,14 +39,22 @@ def compile(kernel, out_type, options, **constants):
     # what the smallest of the GPUs since Ampere has
     assert compiled.metadata.shared <= 99 * 1024
 
-for shift in (-1, 48, 0):
+def compile_encoding(kernel, **constants):
     compile(
-        select.encode_keys_kernel, "*i64",
-        {"num_warps": select.WARPS, "num_stages": select.STAGES},
-        HAS_SCALE=True, SHIFT=shift, IN_FLOAT32=False, PRECISION="ieee",
-        TOKENS=select.TOKENS_PER_TILE, FEATURES=select.FEATURES_PER_TILE,
-        INPUTS=select.STEP_BYTES // 2,
+        kernel, "*i64",
+        {"num_warps": affinities.WARPS, "num_stages": affinities.STAGES},
+        HAS_SCALE=True, IN_FLOAT32=False, PRECISION="ieee",
+        TOKENS=affinities.TOKENS_PER_TILE, FEATURES=affinities.FEATURES_PER_TILE,
+        INPUTS=affinities.STEP_BYTES // 2, **constants,
     )
+
+for shift in (-1, 48, 0):
+    compile_encoding(select.encode_keys_kernel, SHIFT=shift)
+for all_features in (True, False):
+    compile_encoding(
+        feature_select.collect_feature_keys_kernel, VALUE_BITS=31, ALL=all_features
+    )
+compile_encoding(feature_select.find_feature_bounds_kernel, VALUE_BITS=31)
 for rows in (1, sparse.COLUMNS):
     compile(
         sparse.sparse_times_dense_kernel, "*fp32", {},

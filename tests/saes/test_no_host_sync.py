@@ -12,7 +12,14 @@ from typing_extensions import override
 from sae_lens_alloc.ops import device_checks
 from sae_lens_alloc.ops.backend import BACKEND_VARIABLE
 from sae_lens_alloc.saes.allocation_sae import AllocationTrainingSAE
-from tests.saes.conftest import gradients, make_sae, statistics, tokens, training_step
+from tests.saes.conftest import (
+    ARCHITECTURES,
+    gradients,
+    make_sae,
+    statistics,
+    tokens,
+    training_step,
+)
 
 # of which a kernel takes 32 at a time
 D_SAE = 40
@@ -29,6 +36,10 @@ class RefusesQuestions(TorchDispatchMode):
         args: tuple[Any, ...] = (),
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
+        if func is torch.ops.aten.lift_fresh.default:
+            raise AssertionError(
+                "a number is copied to the device, which is waited for"
+            )
         asks = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}
         # an index has a fixed shape unless it is a mask
         masks = [
@@ -82,6 +93,11 @@ def train(
         {"aux_loss": "aux_k", "b_enc": -2.0, "rescale_acts_by_decoder_norm": False},
         # none at all
         {"b_enc": -1e6},
+        {"architecture": "feature_choice", "aux_loss": "aux_zipf"},
+        {"architecture": "feature_choice", "aux_loss": "aux_k", "b_enc": -2.0},
+        {"architecture": "feature_choice", "b_enc": -1e6},
+        {"architecture": "feature_choice", "mutual_choice_steps": 1},
+        {"feature_choice_steps": 2},
     ],
 )
 def test_training_by_triton_is_training_by_torch(
@@ -114,16 +130,36 @@ def test_padding_fires_nowhere(triton_device: torch.device):
     assert statistics(sae).cut == acts[acts > 0].min()
 
 
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_a_preview_has_no_padding(architecture: str, triton_device: torch.device):
+    sae = make_sae(architecture, d_sae=200, b_enc=-8.0).to(triton_device)
+    x = tokens(24, 8).to(triton_device)
+    training_step(sae, 3 * x)
+    pairs, _ = sae.autoencode_pairs(3 * x, by_threshold=False)
+    assert 0 < len(pairs.values) < 72
+    assert (pairs.values > 0).all()
+
+
 @pytest.mark.parametrize("aux_loss", ["none", "aux_zipf"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"architecture": "mutual_choice"},
+        {"architecture": "feature_choice"},
+        # the rule changes at the second of the steps that are watched
+        {"architecture": "mutual_choice", "feature_choice_steps": 3},
+    ],
+)
 def test_a_step_asks_the_device_nothing(
+    options: dict[str, Any],
     dtype: str,
     aux_loss: str,
     triton_device: torch.device,
     monkeypatch: pytest.MonkeyPatch,
 ):
     monkeypatch.setattr(device_checks, "_is_late", lambda tensor: True)  # noqa: ARG005
-    sae, _ = train(2, triton_device, aux_loss=aux_loss, dtype=dtype)
+    sae, _ = train(2, triton_device, aux_loss=aux_loss, dtype=dtype, **options)
     # the second batch is of other data, which no guess fits
     for step, size in ((2, 1), (3, 100)):
         x = size * tokens(12, 8, seed=step).to(triton_device, sae.W_dec.dtype)
@@ -139,12 +175,20 @@ def test_the_test_notices_a_question(monkeypatch: pytest.MonkeyPatch):
     sae = make_sae()
     with pytest.raises(AssertionError, match="asks the device"), RefusesQuestions():
         training_step(sae, tokens(16, 8))
+    with pytest.raises(AssertionError, match="copied"), RefusesQuestions():
+        torch.tensor(2.0)
 
 
-def test_training_by_triton_is_the_same_bit_for_bit_twice(triton_device: torch.device):
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_training_by_triton_is_the_same_bit_for_bit_twice(
+    architecture: str, triton_device: torch.device
+):
     torch.use_deterministic_algorithms(True)
     try:
-        runs = [train(3, triton_device, aux_loss="aux_zipf") for _ in range(2)]
+        runs = [
+            train(3, triton_device, architecture=architecture, aux_loss="aux_zipf")
+            for _ in range(2)
+        ]
     finally:
         torch.use_deterministic_algorithms(False)
     states = [sae.state_dict() for sae, _ in runs]
