@@ -220,14 +220,26 @@ def encode_feature_choice(
     above = torch.zeros_like(quotas)
     next_bounds = torch.empty_like(bounds)
     for block in encoder.blocks(len(x)):
+        part = encoder.part(block)
+        products = part.products(x)
         # down to the cut and the threshold, so that both counts are exact
         lowest = torch.minimum(bounds[block], torch.minimum(thresholds[block], cut))
-        candidates = _feature_candidates(encoder.part(block), x, quotas[block], lowest)
-        found, values = candidates.features, candidates.values
+        tokens, features, values = part.candidates(products, lowest)
         n_block = block.stop - block.start
-        demand[block] = torch.bincount(found[values > cut], minlength=n_block)
+        demand[block] = torch.bincount(features[values > cut], minlength=n_block)
         above[block] = torch.bincount(
-            found[values > thresholds[block][found]], minlength=n_block
+            features[values > thresholds[block][features]], minlength=n_block
+        )
+        # what only the counts need is not ranked: in the first steps it is most of all
+        reach = values >= bounds[block][features]
+        is_short = torch.bincount(features[reach], minlength=n_block) < quotas[block]
+        ranked = (reach | is_short[features]).nonzero().squeeze(1)
+        candidates = _ranked_candidates(
+            part,
+            products,
+            (tokens[ranked], features[ranked], values[ranked]),
+            quotas[block],
+            lowest,
         )
         next_bounds[block] = _next_bounds(bounds[block], candidates, quotas[block])
         best = candidates.best(quotas[block])
@@ -245,20 +257,28 @@ def encode_feature_choice(
     return FeatureChoiceSelection(pairs, demand, above, next_bounds)
 
 
-def _feature_candidates(
+def _ranked_candidates(
     encoder: Encoder | KnownAffinities,
-    x: torch.Tensor,
+    products: torch.Tensor,
+    candidates: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
     quotas: torch.Tensor,
-    bounds: torch.Tensor,
+    lowest: torch.Tensor,
 ) -> RankedCandidates:
     """
-    Ranked candidates of a block of features: the tokens that reach a feature's bound, and
-    all its positive affinities where these are fewer than its quota.
+    Candidates of a block of features by rank, and of features that have fewer than their quota
+    all the positive affinities.
+
+    Args:
+        encoder: The encoder of the block.
+        products: What its `products` gave.
+        candidates: Tokens, features and affinities, of a feature with fewer than its quota
+            all that reach `lowest`.
+        quotas: Integer quotas of shape (F,).
+        lowest: Shape (F,), 0 where all positive affinities are candidates.
     """
-    products = encoder.products(x)
-    tokens, features, values = encoder.candidates(products, bounds)
+    tokens, features, values = candidates
     counts = torch.bincount(features, minlength=len(quotas))
-    short = ((counts < quotas) & (bounds > 0)).nonzero().squeeze(1)
+    short = ((counts < quotas) & (lowest > 0)).nonzero().squeeze(1)
     if len(short) > 0:
         is_short = torch.zeros_like(quotas, dtype=torch.bool)
         is_short[short] = True
