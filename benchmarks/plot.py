@@ -120,7 +120,7 @@ def continuations(report: dict[str, Any]) -> go.Figure:
     picture.update_xaxes(**AXIS_STYLE)
     picture.update_yaxes(**AXIS_STYLE)
     picture.update_layout(
-        width=1100, height=330, margin={"l": 60, "r": 20, "t": 40, "b": 50}, **STYLE
+        width=1100, height=400, margin={"l": 60, "r": 90, "t": 40, "b": 100}, **STYLE
     )
     return picture
 
