@@ -13,6 +13,7 @@ from sae_lens_alloc.allocation.sparse_activations import SparseActivations
 from sae_lens_alloc.ops.feature_key_selection import (
     FeatureChoiceSelection,
     feature_key_encoder,
+    moved_bounds,
     select_by_feature_keys,
 )
 from sae_lens_alloc.ops.key_selection import BOUND_SHARE, key_encoder, select_by_keys
@@ -301,11 +302,9 @@ def _next_bounds(
     at_wanted = candidates.where(
         candidates.ranks == 2 * quotas[candidates.features] + 3
     )
-    next_bounds = bounds * BOUND_SHARE
-    old = bounds[at_wanted.features]
-    values = at_wanted.values.to(bounds.dtype)
-    next_bounds[at_wanted.features] = torch.where(old == 0, values, (old + values) / 2)
-    return next_bounds
+    right = torch.full_like(bounds, torch.nan)
+    right[at_wanted.features] = at_wanted.values.to(bounds.dtype)
+    return moved_bounds(bounds, right)
 
 
 @torch.no_grad()

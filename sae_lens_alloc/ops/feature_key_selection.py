@@ -241,7 +241,7 @@ def select_by_feature_keys(
     # where the guess did not serve, as many as there are
     ranks = torch.where(again, wanted.minimum(counts), wanted) - 1
     right_bounds = _affinities_at(encoder, keys, counts, ranks)
-    next_bounds = _next_bounds(guesses, right_bounds, was_wrong=again)
+    next_bounds = moved_bounds(guesses, right_bounds, was_wrong=again)
     return FeatureChoiceSelection(
         _best_pairs(encoder, keys, counts, quotas, n_places),
         demand,
@@ -298,18 +298,18 @@ def _affinities_at(
     )
 
 
-def _next_bounds(
-    bounds: torch.Tensor, right: torch.Tensor, was_wrong: torch.Tensor
+def moved_bounds(
+    bounds: torch.Tensor, right: torch.Tensor, was_wrong: torch.Tensor | bool = False
 ) -> torch.Tensor:
     """
     Moves each bound towards the one that gives the candidates wanted.
 
     Args:
-        bounds: The guesses, shape (F,).
+        bounds: The guesses, shape (F,), 0 where there was none.
         right: What would have been right for this batch, NaN where not known, shape (F,).
         was_wrong: Where the guess did not serve, boolean of shape (F,).
     """
-    moved = torch.where(was_wrong | (bounds == 0), right, (bounds + right) / 2)
+    moved = torch.where((bounds == 0) | was_wrong, right, (bounds + right) / 2)
     return torch.where(right.isnan(), bounds * BOUND_SHARE, moved)
 
 
