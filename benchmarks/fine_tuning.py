@@ -18,6 +18,7 @@ import torch
 from sae_lens.config import LanguageModelSAERunnerConfig
 
 import sae_lens_alloc
+from benchmarks.results import write_results
 from sae_lens_alloc.config import load_fine_tuning_config, load_runner_config
 from sae_lens_alloc.demo.methods import Trained
 from sae_lens_alloc.demo.run import CONTEXTS, evaluate
@@ -83,16 +84,17 @@ def run_seed(
     Figures on held-out text of the SAE to start from and of each continuation, those that are
     known already included.
     """
-    start = train_topk(work / f"start_{seed}", seed)
-    missing = [] if "start" in known else [replace(start, name="start")]
-    missing += [
-        go_on(name, start, work / f"{name.replace(' ', '_')}_{seed}", seed)
-        for name in CONTINUATIONS
-        if name not in known
-    ]
+    missing = [name for name in ("start", *CONTINUATIONS) if name not in known]
     if not missing:
         return known
-    runs, _ = evaluate(missing, CONTEXTS)
+    start = train_topk(work / f"start_{seed}", seed)
+    trained = [
+        replace(start, name=name)
+        if name == "start"
+        else go_on(name, start, work / f"{name.replace(' ', '_')}_{seed}", seed)
+        for name in missing
+    ]
+    runs, _ = evaluate(trained, CONTEXTS)
     figures = {**known, **{run.name: run.evaluation.to_dict() for run in runs}}
     return {name: figures[name] for name in ("start", *CONTINUATIONS)}
 
@@ -117,7 +119,7 @@ def main() -> None:
     for seed in map(str, SEEDS):
         known = report["seeds"].get(seed, {})
         report["seeds"][seed] = run_seed(args.work, int(seed), known)
-        args.results.write_text(json.dumps(report, indent=2) + "\n")
+        write_results(args.results, report)
 
 
 if __name__ == "__main__":

@@ -165,34 +165,24 @@ def _sweep_table(
     return "\n".join(lines)
 
 
-# Rows of the table of the whole pipeline, in the order of a run.
-PIPELINE_PARTS = (
-    "imports",
-    "start-up: model, text, SAE, held-out activations",
-    "language model",
-    "activation store: tokens, mixing buffer",
-    "SAE forward",
-    "SAE backward",
-    "gradient clipping, optimizer",
-    "rest of the step: firing statistics, schedules",
-    "metrics",
-    "metrics on held-out activations",
-    "calibration: activations of 65k tokens",
-    "calibration: thresholds",
-    "saving and self check",
-    "other",
-)
-# What a `Clock` calls the parts of the training loop.
-_TRAINING_PARTS: dict[str, str] = {
-    "language model": PIPELINE_PARTS[2],
-    "activation store": PIPELINE_PARTS[3],
-    "SAE forward": PIPELINE_PARTS[4],
-    "SAE backward": PIPELINE_PARTS[5],
-    "optimizer": PIPELINE_PARTS[6],
-    "trainer": PIPELINE_PARTS[7],
-    "metrics": PIPELINE_PARTS[8],
-    "held-out metrics": PIPELINE_PARTS[9],
+# Rows of the table of the whole pipeline in the order of a run, by what a `Clock` calls them.
+PIPELINE_LABELS = {
+    "imports": "imports",
+    "start-up": "start-up: model, text, SAE, held-out activations",
+    "language model": "language model",
+    "activation store": "activation store: tokens, mixing buffer",
+    "SAE forward": "SAE forward",
+    "SAE backward": "SAE backward",
+    "optimizer": "gradient clipping, optimizer",
+    "trainer": "rest of the step: firing statistics, schedules",
+    "metrics": "metrics",
+    "held-out metrics": "metrics on held-out activations",
+    "calibration activations": "calibration: activations of 65k tokens",
+    "calibration": "calibration: thresholds",
+    "saving and check": "saving and self check",
+    "other": "other",
 }
+PIPELINE_PARTS = tuple(PIPELINE_LABELS.values())
 
 
 def pipeline_table(report: Row) -> str:
@@ -236,23 +226,18 @@ def pipeline_parts(seconds: dict[str, float]) -> dict[str, float]:
     """Seconds by row of the table, from what a `Clock` counted."""
     parts: defaultdict[str, float] = defaultdict(float)
     for stack, value in seconds.items():
-        parts[_pipeline_part(stack.split(";")[1:])] += value
+        parts[PIPELINE_LABELS[_pipeline_part(stack.split(";")[1:])]] += value
     return dict(parts)
 
 
 def _pipeline_part(names: list[str]) -> str:
     match names:
-        case ["imports"]:
-            return "imports"
-        case ["start-up", *_]:
-            return PIPELINE_PARTS[1]
-        case ["calibration", *within]:
-            is_store = "activation store" in within
-            return f"calibration: {'activations of 65k tokens' if is_store else 'thresholds'}"
-        case ["saving and check", *_]:
-            return "saving and self check"
+        case ["calibration", *within] if "activation store" in within:
+            return "calibration activations"
+        case ["imports" | "start-up" | "calibration" | "saving and check" as part, *_]:
+            return part
         case ["training", *_, innermost]:
-            return _TRAINING_PARTS[innermost]
+            return innermost
         case _:
             return "other"
 

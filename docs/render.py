@@ -157,8 +157,8 @@ def fine_tuning_table() -> str:
         "rare (< 1e-4)": ("rare_features", ".0f"),
     }
     rows = [
-        f"{'One seed' if len(seeds) == 1 else f'Mean of {len(seeds)} seeds (lowest to highest)'}, "
-        f"{seeds[0]['start']['n_tokens']:,} tokens; torch {versions['torch']}, sae-lens {versions['sae_lens']} "
+        f"Mean of {len(seeds)} seeds (lowest to highest), {seeds[0]['start']['n_tokens']:,} "
+        f"tokens; torch {versions['torch']}, sae-lens {versions['sae_lens']} "
         f"(`{report['command']}`):\n",
         f"| trained on as | {' | '.join(columns)} |",
         "|---" * (len(columns) + 1) + "|",
@@ -175,8 +175,6 @@ def fine_tuning_table() -> str:
 
 def _mean_and_range(values: list[float], style: str) -> str:
     mean = sum(values) / len(values)
-    if len(values) == 1:
-        return f"{mean:{style}}"
     return f"{mean:{style}} ({min(values):{style}}–{max(values):{style}})"
 
 
