@@ -338,13 +338,14 @@ def _interruptible(
     try:
         yield
     except (InterruptedException, KeyboardInterrupt):
-        checkpoints = "nothing is saved, since checkpoint_path is null"
-        if cfg.checkpoint_path is not None:
-            checkpoints = (
-                "to go on, start again with resume_from_checkpoint="
-                f"{cfg.checkpoint_path}"
-            )
-        typer.echo(f"interrupted; {checkpoints}", err=True)
+        folder = cfg.checkpoint_path
+        saved = folder is not None and Path(folder).is_dir()
+        how = (
+            f"to go on, start again with resume_from_checkpoint={folder}"
+            if saved
+            else "no checkpoint was saved"
+        )
+        typer.echo(f"interrupted; {how}", err=True)
         raise typer.Exit(130) from None
 
 

@@ -90,12 +90,12 @@ def convert_sae(
     A Mutual Choice or Feature Choice training SAE with the weights of another SAE: of the same
     inputs it computes the same affinities, and from the same pairs the same reconstruction.
 
-    A gated SAE is carried as the JumpReLU SAE that it equals, see `jumprelu_form`. Thresholds below 0 count as 0, as they do
-    in a JumpReLU SAE at inference. Of a Matryoshka SAE the nesting of the losses is not
-    carried, and hyperparameters of the source's training are not either. A topk SAE has no
-    thresholds: its evaluation mode needs `activations` or a training step. A standard SAE
-    activates all positive affinities, so at its own L0 the budget leaves nothing to
-    allocate: give a smaller k.
+    A gated SAE is carried as the JumpReLU SAE that it equals, see `gate_as_thresholds`.
+    Thresholds below 0 count as 0, as they do in a JumpReLU SAE at inference. Of a Matryoshka
+    SAE the nesting of the losses is not carried, and hyperparameters of the source's training
+    are not either. A topk SAE has no thresholds: its evaluation mode needs `activations` or a
+    training step. A standard SAE activates all positive affinities, so at its own L0 the
+    budget leaves nothing to allocate: give a smaller k.
 
     Args:
         sae: An inference or training SAE of SAELens' topk, batchtopk, jumprelu, standard,
