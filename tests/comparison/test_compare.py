@@ -49,7 +49,7 @@ def test_the_results_are_of_their_schema(results: dict[str, Any]):
     validator = jsonschema.Draft202012Validator(schema)
     validator.check_schema(schema)
     validator.validate(results)
-    del results["points"][0]["runs"][0]["test"]["l0"]
+    del results["points"][0]["runs"][0]["measured"]["l0"]
     assert not validator.is_valid(results)
 
 
@@ -83,7 +83,22 @@ def test_test_figures_are_those_of_the_saved_sae(output: Path):
         sae = SAE.load_from_disk(output / run["folder"] / "l0-2")
         x_hat = sae(test)
         ev = 1 - (x_hat - test).square().sum() / (test - test.mean(0)).square().sum()
-        assert run["test"]["explained_variance"] == pytest.approx(ev.item(), abs=1e-5)
+        assert run["measured"]["explained_variance"] == pytest.approx(ev.item(), abs=1e-5)
+
+
+def test_an_experiment_leaves_the_test_split_unseen(config: Path, tmp_path: Path):
+    output = tmp_path / "output"
+    result = compare(config, output, "compare.measured_on=validation")
+    assert result.exit_code == 0, result.output
+    results = json.loads((output / "results.json").read_text())
+    jsonschema.validate(results, json.loads(SCHEMA.read_text()))
+    for point in results["points"]:
+        for run in point["runs"]:
+            assert run["measured"]["explained_variance"] == pytest.approx(
+                run["validation"]["explained_variance"], abs=1e-6
+            )
+    assert "measured on the validation split" in (output / "report.html").read_text()
+    assert not list(output.rglob("test*.json"))
 
 
 def test_what_has_finished_is_not_done_again(config: Path, output: Path):
@@ -128,7 +143,7 @@ def test_a_summary_is_mean_and_range_over_the_seeds():
         {
             "seconds": seconds,
             "peak_memory_bytes": 10,
-            "test": {"l0": l0, "l0_histogram": [1], "zipf": zipf},
+            "measured": {"l0": l0, "l0_histogram": [1], "zipf": zipf},
         }
         for seconds, l0, zipf in ((1.0, 8.0, {"alpha": 1.0}), (3.0, 9.0, None))
     ]

@@ -47,7 +47,7 @@ def make_point(row: str, k: float) -> dict[str, Any]:
         {
             "seconds": 10.0 * (seed + 1),
             "peak_memory_bytes": 200_000_000,
-            "test": figures_of(
+            "measured": figures_of(
                 usage := make_usage(seed, k),
                 {
                     **usage.to_dict(),

@@ -25,7 +25,7 @@ def figures(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any
         folder = tmp_path_factory.mktemp("cell")
         train_cell(cell, stream, folder)
         sae = SAE.load_from_disk(sae_folder(folder, 4))
-        figures[cell.row] = subject.evaluate(sae, stream)[1]
+        figures[cell.row] = subject.evaluate(sae, stream, "test")[1]
     return figures
 
 

@@ -49,6 +49,8 @@ class ComparisonConfig:
         synthetic: Fields of SAELens' SyntheticModelConfig, for synthetic activations.
         eval_samples: Size of the validation and of the test split of synthetic activations.
         stored_dtype: How activations are kept on disk.
+        measured_on: Split that the figures are measured on: "validation" for experiments
+            whose outcome decides about settings, so that the test split stays unseen.
         shared: The rest of the file.
     """
 
@@ -61,6 +63,7 @@ class ComparisonConfig:
     synthetic: dict[str, Any] | None = None
     eval_samples: int = 100_000
     stored_dtype: Literal["float16", "float32"] = "float16"
+    measured_on: Literal["test", "validation"] = "test"
 
     def cells(self) -> list[Cell]:
         """Every cell of the grid, the first seed before the others."""

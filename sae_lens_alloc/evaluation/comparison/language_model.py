@@ -36,6 +36,7 @@ class LanguageModelSubject(Subject):
         self.heldout_path = Path(config.heldout_path)
         self.stored_dtype = config.stored_dtype
         self.cfg = config.stream_run()
+        self._baselines: dict[str, Baseline] = {}
 
     @override
     def write(self, folder: Path) -> StoredStream:
@@ -62,13 +63,14 @@ class LanguageModelSubject(Subject):
         self,
         sae: SAE[Any],
         stream: StoredStream,  # the model must run to be judged
+        split: str,
     ) -> tuple[Usage, dict[str, Any]]:
         evaluation = evaluate_sae(
             sae,
             self.model,
-            self.contexts["test"],
+            self.contexts[split],
             self.cfg.hook_name,
-            self.baseline,
+            self._baseline(split),
             self.special_token_ids,
         )
         return evaluation, evaluation.to_dict()
@@ -110,15 +112,16 @@ class LanguageModelSubject(Subject):
         ).to(str(self.cfg.llm_device))
         return {"validation": contexts[::2], "test": contexts[1::2]}
 
-    @cached_property
-    def baseline(self) -> Baseline:
-        """The model without an SAE on the test split."""
-        return measure_baseline(
-            self.model,
-            self.contexts["test"],
-            self.cfg.hook_name,
-            self.special_token_ids,
-        )
+    def _baseline(self, split: str) -> Baseline:
+        """The model without an SAE."""
+        if split not in self._baselines:
+            self._baselines[split] = measure_baseline(
+                self.model,
+                self.contexts[split],
+                self.cfg.hook_name,
+                self.special_token_ids,
+            )
+        return self._baselines[split]
 
     def _held_out_activations(self, split: str) -> list[torch.Tensor]:
         taken: list[torch.Tensor] = []

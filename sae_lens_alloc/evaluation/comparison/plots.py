@@ -27,8 +27,8 @@ DEAD_COUNTS = {
 def pareto_plot(
     rows: Mapping[str, Sequence[Point]], metric: str, label: str, tick_format: str
 ) -> go.Figure:
-    """A metric on the test split over L0 there: the mean over seeds in their range."""
-    figure = new_figure("features per token (L0), on the test split", label)
+    """A metric over L0 on the same split: the mean over seeds in their range."""
+    figure = new_figure("features per token (L0)", label)
     for i, (row, points) in enumerate(rows.items()):
         points = sorted(
             (point for point in points if metric in point["over_seeds"]),

@@ -25,7 +25,7 @@ from sae_lens_alloc.evaluation.usage import Usage
 @dataclass(frozen=True)
 class Metric:
     """
-    A figure of the test split.
+    A figure measured on held-out activations.
 
     Args:
         key: Its name in results.json.
@@ -88,8 +88,8 @@ SYNTHETIC = (
     Metric("uniqueness", "uniqueness", "Share of different known features found."),
 )
 COUNTS = (
-    Metric("l0", "features per token", "L0 on the test split.", "{:.2f}"),
-    Metric("dead_features", "dead", "Features active on no test token.", "{:,.0f}"),
+    Metric("l0", "features per token", "L0, as measured.", "{:.2f}"),
+    Metric("dead_features", "dead", "Features active on no token.", "{:,.0f}"),
     Metric("very_rare_features", "< 1e-5", "On fewer than 1 in 100,000.", "{:,.0f}"),
     Metric("rare_features", "< 1e-4", "On fewer than 1 in 10,000.", "{:,.0f}"),
     Metric("zipf_alpha", "α", "Exponent of the fitted law.", "{:.2f}"),
@@ -117,7 +117,7 @@ def write_comparison_report(
     Args:
         path: HTML file to write.
         results: The content of results.json.
-        usages: What the first seed's SAE does on the test split, by row and k.
+        usages: What the first seed's SAE was found to do, by row and k.
     """
     path.write_text(render_comparison_report(results, usages), encoding="utf-8")
 
@@ -147,6 +147,7 @@ def render_comparison_report(
     )
     return environment.get_template("comparison/report.html.jinja").render(
         results=results,
+        split=results["settings"]["compare"].get("measured_on", "test"),
         rows=rows,
         ks=ks,
         middle=middle,

@@ -25,7 +25,7 @@ def middle_k(ks: Collection[float]) -> float:
 
 
 def figures_of(usage: Usage, figures: Mapping[str, Any]) -> dict[str, Any]:
-    """What is kept of one SAE on the test split, from its `Subject.evaluate`."""
+    """What is kept of one SAE on a split, from its `Subject.evaluate`."""
     law = usage.zipf_law()
     return {
         **figures,
@@ -52,13 +52,13 @@ def summary(runs: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, float]]:
 
 
 def _numbers(run: Mapping[str, Any]) -> dict[str, float]:
-    test = run["test"]
+    measured = run["measured"]
     numbers = {
         "seconds": run["seconds"],
         "peak_memory_bytes": run["peak_memory_bytes"],
-        **{name: value for name, value in test.items() if not _is_nested(value)},
+        **{name: value for name, value in measured.items() if not _is_nested(value)},
     }
-    for name, value in (test["zipf"] or {}).items():
+    for name, value in (measured["zipf"] or {}).items():
         if value is not None:
             numbers[f"zipf_{name}"] = value
     return numbers
@@ -88,9 +88,9 @@ def point_results(
             "peak_memory_bytes": results[cell.key]["peak_memory_bytes"],
             "l0_before_calibration": results[cell.key]["l0_before_calibration"],
             "validation": results[cell.key]["validation"][f"{choice.k:g}"],
-            "test": test,
+            "measured": figures,
         }
-        for cell, test in runs
+        for cell, figures in runs
     ]
     cell = choice.cell
     return {

@@ -54,8 +54,9 @@ from sae_lens_alloc.evaluation.usage import Usage
 CONFIG_FILENAME = "comparison.yaml"
 RESULTS_FILENAME = "results.json"
 REPORT_FILENAME = "report.html"
-TEST_FILENAME = "test.json"
-DENSITIES_FILENAME = "densities.safetensors"
+# of what was measured on a split
+FIGURES_FILENAME = "{split}.json"
+DENSITIES_FILENAME = "{split}-densities.safetensors"
 
 
 def run_comparison(
@@ -112,23 +113,25 @@ def run_comparison(
         for cell in other_seeds(cells, [choice])
         if validation_ev(results[cell.key], choice.k) is not None
     }
+    split = config.measured_on
     with _progress(console) as progress:
-        tested = {
-            key: _test(
+        measured = {
+            key: _measure(
                 sae_folder(output / "cells" / cell.key, choice.k),
                 device,
                 subject,
                 stream,
+                split,
             )
             for key, (choice, cell) in progress.track(
-                runs.items(), description="Testing"
+                runs.items(), description=f"Measuring on the {split} split"
             )
         }
     points = [
         point_results(
             choice,
             [
-                (cell, tested[key])
+                (cell, measured[key])
                 for key, (of_choice, cell) in runs.items()
                 if of_choice is choice
             ],
@@ -159,7 +162,7 @@ def run_comparison(
     (output / RESULTS_FILENAME).write_text(text + "\n")
     usages = {
         (point["row"], point["k"]): load_usage(
-            sae_folder(output / point["runs"][0]["folder"], point["k"])
+            sae_folder(output / point["runs"][0]["folder"], point["k"]), split
         )
         for point in points
         if point["runs"]
@@ -175,14 +178,14 @@ def make_subject(config: ComparisonConfig) -> Subject:
     return LanguageModelSubject(config)
 
 
-def load_usage(folder: Path) -> Usage:
-    """What an SAE was found to do on the test split, from the files beside it."""
-    figures = json.loads((folder / TEST_FILENAME).read_text())
+def load_usage(folder: Path, split: str) -> Usage:
+    """What an SAE was found to do on a split, from the files beside it."""
+    figures = json.loads((folder / FIGURES_FILENAME.format(split=split)).read_text())
     histogram = torch.tensor(figures["l0_histogram"])
     return Usage(
         explained_variance=figures["explained_variance"],
         features_per_token=torch.arange(len(histogram)).repeat_interleave(histogram),
-        densities=load_file(folder / DENSITIES_FILENAME)["densities"],
+        densities=load_file(folder / DENSITIES_FILENAME.format(split=split))["densities"],
     )
 
 
@@ -198,14 +201,17 @@ def _claim(output: Path) -> None:
     output.mkdir(parents=True, exist_ok=True)
 
 
-def _test(
-    folder: Path, device: str, subject: Subject, stream: StoredStream
+def _measure(
+    folder: Path, device: str, subject: Subject, stream: StoredStream, split: str
 ) -> dict[str, Any]:
-    path = folder / TEST_FILENAME
+    path = folder / FIGURES_FILENAME.format(split=split)
     if not path.exists():
         sae = SAE.load_from_disk(folder, device=device).eval()
-        usage, figures = subject.evaluate(sae, stream)
-        save_file({"densities": usage.densities}, folder / DENSITIES_FILENAME)
+        usage, figures = subject.evaluate(sae, stream, split)
+        save_file(
+            {"densities": usage.densities},
+            folder / DENSITIES_FILENAME.format(split=split),
+        )
         path.write_text(json.dumps(figures_of(usage, figures), allow_nan=False))
     return json.loads(path.read_text())
 
@@ -231,7 +237,7 @@ def _allocation(
     return {
         "row": point["row"],
         "k": k,
-        "rules": allocation_picture(sae, stream.split("test")),
+        "rules": allocation_picture(sae, stream.split(config.measured_on)),
     }
 
 

@@ -19,9 +19,9 @@ class Subject(ABC):
 
     @abstractmethod
     def evaluate(
-        self, sae: SAE[Any], stream: StoredStream
+        self, sae: SAE[Any], stream: StoredStream, split: str
     ) -> tuple[Usage, dict[str, Any]]:
-        """Measures an SAE on the test split; all figures are also in the dict, for JSON."""
+        """Measures an SAE on a split; all figures are also in the dict, for JSON."""
 
     @abstractmethod
     def facts(self) -> dict[str, Any]:

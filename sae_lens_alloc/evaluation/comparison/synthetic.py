@@ -31,8 +31,8 @@ SAMPLES_PER_BATCH = 4096
 class SyntheticSubject(Subject):
     """
     A SAELens SyntheticModel. Samples are drawn once, each split with a seed of its own; the
-    known features are compared with on further samples, by SAELens'
-    `eval_sae_on_synthetic_data`.
+    known features are compared with on further samples, also with a seed for each split, by
+    SAELens' `eval_sae_on_synthetic_data`.
     """
 
     def __init__(self, config: ComparisonConfig) -> None:
@@ -68,10 +68,10 @@ class SyntheticSubject(Subject):
 
     @override
     def evaluate(
-        self, sae: SAE[Any], stream: StoredStream
+        self, sae: SAE[Any], stream: StoredStream, split: str
     ) -> tuple[Usage, dict[str, Any]]:
-        usage = measure_usage(as_user(sae), stream.split("test").to(sae.device))
-        with temporary_seed(self._seed(len(SPLITS))):
+        usage = measure_usage(as_user(sae), stream.split(split).to(sae.device))
+        with temporary_seed(self._seed(len(SPLITS) + SPLITS.index(split))):
             result = eval_sae_on_synthetic_data(
                 sae,
                 self.model.feature_dict,
