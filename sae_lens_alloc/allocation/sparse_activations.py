@@ -68,6 +68,16 @@ class SparseActivations:
             self.shape,
         )
 
+    def at(self, places: torch.Tensor) -> "SparseActivations":
+        """The pairs at ascending places, int64 of shape (n,)."""
+        return SparseActivations(
+            self.token_indices[places],
+            self.feature_indices[places],
+            self.values[places],
+            self.shape,
+            None if self.real is None else self.real[places],
+        )
+
     def to_dense(self) -> torch.Tensor:
         """Activations of shape (B, F), zero where a pair is not active."""
         dense = self.values.new_zeros(self.shape)

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch.autograd.function import once_differentiable
 
+from sae_lens_alloc.allocation.sparse_activations import SparseActivations
 from sae_lens_alloc.ops.sparse import (
     row_offsets,
     sampled_products,
@@ -150,19 +151,13 @@ class _ReconstructPairs(torch.autograd.Function):
                 grad_rows,
                 out=W_dec_memory,
             )
-            grad_W_enc = sparse_times_dense_transposed(
+            grad_W_enc, grad_b_enc = _encoder_gradients(
                 sorted_features,
                 rows[by_feature] % len(x),
                 grad_pre_by_feature,
                 n_features,
                 x,
-                out=W_enc_memory,
-            )
-            grad_b_enc = torch.segment_reduce(
-                grad_pre_by_feature,
-                "sum",
-                offsets=row_offsets(sorted_features, n_features),
-                initial=0,
+                W_enc_memory,
             )
             grad_x = None
             if ctx.needs_input_grad[0]:
@@ -191,6 +186,99 @@ class _ReconstructPairs(torch.autograd.Function):
             None,
             None,
         )
+
+
+def gradient_for_pairs(
+    x: torch.Tensor,
+    W_enc: torch.Tensor,
+    b_enc: torch.Tensor,
+    pairs: SparseActivations,
+    gradient: torch.Tensor,
+) -> torch.Tensor:
+    """
+    A term of value 0 that gives the pre-activations of some pairs the gradient wanted.
+
+    Dense equivalent: `(g * (h - h.detach())).sum()` with `h = x @ W_enc + b_enc` and `g` of
+    shape (B, F) holding `gradient` at the pairs, x taken as fixed.
+
+    Args:
+        x: Encoder inputs of shape (B, d_in).
+        W_enc: Encoder weights of shape (d_in, F).
+        b_enc: Encoder bias of shape (F,).
+        pairs: The pairs, N of them; their values do not matter.
+        gradient: Shape (N,), 0 for padding.
+
+    Returns:
+        Scalar of the dtype of `gradient`.
+    """
+    return _GradientForPairs.apply(
+        x.detach(),
+        W_enc,
+        b_enc,
+        pairs.token_indices,
+        pairs.feature_indices,
+        gradient.detach(),
+    )
+
+
+class _GradientForPairs(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: torch.Tensor,
+        W_enc: torch.Tensor,
+        b_enc: torch.Tensor,
+        tokens: torch.Tensor,
+        features: torch.Tensor,
+        gradient: torch.Tensor,
+    ) -> torch.Tensor:
+        ctx.save_for_backward(x, tokens, features, gradient)
+        ctx.dtypes = W_enc.dtype, b_enc.dtype
+        ctx.n_features = len(b_enc)
+        return gradient.new_zeros(())
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_out: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # type: ignore[override]
+        x, tokens, features, gradient = ctx.saved_tensors
+        by_feature = features.argsort(stable=True)
+        with torch.autocast(x.device.type, enabled=False):
+            grad_W_enc, grad_b_enc = _encoder_gradients(
+                features[by_feature],
+                tokens[by_feature],
+                (gradient * grad_out)[by_feature],
+                ctx.n_features,
+                x,
+            )
+        return (
+            None,
+            grad_W_enc.to(ctx.dtypes[0]),
+            grad_b_enc.to(ctx.dtypes[1]),
+            None,
+            None,
+            None,
+        )
+
+
+def _encoder_gradients(
+    sorted_features: torch.Tensor,
+    tokens: torch.Tensor,
+    grad_pre: torch.Tensor,
+    n_features: int,
+    x: torch.Tensor,
+    out: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Gradients of W_enc and b_enc from those of pre-activations, pairs by feature."""
+    grad_W_enc = sparse_times_dense_transposed(
+        sorted_features, tokens, grad_pre, n_features, x, out=out
+    )
+    grad_b_enc = torch.segment_reduce(
+        grad_pre,
+        "sum",
+        offsets=row_offsets(sorted_features, n_features),
+        initial=0,
+    )
+    return grad_W_enc, grad_b_enc
 
 
 def _accumulation_dtype(weights: torch.Tensor) -> torch.dtype:

@@ -16,6 +16,7 @@ from torch import nn
 from transformer_lens.hook_points import HookPoint
 from typing_extensions import override
 
+from sae_lens_alloc.allocation.margin import Margin, gains, selection_gradient
 from sae_lens_alloc.allocation.mutual_choice import budget_for, require_no_nan_or_inf
 from sae_lens_alloc.allocation.schedule import budget_per_token
 from sae_lens_alloc.allocation.sparse_activations import SparseActivations
@@ -25,7 +26,12 @@ from sae_lens_alloc.ops.encode_select import (
     KnownAffinities,
     encode_thresholds,
 )
-from sae_lens_alloc.ops.pair_autoencoder import GradientMemory, reconstruct_pairs
+from sae_lens_alloc.ops.pair_autoencoder import (
+    GradientMemory,
+    gradient_for_pairs,
+    reconstruct_pairs,
+)
+from sae_lens_alloc.ops.sparse import sampled_products
 from sae_lens_alloc.saes.allocation_sae_config import AllocationTrainingSAEConfig
 from sae_lens_alloc.saes.allocation_state import AllocationState, Rule
 from sae_lens_alloc.saes.auxiliary_loss import (
@@ -33,7 +39,7 @@ from sae_lens_alloc.saes.auxiliary_loss import (
     auxiliary_pairs,
     auxiliary_weight,
     decoder_norms,
-    outputs_with_auxiliary,
+    outputs_and_parts,
 )
 from sae_lens_alloc.saes.density_state import remove_statistics
 
@@ -225,12 +231,16 @@ class AllocationTrainingSAE(TrainingSAE[T_CONFIG]):
             x = x.detach()
         aux = self._auxiliary_pairs(step_input, step, encoder, x)
         budget = self._budget(len(x), step)
+        n_margin = int(self.cfg.selection_margin * budget)
         rule, previous = self.rule_at(step), self.rule_at(step - 1) if step else None
 
+        affinities = None
         if acts_are_hooked:
             affinities = self._dense_affinities(inputs)
             known = KnownAffinities(affinities.detach().reshape(-1, self.cfg.d_sae))
-            pairs = self.allocation.allocate(known, x, budget, rule, previous)
+            pairs, margin = self.allocation.allocate(
+                known, x, budget, rule, previous, n_margin
+            )
             mask = _mask_of(pairs).view(affinities.shape)
             feature_acts = self.hook_sae_acts_post(affinities * mask)
             recons = self._decode_dense(feature_acts)
@@ -238,13 +248,18 @@ class AllocationTrainingSAE(TrainingSAE[T_CONFIG]):
                 None if aux is None else self._reconstruct(encoder, x, [aux.pairs])[0]
             )
         else:
-            pairs = self.allocation.allocate(encoder, x, budget, rule, previous)
+            pairs, margin = self.allocation.allocate(
+                encoder, x, budget, rule, previous, n_margin
+            )
             feature_acts = pairs.to_coo(sae_in.shape[:-1])
             sets = [pairs] if aux is None else [pairs, aux.pairs]
             recons, *rest = self._reconstruct(encoder, x, sets)
             aux_recons = rest[0] if rest else None
 
-        sae_out, aux_out = self._outputs(recons, aux_recons, inputs.shape)
+        # what a reconstruction of 1 becomes tells by how much the output is scaled
+        unit = None if margin is None else torch.ones_like(recons)
+        parts = [part for part in (aux_recons, unit) if part is not None]
+        sae_out, part_outs = self._outputs(recons, parts, inputs.shape)
         mse_loss = self.mse_loss_fn(sae_out, sae_in).sum(dim=-1).mean()
         self.checks.require(
             torch.isfinite(mse_loss),
@@ -252,17 +267,28 @@ class AllocationTrainingSAE(TrainingSAE[T_CONFIG]):
             "weights have diverged; lower the learning rate or add warm-up steps.",
         )
         losses = {"mse_loss": mse_loss}
-        if aux is not None and aux_out is not None:
-            residual = (sae_in - sae_out).detach()
+        residual = (sae_in - sae_out).detach()
+        if aux is not None:
+            aux_out = part_outs[0]
             losses["auxiliary_reconstruction_loss"] = (
                 aux.coefficient * self.mse_loss_fn(aux_out, residual).sum(dim=-1).mean()
+            )
+        loss = torch.stack(list(losses.values())).sum()
+        if margin is not None:
+            gradient = self._selection_gradient(
+                margin, encoder, residual.reshape(x.shape), part_outs[-1]
+            )
+            loss = loss + (
+                gradient_for_pairs(
+                    x, self.W_enc, self.b_enc, margin.pairs, gradient
+                )
             )
         return TrainStepOutput(
             sae_in=sae_in,
             sae_out=sae_out,
             feature_acts=feature_acts,
             hidden_pre=feature_acts,
-            loss=torch.stack(list(losses.values())).sum(),
+            loss=loss,
             losses=losses,
             metrics=self._metrics(pairs, x.detach()),
         )
@@ -290,18 +316,55 @@ class AllocationTrainingSAE(TrainingSAE[T_CONFIG]):
     def _subtracts_b_dec(self, x: torch.Tensor) -> bool:
         return self.cfg.apply_b_dec_to_input and not x.requires_grad
 
-    def _outputs(
+    @torch.no_grad()
+    def _selection_gradient(
         self,
-        recons: torch.Tensor,
-        aux_recons: torch.Tensor | None,
-        shape: torch.Size,
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """The reconstruction, and the auxiliary one in the space the reconstruction lives in."""
+        margin: Margin,
+        encoder: Encoder,
+        residual: torch.Tensor,
+        unit_out: torch.Tensor,
+    ) -> torch.Tensor:
+        """
+        Gradient of the reconstruction loss with respect to the pre-activations of the margin,
+        by way of the selection, shape (N,).
+
+        Args:
+            margin: The margin of the budget.
+            encoder: The encoder.
+            residual: Activations minus reconstruction, shape (B, d_in).
+            unit_out: What a reconstruction of ones becomes, in the shape of the activations.
+        """
+        pairs = margin.pairs
+        tokens, features = pairs.token_indices, pairs.feature_indices
+        norms = decoder_norms(self.W_dec)
+        scales = unit_out.reshape(residual.shape)[:, 0].to(norms)[tokens]
+        W_dec = self.W_dec.to(norms)
+        products = sampled_products(tokens, features, residual.to(norms), W_dec)
+        gradient = selection_gradient(
+            margin,
+            gains(
+                encoder.pre_acts(pairs),
+                margin.active,
+                scales * products,
+                (scales * norms[features]).square(),
+            ),
+        )
+        if encoder.scale is not None:
+            gradient = gradient * encoder.scale[features]
+        # the loss is a mean over what has a last dimension: tokens, or heads of tokens
+        return gradient * (unit_out.shape[-1] / unit_out.numel())
+
+    def _outputs(
+        self, recons: torch.Tensor, parts: list[torch.Tensor], shape: torch.Size
+    ) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        """
+        The reconstruction, and parts of one without b_dec, in the space of the activations.
+        """
         recons = (recons.view(shape) + self.b_dec).to(recons.dtype)
         recons = self.hook_sae_recons(recons)
-        if aux_recons is None:
-            return self._norm_out(recons), None
-        return outputs_with_auxiliary(self._norm_out, recons, aux_recons.view(shape))
+        return outputs_and_parts(
+            self._norm_out, recons, [part.view(shape) for part in parts]
+        )
 
     def _norm_out(self, recons: torch.Tensor) -> torch.Tensor:
         return self.reshape_fn_out(

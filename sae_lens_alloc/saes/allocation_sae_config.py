@@ -22,6 +22,9 @@ class AllocationTrainingSAEConfig(AuxiliaryLossTrainingSAEConfig):
         k_start (float | None): Budget per token at step 0. It falls linearly to `k` over
             `k_decay_steps` steps. None starts at `k`.
         k_decay_steps (int): Steps over which the budget falls from `k_start` to `k`.
+        selection_margin (float): Under Mutual Choice, the encoder also learns whom to select:
+            from the last pairs within the budget and the first beyond it, this share of the
+            budget on either side, by what being active gains each of them. 0 turns it off.
         aux_loss (Literal["aux_zipf", "aux_k", "none"]): Which features learn from the
             reconstruction error: those that fire less than the fitted Zipf curve predicts
             and the dead ones ("aux_zipf"), the dead ones only ("aux_k", as SAELens' topk),
@@ -61,6 +64,7 @@ class AllocationTrainingSAEConfig(AuxiliaryLossTrainingSAEConfig):
     k: float = 100
     k_start: float | None = None
     k_decay_steps: int = 0
+    selection_margin: float = 0.25
     aux_loss: Literal["aux_zipf", "aux_k", "none"] = "aux_zipf"
     max_density: float = 0.6
     min_tokens_per_feature: float = 0.0
@@ -84,6 +88,12 @@ class AllocationTrainingSAEConfig(AuxiliaryLossTrainingSAEConfig):
                 "at least 1 when k_start is set, or the budget would never reach k",
             )
         require(self.k_decay_steps >= 0, "k_decay_steps", self.k_decay_steps, ">= 0")
+        require(
+            0 <= self.selection_margin <= 1,
+            "selection_margin",
+            self.selection_margin,
+            "in [0, 1]",
+        )
         require(
             self.aux_loss in ("aux_zipf", "aux_k", "none"),
             "aux_loss",

@@ -7,6 +7,7 @@ import torch
 from typing_extensions import override
 
 from sae_lens_alloc.allocation.density import density_ranks, fit_floor
+from sae_lens_alloc.allocation.margin import Margin, split_at_budget
 from sae_lens_alloc.allocation.quotas import most_whole_quotas, take_whole_quotas
 from sae_lens_alloc.allocation.sparse_activations import SparseActivations
 from sae_lens_alloc.allocation.thresholds import follow_cut, track_threshold
@@ -24,6 +25,9 @@ Rule = Literal["mutual", "feature"]
 # Law of the quotas where no Mutual Choice came before. Densities that Mutual Choice finds by
 # itself are flat for about 16 ranks and then fall with an exponent of about 1.
 NATURAL_LAW = ZipfLaw(alpha=1.0, beta=16.0, scale=1.0)
+
+# About the ratio of the margin's smallest affinity to the cut, where the last is not known.
+MARGIN_CUT_GUESS = 0.6
 
 # Features that fired less often in a sample of tokens say nothing about the law's tail.
 MIN_EVENTS = 10
@@ -74,6 +78,7 @@ class AllocationState(DensityState):
         self._cut_is_known: bool | None = None
         self._rank_quotas: tuple[int, int, torch.Tensor, int] | None = None
         self._bounds: torch.Tensor | None = None
+        self._margin_cut: torch.Tensor | None = None
 
     @torch.no_grad()
     def allocate(
@@ -83,7 +88,8 @@ class AllocationState(DensityState):
         budget: int,
         rule: Rule,
         previous_rule: Rule | None,
-    ) -> SparseActivations:
+        n_margin: int = 0,
+    ) -> tuple[SparseActivations, Margin | None]:
         """
         Allocates the budget of a training batch and updates the statistics.
 
@@ -93,25 +99,38 @@ class AllocationState(DensityState):
             budget: Number of pairs M.
             rule: Rule of this step.
             previous_rule: Rule of the step before, None at the first step.
+            n_margin: Pairs of the margin on either side of the cut of Mutual Choice.
+
+        Returns:
+            The active pairs, and the margin, None if there is none.
 
         Raises:
             ValueError: if min_tokens_per_feature does not fit into the budget.
         """
         if rule == "mutual":
-            return self._allocate_mutual(encoder, x, budget)
+            return self._allocate_mutual(encoder, x, budget, n_margin)
         if previous_rule == "mutual":
             self._anchor_quota_law(fit_floor(len(x)))
-        return self._allocate_feature(encoder, x, budget, previous_rule == "mutual")
+        after_mutual = previous_rule == "mutual"
+        return self._allocate_feature(encoder, x, budget, after_mutual), None
 
     def _allocate_mutual(
-        self, encoder: Encoder | KnownAffinities, x: torch.Tensor, budget: int
-    ) -> SparseActivations:
-        cut = self.cut if self._knows_cut() else None
-        pairs = encode_mutual_choice(encoder, x, budget, cut)
+        self,
+        encoder: Encoder | KnownAffinities,
+        x: torch.Tensor,
+        budget: int,
+        n_margin: int,
+    ) -> tuple[SparseActivations, Margin | None]:
+        guess = self._likely_cut(n_margin) if self._knows_cut() else None
+        pairs = encode_mutual_choice(encoder, x, budget + n_margin, guess)
+        margin = None
+        if n_margin and len(pairs.values) > 0:
+            self._margin_cut = pairs.smallest_value().float()
+            pairs, margin = split_at_budget(pairs, budget, n_margin)
         self._track_cut(pairs)
         self.threshold.copy_(self.cut.expand_as(self.threshold))
         self.update_density(pairs.feature_counts(), len(x))
-        return pairs
+        return pairs, margin
 
     def _allocate_feature(
         self,
@@ -191,6 +210,14 @@ class AllocationState(DensityState):
             self._likely_bounds(),
             max_pairs,
         ).pairs.without_padding()
+
+    def _likely_cut(self, n_margin: int) -> torch.Tensor:
+        """Guess of the smallest affinity of the budget and its margin, scalar tensor."""
+        if n_margin == 0:
+            return self.cut
+        if self._margin_cut is None:
+            return self.cut * MARGIN_CUT_GUESS
+        return self._margin_cut
 
     def _likely_bounds(self) -> torch.Tensor:
         """Guesses of a lower bound of each feature's cut, shape (F,)."""

@@ -32,7 +32,7 @@ from sae_lens_alloc.saes.auxiliary_loss import (
     auxiliary_pairs,
     auxiliary_weight,
     decoder_norms,
-    outputs_with_auxiliary,
+    outputs_and_parts,
 )
 from sae_lens_alloc.saes.density_state import DensityState, remove_statistics
 
@@ -210,8 +210,8 @@ class AuxZipfLoss(TrainingSAE[AuxZipfTrainingSAEConfig]):
             features=aux.pairs.feature_indices,
             pre_acts=encoder.pre_acts(aux.pairs),
         ).view(inputs.shape)
-        _, aux_out = outputs_with_auxiliary(
-            self.run_time_activation_norm_fn_out, torch.zeros_like(recons), recons
+        _, (aux_out,) = outputs_and_parts(
+            self.run_time_activation_norm_fn_out, torch.zeros_like(recons), [recons]
         )
         residual = (sae_in - sae_out).detach()
         error = self.mse_loss_fn(aux_out, residual).sum(dim=-1).mean()

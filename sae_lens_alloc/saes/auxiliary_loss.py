@@ -1,6 +1,6 @@
 """The loss by which underutilised features learn from the reconstruction error."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -120,24 +120,27 @@ def auxiliary_pairs(
     )
 
 
-def outputs_with_auxiliary(
+def outputs_and_parts(
     norm_out: Callable[[torch.Tensor], torch.Tensor],
     recons: torch.Tensor,
-    aux_recons: torch.Tensor,
-) -> tuple[torch.Tensor, torch.Tensor]:
+    parts: Sequence[torch.Tensor],
+) -> tuple[torch.Tensor, list[torch.Tensor]]:
     """
-    A reconstruction and an auxiliary one, both of shape (..., d_in), in the space of the
-    activations. The auxiliary one has no part in b_dec, nor in the mean that layer_norm adds
-    back (SAELens #666).
+    A reconstruction and further parts of one, such as the auxiliary one, all of shape
+    (..., d_in), in the space of the activations. The parts have no share in b_dec, nor in
+    the mean that layer_norm adds back (SAELens #666).
 
     Args:
         norm_out: The output normalization of the SAE. It is affine, and works once per input.
         recons: Reconstruction with b_dec, as `norm_out` takes it.
-        aux_recons: Auxiliary reconstruction without b_dec.
+        parts: Reconstructions without b_dec.
     """
-    # Applied to both at once; their difference is its linear part.
-    sae_out, with_aux = norm_out(torch.stack([recons, recons.detach() + aux_recons]))
-    return sae_out, with_aux - sae_out.detach()
+    if not parts:
+        return norm_out(recons), []
+    # Applied to all at once; differences are its linear part.
+    with_parts = [recons.detach() + part for part in parts]
+    sae_out, *outputs = norm_out(torch.stack([recons, *with_parts]))
+    return sae_out, [output - sae_out.detach() for output in outputs]
 
 
 def decoder_norms(W_dec: torch.Tensor) -> torch.Tensor:

@@ -38,13 +38,14 @@ def make_sae(
         architecture: "mutual_choice" or "feature_choice".
         seed: Seed of the weights and of the quota remainders.
         b_enc: Encoder bias of every feature; random and small by default.
-        overrides: Config fields; 8 inputs, 32 features, k 3 and no auxiliary loss otherwise.
+        overrides: Config fields; 8 inputs, 32 features, k 3, no auxiliary loss and no margin otherwise.
     """
     settings: dict[str, Any] = {
         "d_in": 8,
         "d_sae": 32,
         "k": 3,
         "aux_loss": "none",
+        "selection_margin": 0.0,
         **overrides,
     }
     generator = torch.Generator().manual_seed(seed)
