@@ -98,6 +98,8 @@ def train(
         {"architecture": "feature_choice", "b_enc": -1e6},
         {"architecture": "feature_choice", "mutual_choice_steps": 1},
         {"feature_choice_steps": 2},
+        {"selection_margin": 0.25, "feature_choice_steps": 1},
+        {"selection_margin": 0.5, "b_enc": -2.0},
     ],
 )
 def test_training_by_triton_is_training_by_torch(
@@ -149,6 +151,7 @@ def test_a_preview_has_no_padding(architecture: str, triton_device: torch.device
         {"architecture": "feature_choice"},
         # the rule changes at the second of the steps that are watched
         {"architecture": "mutual_choice", "feature_choice_steps": 3},
+        {"architecture": "mutual_choice", "selection_margin": 0.25},
     ],
 )
 def test_a_step_asks_the_device_nothing(
