@@ -27,6 +27,10 @@ from sae_lens_alloc.saes.feature_choice_sae import (
     FeatureChoiceTrainingSAE,
     FeatureChoiceTrainingSAEConfig,
 )
+from sae_lens_alloc.saes.matryoshka_mutual_choice_sae import (
+    MatryoshkaMutualChoiceTrainingSAE,
+    MatryoshkaMutualChoiceTrainingSAEConfig,
+)
 from sae_lens_alloc.saes.mutual_choice_sae import (
     MutualChoiceTrainingSAE,
     MutualChoiceTrainingSAEConfig,
@@ -49,6 +53,8 @@ __all__ = [
     "ConversionReport",
     "FeatureChoiceTrainingSAE",
     "FeatureChoiceTrainingSAEConfig",
+    "MatryoshkaMutualChoiceTrainingSAE",
+    "MatryoshkaMutualChoiceTrainingSAEConfig",
     "MutualChoiceTrainingSAE",
     "MutualChoiceTrainingSAEConfig",
     "SparseActivations",
@@ -68,6 +74,7 @@ def _register() -> None:
     for sae_class, config_class in (
         (MutualChoiceTrainingSAE, MutualChoiceTrainingSAEConfig),
         (FeatureChoiceTrainingSAE, FeatureChoiceTrainingSAEConfig),
+        (MatryoshkaMutualChoiceTrainingSAE, MatryoshkaMutualChoiceTrainingSAEConfig),
     ):
         name = config_class.architecture()
         registered = SAE_TRAINING_CLASS_REGISTRY.get(name)

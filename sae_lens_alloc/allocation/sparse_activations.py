@@ -78,6 +78,22 @@ class SparseActivations:
             None if self.real is None else self.real[places],
         )
 
+    def of_first_features(self, width: int) -> "SparseActivations":
+        """
+        The pairs of the features below `width`. On a GPU, which would have to be asked how
+        many there are, the others become padding.
+        """
+        kept = self.feature_indices < width
+        if not self.values.is_cuda and self.real is None:
+            return self.at(kept.nonzero().squeeze(1))
+        return SparseActivations(
+            self.token_indices,
+            self.feature_indices,
+            self.values * kept,
+            self.shape,
+            kept if self.real is None else kept & self.real,
+        )
+
     def to_dense(self) -> torch.Tensor:
         """Activations of shape (B, F), zero where a pair is not active."""
         dense = self.values.new_zeros(self.shape)

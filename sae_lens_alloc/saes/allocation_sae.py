@@ -2,7 +2,7 @@
 
 import math
 from abc import abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -234,7 +234,6 @@ class AllocationTrainingSAE(TrainingSAE[T_CONFIG]):
         n_margin = int(self.cfg.selection_margin * budget)
         rule, previous = self.rule_at(step), self.rule_at(step - 1) if step else None
 
-        affinities = None
         if acts_are_hooked:
             affinities = self._dense_affinities(inputs)
             known = KnownAffinities(affinities.detach().reshape(-1, self.cfg.d_sae))
@@ -243,45 +242,50 @@ class AllocationTrainingSAE(TrainingSAE[T_CONFIG]):
             )
             mask = _mask_of(pairs).view(affinities.shape)
             feature_acts = self.hook_sae_acts_post(affinities * mask)
-            recons = self._decode_dense(feature_acts)
-            aux_recons = (
-                None if aux is None else self._reconstruct(encoder, x, [aux.pairs])[0]
-            )
+            sets, all_recons = [], [self._decode_dense(feature_acts)]
         else:
             pairs, margin = self.allocation.allocate(
                 encoder, x, budget, rule, previous, n_margin
             )
             feature_acts = pairs.to_coo(sae_in.shape[:-1])
-            sets = [pairs] if aux is None else [pairs, aux.pairs]
-            recons, *rest = self._reconstruct(encoder, x, sets)
-            aux_recons = rest[0] if rest else None
+            sets, all_recons = [pairs], []
+        inner_widths = self.inner_widths()
+        sets += [pairs.of_first_features(width) for width in inner_widths]
+        sets += [] if aux is None else [aux.pairs]
+        if sets:
+            all_recons += self._reconstruct(encoder, x, sets)
+        n_levels = 1 + len(inner_widths)
+        levels, parts = all_recons[:n_levels], all_recons[n_levels:]
+        if margin is not None:
+            # what a reconstruction of 1 becomes tells by how much the output is scaled
+            parts.append(torch.ones_like(levels[0]))
 
-        # what a reconstruction of 1 becomes tells by how much the output is scaled
-        unit = None if margin is None else torch.ones_like(recons)
-        parts = [part for part in (aux_recons, unit) if part is not None]
-        sae_out, part_outs = self._outputs(recons, parts, inputs.shape)
-        mse_loss = self.mse_loss_fn(sae_out, sae_in).sum(dim=-1).mean()
+        level_outs, part_outs = self._outputs(levels, parts, inputs.shape)
+        sae_out = level_outs[0]
+        mse_losses = [
+            self.mse_loss_fn(out, sae_in).sum(dim=-1).mean() for out in level_outs
+        ]
         self.checks.require(
-            torch.isfinite(mse_loss),
+            torch.isfinite(mse_losses[0]),
             f"The reconstruction loss became NaN or Inf at training step {step}: the "
             "weights have diverged; lower the learning rate or add warm-up steps.",
         )
-        losses = {"mse_loss": mse_loss}
-        residual = (sae_in - sae_out).detach()
+        names = ["mse_loss", *(f"inner_mse_loss_{width}" for width in inner_widths)]
+        losses = dict(zip(names, mse_losses, strict=True))
+        residuals = [(sae_in - out).detach() for out in level_outs]
         if aux is not None:
-            aux_out = part_outs[0]
             losses["auxiliary_reconstruction_loss"] = (
-                aux.coefficient * self.mse_loss_fn(aux_out, residual).sum(dim=-1).mean()
+                aux.coefficient
+                * self.mse_loss_fn(part_outs[0], residuals[0]).sum(dim=-1).mean()
             )
         loss = torch.stack(list(losses.values())).sum()
         if margin is not None:
+            widths = [self.cfg.d_sae, *inner_widths]
             gradient = self._selection_gradient(
-                margin, encoder, residual.reshape(x.shape), part_outs[-1]
+                margin, encoder, dict(zip(widths, residuals, strict=True)), part_outs[-1]
             )
-            loss = loss + (
-                gradient_for_pairs(
-                    x, self.W_enc, self.b_enc, margin.pairs, gradient
-                )
+            loss = loss + gradient_for_pairs(
+                x, self.W_enc, self.b_enc, margin.pairs, gradient
             )
         return TrainStepOutput(
             sae_in=sae_in,
@@ -316,12 +320,19 @@ class AllocationTrainingSAE(TrainingSAE[T_CONFIG]):
     def _subtracts_b_dec(self, x: torch.Tensor) -> bool:
         return self.cfg.apply_b_dec_to_input and not x.requires_grad
 
+    def inner_widths(self) -> Sequence[int]:
+        """
+        Numbers of first features that must reconstruct the activations without the others,
+        besides all of them.
+        """
+        return ()
+
     @torch.no_grad()
     def _selection_gradient(
         self,
         margin: Margin,
         encoder: Encoder,
-        residual: torch.Tensor,
+        residuals: Mapping[int, torch.Tensor],
         unit_out: torch.Tensor,
     ) -> torch.Tensor:
         """
@@ -331,22 +342,28 @@ class AllocationTrainingSAE(TrainingSAE[T_CONFIG]):
         Args:
             margin: The margin of the budget.
             encoder: The encoder.
-            residual: Activations minus reconstruction, shape (B, d_in).
-            unit_out: What a reconstruction of ones becomes, in the shape of the activations.
+            residuals: Activations minus the reconstruction from so many first features, in
+                the shape of the activations.
+            unit_out: What a reconstruction of ones becomes, in the same shape.
         """
         pairs = margin.pairs
         tokens, features = pairs.token_indices, pairs.feature_indices
         norms = decoder_norms(self.W_dec)
-        scales = unit_out.reshape(residual.shape)[:, 0].to(norms)[tokens]
         W_dec = self.W_dec.to(norms)
-        products = sampled_products(tokens, features, residual.to(norms), W_dec)
+        scales = unit_out.reshape(-1, self.cfg.d_in)[:, 0].to(norms)[tokens]
+        products, n_levels = torch.zeros_like(scales), torch.zeros_like(scales)
+        for width, residual in residuals.items():
+            takes_part = features < width
+            errors = residual.reshape(-1, self.cfg.d_in).to(norms)
+            products += takes_part * sampled_products(tokens, features, errors, W_dec)
+            n_levels += takes_part
         gradient = selection_gradient(
             margin,
             gains(
                 encoder.pre_acts(pairs),
                 margin.active,
                 scales * products,
-                (scales * norms[features]).square(),
+                n_levels * (scales * norms[features]).square(),
             ),
         )
         if encoder.scale is not None:
@@ -355,13 +372,16 @@ class AllocationTrainingSAE(TrainingSAE[T_CONFIG]):
         return gradient * (unit_out.shape[-1] / unit_out.numel())
 
     def _outputs(
-        self, recons: torch.Tensor, parts: list[torch.Tensor], shape: torch.Size
-    ) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        self,
+        levels: Sequence[torch.Tensor],
+        parts: Sequence[torch.Tensor],
+        shape: torch.Size,
+    ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
         """
-        The reconstruction, and parts of one without b_dec, in the space of the activations.
+        Reconstructions without b_dec, and parts of them, in the space of the activations.
         """
-        recons = (recons.view(shape) + self.b_dec).to(recons.dtype)
-        recons = self.hook_sae_recons(recons)
+        recons = [(level.view(shape) + self.b_dec).to(level.dtype) for level in levels]
+        recons[0] = self.hook_sae_recons(recons[0])
         return outputs_and_parts(
             self._norm_out, recons, [part.view(shape) for part in parts]
         )

@@ -211,7 +211,7 @@ class AuxZipfLoss(TrainingSAE[AuxZipfTrainingSAEConfig]):
             pre_acts=encoder.pre_acts(aux.pairs),
         ).view(inputs.shape)
         _, (aux_out,) = outputs_and_parts(
-            self.run_time_activation_norm_fn_out, torch.zeros_like(recons), [recons]
+            self.run_time_activation_norm_fn_out, [torch.zeros_like(recons)], [recons]
         )
         residual = (sae_in - sae_out).detach()
         error = self.mse_loss_fn(aux_out, residual).sum(dim=-1).mean()

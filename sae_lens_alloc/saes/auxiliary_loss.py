@@ -122,25 +122,24 @@ def auxiliary_pairs(
 
 def outputs_and_parts(
     norm_out: Callable[[torch.Tensor], torch.Tensor],
-    recons: torch.Tensor,
+    recons: Sequence[torch.Tensor],
     parts: Sequence[torch.Tensor],
-) -> tuple[torch.Tensor, list[torch.Tensor]]:
+) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
     """
-    A reconstruction and further parts of one, such as the auxiliary one, all of shape
-    (..., d_in), in the space of the activations. The parts have no share in b_dec, nor in
-    the mean that layer_norm adds back (SAELens #666).
+    Reconstructions, and parts of one such as the auxiliary one, all of shape (..., d_in), in
+    the space of the activations. The parts have no share in b_dec, nor in the mean that
+    layer_norm adds back (SAELens #666).
 
     Args:
         norm_out: The output normalization of the SAE. It is affine, and works once per input.
-        recons: Reconstruction with b_dec, as `norm_out` takes it.
+        recons: Reconstructions with b_dec, as `norm_out` takes them; at least one.
         parts: Reconstructions without b_dec.
     """
-    if not parts:
-        return norm_out(recons), []
-    # Applied to all at once; differences are its linear part.
-    with_parts = [recons.detach() + part for part in parts]
-    sae_out, *outputs = norm_out(torch.stack([recons, *with_parts]))
-    return sae_out, [output - sae_out.detach() for output in outputs]
+    # Applied to all at once; a part is what it adds to the first of them.
+    base = recons[0].detach()
+    outputs = norm_out(torch.stack([*recons, *(base + part for part in parts)]))
+    outs, with_parts = outputs[: len(recons)], outputs[len(recons) :]
+    return list(outs), [out - outs[0].detach() for out in with_parts]
 
 
 def decoder_norms(W_dec: torch.Tensor) -> torch.Tensor:

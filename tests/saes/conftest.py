@@ -5,14 +5,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from sae_lens.registry import SAE_TRAINING_CLASS_REGISTRY
 from sae_lens.saes.sae import TrainingSAE, TrainStepInput, TrainStepOutput
 
-from sae_lens_alloc import (
-    FeatureChoiceTrainingSAE,
-    FeatureChoiceTrainingSAEConfig,
-    MutualChoiceTrainingSAE,
-    MutualChoiceTrainingSAEConfig,
-)
+import sae_lens_alloc  # noqa: F401  registers the architectures
 from sae_lens_alloc.saes.allocation_sae import AllocationTrainingSAE
 from sae_lens_alloc.saes.allocation_state import AllocationState
 from tests.helpers import one_thread
@@ -35,7 +31,7 @@ def make_sae(
     and an encoder that is not the decoder's transpose.
 
     Args:
-        architecture: "mutual_choice" or "feature_choice".
+        architecture: One of this package's.
         seed: Seed of the weights and of the quota remainders.
         b_enc: Encoder bias of every feature; random and small by default.
         overrides: Config fields; 8 inputs, 32 features, k 3, no auxiliary loss and no margin otherwise.
@@ -50,11 +46,9 @@ def make_sae(
     }
     generator = torch.Generator().manual_seed(seed)
     torch.manual_seed(seed)  # the quota remainders
-    sae: AllocationTrainingSAE[Any]
-    if architecture == "mutual_choice":
-        sae = MutualChoiceTrainingSAE(MutualChoiceTrainingSAEConfig(**settings))
-    else:
-        sae = FeatureChoiceTrainingSAE(FeatureChoiceTrainingSAEConfig(**settings))
+    sae_class, config_class = SAE_TRAINING_CLASS_REGISTRY[architecture]
+    sae = sae_class(config_class(**settings))
+    assert isinstance(sae, AllocationTrainingSAE)
 
     def normal(*shape: int) -> torch.Tensor:
         return torch.randn(*shape, generator=generator, dtype=torch.float64)
