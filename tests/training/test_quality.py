@@ -112,12 +112,17 @@ class DenseTraining:
             mask, fired = self._feature_choice(affinities, after_mutual)
         # the window of the running densities is longer than this training
         self.density.lerp_(fired / len(x), 1 / (step + 1))
-        gradients = self.dense.step(
+        result = self.dense.step(
             x,
             mask,
             self._auxiliary_mask(affinities) if n_flagged else None,
             weight * min(1.0, n_flagged / K),
-        ).grads
+        )
+        gradients = result.grads
+        if rule == "mutual":
+            error = x.double() - result.sae_out
+            for name, gradient in self._selection_gradients(affinities, error, x):
+                gradients[name] = gradients[name] + gradient
         for name, parameter in self.dense.weights.items():
             parameter.grad = gradients[name]
         torch.nn.utils.clip_grad_norm_(self.dense.weights.values(), 1.0)
@@ -147,6 +152,26 @@ class DenseTraining:
         self.cut = follow_cut(self.cut, cut) if self.cut > 0 else cut
         self.threshold = self.cut.expand_as(self.threshold)
         return mask, mask.sum(0)
+
+    @torch.no_grad()
+    def _selection_gradients(
+        self, affinities: torch.Tensor, error: torch.Tensor, x: torch.Tensor
+    ) -> list[tuple[str, torch.Tensor]]:
+        """How the encoder learns whom to select, by the formulas of docs/method.md."""
+        budget = K * len(x)
+        n_margin = int(self.sae_cfg.selection_margin * budget)
+        order = affinities.flatten().argsort(descending=True, stable=True)
+        margin = order[budget - n_margin : budget + n_margin]
+        a = affinities.flatten()[margin]
+        norms = self.dense.weights["W_dec"].norm(dim=1)
+        projections = (error @ self.dense.weights["W_dec"].T / norms).flatten()[margin]
+        sign = torch.where(torch.arange(len(margin)) < n_margin, 1, -1)
+        gain = 2 * a * projections + sign * a**2
+        gradient = torch.zeros_like(affinities)
+        gradient.view(-1)[margin] = (gain.mean() - gain) / (a.max() - a.min()) / len(x)
+        gradient *= norms
+        inputs = x.double() - self.dense.weights["b_dec"]
+        return [("W_enc", inputs.T @ gradient), ("b_enc", gradient.sum(0))]
 
     def _feature_choice(
         self, affinities: torch.Tensor, after_mutual: bool
