@@ -28,8 +28,8 @@ from sae_lens_alloc.ops.encode_select import (
 )
 from sae_lens_alloc.ops.pair_autoencoder import (
     GradientMemory,
-    gradient_for_pairs,
-    reconstruct_pairs,
+    decode_pairs,
+    pair_pre_acts,
 )
 from sae_lens_alloc.ops.sparse import sampled_products
 from sae_lens_alloc.saes.allocation_sae_config import AllocationTrainingSAEConfig
@@ -157,7 +157,7 @@ class AllocationTrainingSAE(TrainingSAE[T_CONFIG]):
         inputs = self.process_sae_in(x)
         pairs = select(encoder, inputs)
         return pairs, self._finish_decode(
-            self._reconstruct(encoder, inputs, [pairs])[0]
+            self._reconstruct(encoder, inputs, [pairs])[0][0]
         )
 
     def _budget(self, n_tokens: int, step: int) -> int:
@@ -252,8 +252,8 @@ class AllocationTrainingSAE(TrainingSAE[T_CONFIG]):
         inner_widths = self.inner_widths()
         sets += [pairs.of_first_features(width) for width in inner_widths]
         sets += [] if aux is None else [aux.pairs]
-        if sets:
-            all_recons += self._reconstruct(encoder, x, sets)
+        recons, margin_pre_acts = self._reconstruct(encoder, x, sets, margin)
+        all_recons += recons
         n_levels = 1 + len(inner_widths)
         levels, parts = all_recons[:n_levels], all_recons[n_levels:]
         if margin is not None:
@@ -284,9 +284,8 @@ class AllocationTrainingSAE(TrainingSAE[T_CONFIG]):
             gradient = self._selection_gradient(
                 margin, encoder, dict(zip(widths, residuals, strict=True)), part_outs[-1]
             )
-            loss = loss + gradient_for_pairs(
-                x, self.W_enc, self.b_enc, margin.pairs, gradient
-            )
+            # a term of value 0 that has this gradient
+            loss = loss + gradient @ (margin_pre_acts - margin_pre_acts.detach())
         return TrainStepOutput(
             sae_in=sae_in,
             sae_out=sae_out,
@@ -298,24 +297,46 @@ class AllocationTrainingSAE(TrainingSAE[T_CONFIG]):
         )
 
     def _reconstruct(
-        self, encoder: Encoder, x: torch.Tensor, sets: list[SparseActivations]
-    ) -> torch.Tensor:
-        """Reconstructions of shape (number of sets, B, d_in) without b_dec."""
-        return reconstruct_pairs(
+        self,
+        encoder: Encoder,
+        x: torch.Tensor,
+        sets: Sequence[SparseActivations],
+        margin: Margin | None = None,
+    ) -> tuple[list[torch.Tensor], torch.Tensor]:
+        """
+        Reconstructions of shape (B, d_in) without b_dec, one for each set, and the
+        pre-activations of the margin's pairs. All share one gradient of the encoder.
+        """
+        encoded = [*sets] if margin is None else [*sets, margin.pairs]
+        if not encoded:
+            return [], x.new_zeros(0)
+        rows = [pairs.token_indices + i * len(x) for i, pairs in enumerate(encoded)]
+        features = [pairs.feature_indices for pairs in encoded]
+        pre_acts = pair_pre_acts(
             x,
             self.W_enc,
             self.b_enc,
-            self.W_dec,
-            rows=torch.cat(
-                [pairs.token_indices + i * len(x) for i, pairs in enumerate(sets)]
-            ),
-            features=torch.cat([pairs.feature_indices for pairs in sets]),
-            pre_acts=torch.cat([encoder.pre_acts(pairs) for pairs in sets]),
-            n_sets=len(sets),
-            real=_real_pairs(sets),
+            torch.cat(rows),
+            torch.cat(features),
+            torch.cat([encoder.pre_acts(pairs) for pairs in encoded]),
+            n_sets=len(encoded),
             subtracted=self.b_dec if self._subtracts_b_dec(x) else None,
             memory=self.gradient_memory,
+            real=_real_pairs(encoded),
         )
+        if not sets:
+            return [], pre_acts
+        n_decoded = sum(len(pairs.values) for pairs in sets)
+        recons = decode_pairs(
+            pre_acts[:n_decoded],
+            self.W_dec,
+            torch.cat(rows[: len(sets)]),
+            torch.cat(features[: len(sets)]),
+            len(x),
+            n_sets=len(sets),
+            memory=self.gradient_memory,
+        )
+        return list(recons), pre_acts[n_decoded:]
 
     def _subtracts_b_dec(self, x: torch.Tensor) -> bool:
         return self.cfg.apply_b_dec_to_input and not x.requires_grad
@@ -506,7 +527,7 @@ def _has_hooks(hook: HookPoint) -> bool:
     return len(hook._forward_hooks) > 0 or len(hook._backward_hooks) > 0
 
 
-def _real_pairs(sets: list[SparseActivations]) -> torch.Tensor | None:
+def _real_pairs(sets: Sequence[SparseActivations]) -> torch.Tensor | None:
     """Which pairs of all the sets are no padding, None if there is none."""
     if all(pairs.real is None for pairs in sets):
         return None

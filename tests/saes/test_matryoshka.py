@@ -98,6 +98,7 @@ def test_the_margin_counts_the_gain_in_every_level(normalize_activations: str):
     expected = gradients(without, output_without.loss)
     expected["W_enc"] = expected["W_enc"] + inputs.T @ gradient
     expected["b_enc"] = expected["b_enc"] + gradient.sum(0)
+    expected["b_dec"] = expected["b_dec"] - without.W_enc.detach() @ gradient.sum(0)
     assert_grads_equal(gradients(sae, output.loss), expected)
 
 

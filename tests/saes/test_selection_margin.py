@@ -87,6 +87,9 @@ def test_the_gradient_is_what_selecting_a_pair_gains(
     expected = gradients(without, output_without.loss)
     expected["W_enc"] = expected["W_enc"] + inputs.T @ gradient
     expected["b_enc"] = expected["b_enc"] + gradient.sum(0)
+    if apply_b_dec_to_input:
+        shift = without.W_enc.detach() @ gradient.sum(0)
+        expected["b_dec"] = expected["b_dec"] - shift
     assert gradient.abs().max() > 1e-3
     assert_grads_equal(gradients(sae, output.loss), expected)
 

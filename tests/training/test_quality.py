@@ -171,7 +171,12 @@ class DenseTraining:
         gradient.view(-1)[margin] = (gain.mean() - gain) / (a.max() - a.min()) / len(x)
         gradient *= norms
         inputs = x.double() - self.dense.weights["b_dec"]
-        return [("W_enc", inputs.T @ gradient), ("b_enc", gradient.sum(0))]
+        gradient_b_enc = gradient.sum(0)
+        return [
+            ("W_enc", inputs.T @ gradient),
+            ("b_enc", gradient_b_enc),
+            ("b_dec", -self.dense.weights["W_enc"] @ gradient_b_enc),
+        ]
 
     def _feature_choice(
         self, affinities: torch.Tensor, after_mutual: bool
