@@ -49,9 +49,10 @@ def test_model_and_hook_exist_and_have_the_width(cfg: Any):
 def test_schedule_is_the_recipe(cfg: Any):
     steps = 500_000_000 // 4096
     assert cfg.total_training_steps == steps == 122_070
-    assert cfg.sae.aux_loss_decay_start == 91_552
     if cfg.sae.architecture() == "mutual_choice":
-        assert cfg.sae.feature_choice_steps == 91_552
+        assert cfg.sae.feature_choice_steps == cfg.sae.k_decay_steps == 61_035
+        assert cfg.sae.k_start == 2 * cfg.sae.k
+        assert cfg.sae.aux_loss_decay_start is None
     assert cfg.lr_decay_steps == 24_414
     assert cfg.lr == 3e-4
 
@@ -68,7 +69,8 @@ def test_sink_tokens_take_no_share_of_the_budget(cfg: Any):
 def test_demo_config():
     cfg = load_runner_config(DEMO_CONFIG)
     assert cfg.total_training_steps == 390
-    assert cfg.sae.feature_choice_steps == 292
+    assert cfg.sae.feature_choice_steps == cfg.sae.k_decay_steps == 195
+    assert cfg.sae.k_start == 2 * cfg.sae.k
 
 
 @pytest.mark.parametrize("path", COMPARISONS, ids=lambda path: path.stem)
