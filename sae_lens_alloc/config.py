@@ -15,6 +15,7 @@ from sae_lens.registry import SAE_TRAINING_CLASS_REGISTRY
 from sae_lens.saes.sae import SAEConfig, SAEMetadata
 
 from sae_lens_alloc.config_file import parse_value, read_mapping
+from sae_lens_alloc.saes.allocation_sae_config import AllocationTrainingSAEConfig
 from sae_lens_alloc.typed_values import convert, in_words
 
 # Step counts that may be given as a share of the training steps, such as "75%".
@@ -27,6 +28,8 @@ SHARE_KEYS = (
     "sae.aux_loss_decay_start",
     "sae.k_decay_steps",
 )
+# May be given as a share of k, such as "200%".
+BUDGET_SHARE_KEY = "sae.k_start"
 SAE_SCHEDULE_KEYS = (
     "feature_choice_steps",
     "mutual_choice_steps",
@@ -60,7 +63,8 @@ def load_runner_config(
 
     The file has the fields of SAELens' LanguageModelSAERunnerConfig at top level, those of
     LoggingConfig under `logger:` and those of a training SAE under `sae:`, together with
-    `architecture:`. Step counts may be shares of the training steps, such as "75%". The
+    `architecture:`. Step counts may be shares of the training steps, such as "75%", and
+    `k_start` a share of k, such as "200%". The
     `runner_cfg.json` that SAELens saves beside an SAE is such a file too.
 
     Args:
@@ -272,6 +276,10 @@ def _typed(
         key = f"{prefix}{name}"
         if key in SHARE_KEYS and isinstance(value, str):
             value = _share_of(steps, key, value)
+        elif key == BUDGET_SHARE_KEY and isinstance(value, str):
+            value = _multiple_of_k(
+                settings.get("k", AllocationTrainingSAEConfig.k), key, value
+            )
         try:
             values[name] = convert(value, hints[name])
         except TypeError:
@@ -283,12 +291,26 @@ def _typed(
     return values
 
 
-def _share_of(steps: Fraction, key: str, text: str) -> int:
+def _percentage(text: str) -> Fraction | None:
+    """What a text such as "75%" says, None if it is no percentage."""
     try:
-        share = Fraction(text.removesuffix("%").strip()) / 100
+        return Fraction(text.removesuffix("%").strip()) / 100 if "%" in text else None
     except ValueError:
-        share = None
-    if share is None or not text.endswith("%") or not 0 <= share <= 1:
+        return None
+
+
+def _multiple_of_k(k: Any, key: str, text: str) -> float:
+    share = _percentage(text)
+    if share is None or share < 1:
+        raise ValueError(
+            f"{key} must be a number of features or a share of k from '100%' on, got {text!r}."
+        )
+    return float(share * Fraction(str(k)))
+
+
+def _share_of(steps: Fraction, key: str, text: str) -> int:
+    share = _percentage(text)
+    if share is None or not 0 <= share <= 1:
         raise ValueError(
             f"{key} must be a number of steps or a share of them from '0%' to '100%', "
             f"got {text!r}."

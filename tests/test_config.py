@@ -194,6 +194,17 @@ def test_share_of_the_training_steps_becomes_a_step_count(config_path: Path):
     assert cfg.dead_feature_window == 100
 
 
+@pytest.mark.parametrize(
+    ("overrides", "k_start"),
+    [(["sae.k=7"], 14.0), (["sae.k=0.3"], 0.6), (["sae.k=7", "sae.k_start=100%"], 7.0)],
+)
+def test_the_first_budget_may_be_a_share_of_k(
+    config_path: Path, overrides: list[str], k_start: float
+):
+    cfg = load(config_path, "sae.k_decay_steps=50%", "sae.k_start=200%", *overrides)
+    assert cfg.sae.k_start == pytest.approx(k_start)
+
+
 def test_share_for_feature_choice(config_path: Path):
     cfg = load(
         config_path, "sae.architecture=feature_choice", "sae.mutual_choice_steps=25%"
@@ -379,6 +390,11 @@ def test_every_option_of_a_union_is_accepted(
             ["sae.aux_loss_decay_start=200"],
             "sae.aux_loss_decay_start (200) exceeds the 100 training steps.",
         ),
+        (
+            ["sae.k_start=50%", "sae.k_decay_steps=50%"],
+            "sae.k_start must be a number of features or a share of k from '100%' on, got "
+            "'50%'.",
+        ),
         (["dtype=bf16"], "dtype 'bf16' is unknown, did you mean 'bfloat16'?"),
         (
             ["sae.dtype=float3"],
@@ -453,8 +469,8 @@ def test_buffer_counts_the_positions_that_are_kept(config_path: Path):
             "sae.architecture is missing; it may be abstopk, batchtopk, "
             "batchtopk_aux_zipf, feature_choice, gated, gated_aux_zipf, jumprelu, "
             "jumprelu_aux_zipf, matching_pursuit, matryoshka_batchtopk, "
-            "matryoshka_batchtopk_aux_zipf, mutual_choice, standard, "
-            "standard_aux_zipf, topk, topk_aux_zipf.",
+            "matryoshka_batchtopk_aux_zipf, matryoshka_mutual_choice, mutual_choice, "
+            "standard, standard_aux_zipf, topk, topk_aux_zipf.",
         ),
     ],
 )

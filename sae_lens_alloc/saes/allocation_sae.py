@@ -282,7 +282,10 @@ class AllocationTrainingSAE(TrainingSAE[T_CONFIG]):
         if margin is not None:
             widths = [self.cfg.d_sae, *inner_widths]
             gradient = self._selection_gradient(
-                margin, encoder, dict(zip(widths, residuals, strict=True)), part_outs[-1]
+                margin,
+                encoder,
+                dict(zip(widths, residuals, strict=True)),
+                part_outs[-1],
             )
             # a term of value 0 that has this gradient
             loss = loss + gradient @ (margin_pre_acts - margin_pre_acts.detach())

@@ -83,7 +83,9 @@ def test_test_figures_are_those_of_the_saved_sae(output: Path):
         sae = SAE.load_from_disk(output / run["folder"] / "l0-2")
         x_hat = sae(test)
         ev = 1 - (x_hat - test).square().sum() / (test - test.mean(0)).square().sum()
-        assert run["measured"]["explained_variance"] == pytest.approx(ev.item(), abs=1e-5)
+        assert run["measured"]["explained_variance"] == pytest.approx(
+            ev.item(), abs=1e-5
+        )
 
 
 def test_an_experiment_leaves_the_test_split_unseen(config: Path, tmp_path: Path):

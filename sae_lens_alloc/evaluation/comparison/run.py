@@ -185,7 +185,9 @@ def load_usage(folder: Path, split: str) -> Usage:
     return Usage(
         explained_variance=figures["explained_variance"],
         features_per_token=torch.arange(len(histogram)).repeat_interleave(histogram),
-        densities=load_file(folder / DENSITIES_FILENAME.format(split=split))["densities"],
+        densities=load_file(folder / DENSITIES_FILENAME.format(split=split))[
+            "densities"
+        ],
     )
 
 
