@@ -88,5 +88,5 @@ def test_comparisons_hold_the_stock_architectures_and_ours(name: str):
     rows = load_comparison(FOLDER / f"{name}.yaml")[0].rows.values()
     assert {row["architecture"] for row in rows} == {
         *("standard", "gated", "topk", "batchtopk", "jumprelu", "matryoshka_batchtopk"),
-        *("mutual_choice", "feature_choice"),
+        *("mutual_choice", "matryoshka_mutual_choice", "feature_choice"),
     }
