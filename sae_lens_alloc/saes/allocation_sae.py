@@ -234,21 +234,25 @@ class AllocationTrainingSAE(TrainingSAE[T_CONFIG]):
         n_margin = int(self.cfg.selection_margin * budget)
         rule, previous = self.rule_at(step), self.rule_at(step - 1) if step else None
 
-        if acts_are_hooked:
-            affinities = self._dense_affinities(inputs)
-            known = KnownAffinities(affinities.detach().reshape(-1, self.cfg.d_sae))
-            pairs, margin = self.allocation.allocate(
-                known, x, budget, rule, previous, n_margin
-            )
+        affinities = self._dense_affinities(inputs) if acts_are_hooked else None
+        pairs, margin = self.allocation.allocate(
+            encoder
+            if affinities is None
+            else KnownAffinities(affinities.detach().reshape(-1, self.cfg.d_sae)),
+            x,
+            budget,
+            rule,
+            previous,
+            n_margin,
+        )
+        sets, all_recons = [], []
+        if affinities is None:
+            feature_acts = pairs.to_coo(sae_in.shape[:-1])
+            sets.append(pairs)
+        else:
             mask = _mask_of(pairs).view(affinities.shape)
             feature_acts = self.hook_sae_acts_post(affinities * mask)
-            sets, all_recons = [], [self._decode_dense(feature_acts)]
-        else:
-            pairs, margin = self.allocation.allocate(
-                encoder, x, budget, rule, previous, n_margin
-            )
-            feature_acts = pairs.to_coo(sae_in.shape[:-1])
-            sets, all_recons = [pairs], []
+            all_recons.append(self._decode_dense(feature_acts))
         inner_widths = self.inner_widths()
         sets += [pairs.of_first_features(width) for width in inner_widths]
         sets += [] if aux is None else [aux.pairs]

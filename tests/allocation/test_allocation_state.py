@@ -40,7 +40,7 @@ def test_mutual_steps_track_cut_threshold_and_density_by_hand():
     first = torch.tensor([[5.0, 1.0, -1.0], [4.0, 2.0, 3.0]])
     x = torch.zeros(2, 1)
     # budget 3: [5, 4, 3], of which 3 is the smallest; the first cut is taken as it is
-    pairs = state.allocate(KnownAffinities(first), x, 3, "mutual", None)
+    pairs, _ = state.allocate(KnownAffinities(first), x, 3, "mutual", None)
     assert pairs.to_dense().tolist() == [[5, 0, 0], [4, 0, 3]]
     assert state.cut == 3
     assert state.threshold.tolist() == [3, 3, 3]
@@ -65,7 +65,7 @@ def test_mutual_steps_select_mutual_choice_of_the_batch():
     state, encoder = new_state(), random_encoder()
     for step in range(6):
         x = torch.randn(B, D_IN) * (1 + step % 3)
-        pairs = state.allocate(encoder, x, BUDGET, "mutual", "mutual")
+        pairs, _ = state.allocate(encoder, x, BUDGET, "mutual", "mutual")
         assert_same_pairs(pairs, select_mutual_choice(encoder.affinities(x), BUDGET))
 
 
@@ -78,7 +78,7 @@ def test_feature_steps_give_ranks_by_demand_their_quotas():
     state.quota_carry.copy_(torch.tensor([0.0, 0.5, 0.99, 0.25]))
     torch.manual_seed(0)
     affinities = torch.rand(8, 4)
-    pairs = state.allocate(
+    pairs, _ = state.allocate(
         KnownAffinities(affinities), torch.zeros(8, 1), 10, "feature", None
     )
     # ranks of features 1, 3, 0, 2: shares of 10 as 1/17 : 1/18 : 1/19 : 1/20
@@ -102,7 +102,7 @@ def test_feature_steps_give_a_feature_no_more_than_its_largest_density():
     affinities = KnownAffinities(torch.rand(4, 4) + 0.1)
     counts = torch.zeros(4, dtype=torch.int64)
     for _ in range(3):
-        pairs = state.allocate(affinities, torch.zeros(4, 1), 10, "feature", "feature")
+        pairs, _ = state.allocate(affinities, torch.zeros(4, 1), 10, "feature", "feature")
         counts += pairs.feature_counts()
     assert counts.tolist() == [6, 6, 6, 6]
 
@@ -114,7 +114,7 @@ def test_feature_steps_give_a_feature_no_less_than_its_smallest_quota():
     state.quota_carry.zero_()
     state.density.copy_(torch.tensor([0.1, 0.2, 0.3, 0.4]))
     affinities = KnownAffinities(torch.rand(5, 4) + 0.1)
-    pairs = state.allocate(affinities, torch.zeros(5, 1), 6, "feature", "feature")
+    pairs, _ = state.allocate(affinities, torch.zeros(5, 1), 6, "feature", "feature")
     # 3 of 5 tokens is the largest, 1 the smallest: 3 + 1 + 1 + 1
     assert pairs.feature_counts().tolist() == [1, 1, 1, 3]
     with pytest.raises(ValueError, match="min_tokens_per_feature = 1.0"):
@@ -126,7 +126,7 @@ def test_feature_steps_use_the_budget_exactly_in_the_long_run():
     state, encoder = new_state(), random_encoder()
     total = 0
     for step in range(60):
-        pairs = state.allocate(
+        pairs, _ = state.allocate(
             encoder,
             torch.randn(B, D_IN),
             BUDGET,
@@ -195,7 +195,7 @@ def test_preview_is_the_next_allocation_and_changes_nothing(rule: Rule):
     preview = state.preview(encoder, x, BUDGET, rule)
     for name, buffer in buffers(state).items():
         assert torch.equal(buffer, before[name]), name
-    assert_same_pairs(state.allocate(encoder, x, BUDGET, rule, rule), preview)
+    assert_same_pairs(state.allocate(encoder, x, BUDGET, rule, rule)[0], preview)
 
 
 def test_statistics_stay_float32():
@@ -223,8 +223,8 @@ def test_a_reloaded_state_goes_on_bit_for_bit(rule: Rule, growth: float):
     resumed = new_state()
     resumed.load_state_dict(state.state_dict())
     for x in batches[10:]:
-        pairs = state.allocate(encoder, x, BUDGET, rule, rule)
-        again = resumed.allocate(encoder, x, BUDGET, rule, rule)
+        pairs, _ = state.allocate(encoder, x, BUDGET, rule, rule)
+        again, _ = resumed.allocate(encoder, x, BUDGET, rule, rule)
         assert torch.equal(pairs.values, again.values)
         for name, buffer in buffers(state).items():
             assert torch.equal(buffer, buffers(resumed)[name]), name
