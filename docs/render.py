@@ -2,8 +2,8 @@
 Writes what the documents take from code and from result files, so that no figure is typed.
 
     python docs/render.py           rewrites docs/config.md, the marked parts of README.md,
-                                    docs/performance.md and docs/fine-tuning.md, and their
-                                    pictures
+                                    docs/performance.md, docs/fine-tuning.md and
+                                    docs/experiments.md, and their pictures
     python docs/render.py --check   exits with 1 if they are not up to date
 
 Drawing a picture needs kaleido and a Chrome or Chromium; only new measurements need it.
@@ -18,11 +18,14 @@ from typing import Any
 from docstring_parser import parse
 from sae_lens.saes.sae import TrainingSAEConfig
 
-from benchmarks import tables
+from benchmarks import comparison_tables, tables
 from benchmarks.plot import continuations, draw, growth, is_drawn_from
 from sae_lens_alloc.saes.allocation_sae_config import AllocationTrainingSAEConfig
 from sae_lens_alloc.saes.auxiliary_loss import AuxiliaryLossTrainingSAEConfig
 from sae_lens_alloc.saes.feature_choice_sae import FeatureChoiceTrainingSAEConfig
+from sae_lens_alloc.saes.matryoshka_mutual_choice_sae import (
+    MatryoshkaMutualChoiceTrainingSAEConfig,
+)
 from sae_lens_alloc.saes.mutual_choice_sae import MutualChoiceTrainingSAEConfig
 
 DOCS = Path(__file__).parent
@@ -31,6 +34,58 @@ RESULTS = DOCS / "results"
 PERFORMANCE = RESULTS / "performance_cpu.json"
 PIPELINE = RESULTS / "pipeline_cpu.json"
 FINE_TUNING = RESULTS / "fine_tuning.json"
+EXPERIMENTS = {
+    name: RESULTS / f"{name}.json"
+    for name in ("experiments_demo", "experiments_synthetic")
+}
+# The rows of each table of docs/experiments.md; the others are told against the first.
+EXPERIMENT_ROWS = {
+    "experiments_demo": {
+        "demo": ("mutual_choice", "topk", "batchtopk"),
+        "margin": (
+            "mutual_choice",
+            "no margin",
+            "margin of 10%",
+            "margin of 50%",
+        ),
+        "budget": ("mutual_choice", "k throughout", "from 1.5 k", "from 4 k"),
+        "order": (
+            "mutual_choice",
+            "no Feature Choice",
+            "Feature Choice for 25%",
+            "Feature Choice for 75%",
+            "Feature Choice throughout",
+            "Mutual Choice, then Feature Choice",
+        ),
+        "auxiliary loss": (
+            "mutual_choice",
+            "no auxiliary loss",
+            "aux_k",
+            "aux_zipf off after 75%",
+        ),
+        "layer_norm": ("mutual_choice", "layer_norm"),
+    },
+    "experiments_synthetic": {
+        "synthetic": (
+            "mutual_choice",
+            "topk",
+            "batchtopk",
+            "matryoshka_batchtopk",
+            "no margin",
+            "k throughout",
+            "no Feature Choice",
+            "Feature Choice for 75%",
+        ),
+        "nested": (
+            "matryoshka_mutual_choice",
+            "matryoshka_batchtopk",
+            "nested, no margin",
+            "nested, k throughout",
+            "nested, no Feature Choice",
+            "nested, Feature Choice for 75%",
+        ),
+    },
+}
 # what each picture shows
 PICTURES = {
     DOCS / "images" / "performance_cpu.svg": (PERFORMANCE, growth),
@@ -58,10 +113,13 @@ def config_reference() -> str:
         "Fields under `sae:` of a YAML config, or of the config classes in Python. Written by "
         "`python docs/render.py` from the docstrings. The keys outside `sae:` are those of "
         "SAELens' `LanguageModelSAERunnerConfig`.\n",
-        "## Both architectures\n",
+        "## All of ours\n",
         _field_table(AllocationTrainingSAEConfig, shared),
         "## `mutual_choice`\n",
         _field_table(MutualChoiceTrainingSAEConfig, own - shared),
+        "## `matryoshka_mutual_choice`\n",
+        "The fields of `mutual_choice` and:\n",
+        _field_table(MatryoshkaMutualChoiceTrainingSAEConfig, {"matryoshka_widths"}),
         "## `feature_choice`\n",
         _field_table(FeatureChoiceTrainingSAEConfig, own - shared),
         "## `batchtopk_aux_zipf`, `gated_aux_zipf`, `jumprelu_aux_zipf`, "
@@ -173,6 +231,18 @@ def fine_tuning_table() -> str:
     return "\n".join(rows)
 
 
+def experiment_parts() -> dict[str, str]:
+    """The tables of docs/experiments.md."""
+    parts: dict[str, str] = {}
+    for name, path in EXPERIMENTS.items():
+        results = json.loads(path.read_text())
+        command = f"sae-lens-alloc compare configs/{name}.yaml"
+        parts[f"{name} on"] = comparison_tables.compared_on(results, command)
+        for table, rows in EXPERIMENT_ROWS[name].items():
+            parts[table] = comparison_tables.experiment_table(results, rows)
+    return parts
+
+
 def _mean_and_range(values: list[float], style: str) -> str:
     mean = sum(values) / len(values)
     return f"{mean:{style}} ({min(values):{style}}–{max(values):{style}})"
@@ -192,12 +262,14 @@ def rendered(page: Path, parts: dict[str, str]) -> str:
 def main() -> None:
     performance_page = DOCS / "performance.md"
     fine_tuning_page = DOCS / "fine-tuning.md"
+    experiments_page = DOCS / "experiments.md"
     pages = {
         DOCS / "config.md": config_reference(),
         performance_page: rendered(performance_page, performance_parts()),
         fine_tuning_page: rendered(
             fine_tuning_page, {"fine-tuning": fine_tuning_table()}
         ),
+        experiments_page: rendered(experiments_page, experiment_parts()),
         README: rendered(README, {"step": step_table(), "demo": demo_table()}),
     }
     stale = [

@@ -50,8 +50,8 @@ def estimate_memory(cfg: LanguageModelSAERunnerConfig[Any]) -> dict[str, int]:
     - activation buffer: 2 * (buffered tokens + one batch of contexts) * d_in * 4 bytes,
       twice because shuffling copies it;
     - step: for Mutual and Feature Choice, 16 matrices of B x d_in, 64 bytes for each of the
-      k * B selected pairs and for each auxiliary one, 4 blocks of affinities, and on a GPU
-      the encoder's gradient once more, which is transposed; for other architectures, which
+      k * B selected pairs, of the margin's and of the auxiliary ones, 4 blocks of
+      affinities, and on a GPU the encoder's gradient once more, which is transposed; for other architectures, which
       work on dense matrices, 8 matrices of B x d_sae. All in float32.
     """
     sae, n_tokens = cfg.sae, cfg.train_batch_size_tokens
@@ -73,8 +73,9 @@ def _step_bytes(sae: TrainingSAEConfig, n_tokens: int, device: torch.device) -> 
     if not isinstance(sae, AllocationTrainingSAEConfig):
         return 8 * n_tokens * sae.d_sae * 4
     k = sae.k if sae.k_start is None else sae.k_start
-    k_aux = sae.features_per_token_in_aux_loss()
-    pairs = n_tokens * (k if sae.aux_loss == "none" else k + k_aux)
+    k += 2 * sae.selection_margin * sae.k
+    k_aux = 0 if sae.aux_loss == "none" else sae.features_per_token_in_aux_loss()
+    pairs = n_tokens * (k + k_aux)
     block = n_tokens * min(block_width(n_tokens, device), sae.d_sae)
     elements = 16 * n_tokens * sae.d_in + 4 * block
     if device.type != "cpu":

@@ -102,7 +102,9 @@ def test_feature_steps_give_a_feature_no_more_than_its_largest_density():
     affinities = KnownAffinities(torch.rand(4, 4) + 0.1)
     counts = torch.zeros(4, dtype=torch.int64)
     for _ in range(3):
-        pairs, _ = state.allocate(affinities, torch.zeros(4, 1), 10, "feature", "feature")
+        pairs, _ = state.allocate(
+            affinities, torch.zeros(4, 1), 10, "feature", "feature"
+        )
         counts += pairs.feature_counts()
     assert counts.tolist() == [6, 6, 6, 6]
 

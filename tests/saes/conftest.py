@@ -8,7 +8,6 @@ import torch
 from sae_lens.registry import SAE_TRAINING_CLASS_REGISTRY
 from sae_lens.saes.sae import TrainingSAE, TrainStepInput, TrainStepOutput
 
-import sae_lens_alloc  # noqa: F401  registers the architectures
 from sae_lens_alloc.saes.allocation_sae import AllocationTrainingSAE
 from sae_lens_alloc.saes.allocation_state import AllocationState
 from tests.helpers import one_thread

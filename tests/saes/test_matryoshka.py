@@ -28,7 +28,7 @@ WIDTHS = [4, 16, 32]
 
 
 def make(**overrides: Any) -> AllocationTrainingSAE[Any]:
-    settings = {"matryoshka_widths": WIDTHS, **overrides}
+    settings: dict[str, Any] = {"matryoshka_widths": WIDTHS, **overrides}
     return make_sae("matryoshka_mutual_choice", **settings)
 
 
@@ -106,7 +106,7 @@ def test_with_the_auxiliary_loss_and_hooks_the_losses_are_the_same():
     x = tokens(64, 8)
     dead = torch.arange(32) < 5
     plain, hooked = make(aux_loss="aux_k"), make(aux_loss="aux_k")
-    hooked.hook_sae_acts_post.add_hook(lambda acts, hook: acts)  # noqa: ARG005
+    hooked.hook_sae_acts_post.add_hook(lambda tensor, *, hook: tensor)  # noqa: ARG005
     expected, actual = (training_step(sae, x, dead=dead) for sae in (plain, hooked))
     assert set(expected.losses) == {
         "mse_loss",
