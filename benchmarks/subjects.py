@@ -106,6 +106,8 @@ def _our_fields(shape: Shape, machine: Machine) -> dict[str, Any]:
         **_size(shape, machine),
         "k": shape.k,
         "aux_loss": "aux_zipf" if shape.aux else "none",
+        # what the committed figures were measured with
+        "selection_margin": 0.0,
         # Random activations follow no Zipf law: only the dead features are to be flagged.
         "underuse_fraction": 1e-6,
     }
