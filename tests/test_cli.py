@@ -79,15 +79,16 @@ def test_train_says_what_it_will_do(tmp_path: Path):
     assert result.exit_code == 0
     # Parameters: 2 * 192 * 64 + 64 + 192 = 24,832 of 4 bytes. Buffer: 2 * (4 + 4) contexts
     # of 256 tokens of 192 floats: 3.15 MB. Step: 16 * 256 * 192 floats of inputs, 4 blocks of
-    # 256 * 64, and 2 * 4 * 256 pairs of 64 bytes: 3.54 MB.
+    # 256 * 64, and 256 times 8 + 4 + 2 pairs of 64 bytes: 3.64 MB.
     assert result.stdout.splitlines() == [
-        "SAE         mutual_choice, 192 -> 64 features (0.333333x), k 4, float32 on cpu",
-        "schedule    Feature Choice for 3 steps, then Mutual Choice; aux_zipf until step 3",
+        "SAE         mutual_choice, 192 -> 64 features (0.333333x), k 8 falling to 4, "
+        "float32 on cpu",
+        "schedule    Feature Choice for 2 steps, then Mutual Choice; aux_zipf to the end",
         f"model       {DEMO / 'model'} at transformer.h.0, contexts of 256 tokens, on cpu",
         f"dataset     {DEMO / 'corpus'}",
         "training    1,024 tokens = 4 steps of 256; lr 0.004 constant",
-        "memory      about 7.1 MB (parameters 0.1 MB, gradients 0.1 MB, Adam 0.2 MB, "
-        "activation buffer 3.1 MB, step 3.5 MB) beside the language model",
+        "memory      about 7.2 MB (parameters 0.1 MB, gradients 0.1 MB, Adam 0.2 MB, "
+        "activation buffer 3.1 MB, step 3.6 MB) beside the language model",
         f"output      {tmp_path / 'output'}",
         "checkpoints none",
     ]

@@ -84,7 +84,7 @@ def test_train_command_of_the_readme_is_accepted():
         text=True,
     )
     assert result.returncode == 0, result.stderr
-    assert "k 16" in result.stdout
+    assert "k 32 falling to 16" in result.stdout
     assert "lr 0.0003" in result.stdout
 
 

@@ -20,8 +20,7 @@ class AllocationTrainingSAEConfig(AuxiliaryLossTrainingSAEConfig):
         k (float): Average number of active features per token: a batch of B tokens has a
             budget of floor(k * B) token-feature pairs. May be fractional.
         k_start (float | None): Budget per token at step 0. It falls linearly to `k` over
-            `k_decay_steps` steps. None starts at `k`. A YAML config may give a share of k,
-            such as "200%".
+            `k_decay_steps` steps. None starts at `k`. A YAML config may give a share of k.
         k_decay_steps (int): Steps over which the budget falls from `k_start` to `k`. A YAML
             config may give a share of the training steps.
         selection_margin (float): Under Mutual Choice, the encoder also learns whom to select:

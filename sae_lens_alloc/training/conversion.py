@@ -101,7 +101,7 @@ def convert_sae(
         sae: An inference or training SAE of SAELens' topk, batchtopk, jumprelu, standard,
             gated or matryoshka_batchtopk architecture, with aux_zipf_loss or without, or of
             this package. Not changed.
-        architecture: "mutual_choice" or "feature_choice".
+        architecture: "mutual_choice", "feature_choice" or "matryoshka_mutual_choice".
         activations: Activations as the converted SAE takes them, shape (T, d_in), for
             `warm_start`, whose report goes to `cfg.metadata.conversion`. Without them
             training starts without statistics, as from scratch (those of an SAE of this
@@ -211,10 +211,11 @@ def _target_classes() -> dict[str, tuple[type[AllocationTrainingSAE[Any]], type[
 
 def require_convertible(source: SAE[Any], architecture: str) -> None:
     """Raises ValueError if an SAE cannot be converted to an architecture."""
-    targets = sorted(_target_classes())
-    if architecture not in targets:
+    *first, last = sorted(_target_classes())
+    if architecture not in (*first, last):
         raise ValueError(
-            f"an SAE can be converted to {' or '.join(targets)}, not to {architecture!r}."
+            f"an SAE can be converted to {', '.join(first)} or {last}, not to "
+            f"{architecture!r}."
         )
     # by name, since AbsTopK is a subclass of TopK and activates other features
     name = _architecture(source)

@@ -328,6 +328,15 @@ def test_hyperparameters_of_the_sources_training_are_not_carried():
     assert (cfg.k_start, cfg.k_decay_steps, cfg.max_density) == (None, 0, 0.6)
 
 
+def test_nested_levels_are_given_with_the_target():
+    source = make_source("matryoshka_batchtopk", k=2.5)
+    converted = convert_sae(source, "matryoshka_mutual_choice", matryoshka_widths=[4])
+    assert converted.cfg.matryoshka_widths == [4]
+    torch.testing.assert_close(converted.W_dec, source.W_dec)
+    with pytest.raises(ValueError, match="matryoshka_widths must be ascending"):
+        convert_sae(source, "matryoshka_mutual_choice")
+
+
 def test_k_is_the_sources_or_the_given_one():
     source = make_source("batchtopk", k=2.5)
     assert convert_sae(source, "mutual_choice").cfg.k == 2.5
@@ -361,7 +370,8 @@ def test_what_cannot_be_converted_is_refused():
     # a subclass of topk, whose features may be negative
     with pytest.raises(ValueError, match="a abstopk SAE cannot be converted"):
         convert_sae(make_source("abstopk", k=K), "mutual_choice")
-    with pytest.raises(ValueError, match="to feature_choice or mutual_choice, not"):
+    targets = "feature_choice, matryoshka_mutual_choice or mutual_choice"
+    with pytest.raises(ValueError, match=f"to {targets}, not"):
         convert_sae(topk, "topk")
     with pytest.raises(ValueError, match="d_sae cannot be overridden"):
         convert_sae(topk, "mutual_choice", d_sae=64)
