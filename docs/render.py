@@ -57,12 +57,6 @@ EXPERIMENT_ROWS = {
             "Feature Choice throughout",
             "Mutual Choice, then Feature Choice",
         ),
-        "auxiliary loss": (
-            "mutual_choice",
-            "no auxiliary loss",
-            "aux_k",
-            "aux_zipf off after 75%",
-        ),
         "layer_norm": ("mutual_choice", "layer_norm"),
     },
     "experiments_synthetic": {
