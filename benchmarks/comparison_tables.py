@@ -25,12 +25,6 @@ COUNTS = {
     "dead": ("dead_features", ",.0f"),
     "rare (< 1e-4)": ("rare_features", ",.0f"),
 }
-LAW = {
-    "α": ("zipf_alpha", ".2f"),
-    "β": ("zipf_beta", ".0f"),
-    "R²": ("zipf_r2", ".3f"),
-}
-COST = {"seconds": ("seconds", ",.0f")}
 
 
 def compared_on(results: Results, command: str) -> str:
@@ -55,57 +49,25 @@ def compared_on(results: Results, command: str) -> str:
     )
 
 
-def comparison_table(results: Results, k: float) -> str:
-    """Every row at one k."""
-    columns = {
-        **SHARED,
-        **OF_KIND[results["subject"]["kind"]],
-        **COUNTS,
-        **LAW,
-        **COST,
-    }
-    return _table(
-        columns,
-        [point for point in results["points"] if point["k"] == k],
-        {"lr": lambda point: f"{point['chosen']['lr']:g}"},
-    )
-
-
 def experiment_table(results: Results, rows: Sequence[str]) -> str:
-    """Some rows at every k, against the first of them."""
+    """Some rows of a comparison at one k, against the first of them."""
     columns = {**SHARED, **OF_KIND[results["subject"]["kind"]], **COUNTS}
     chosen = {point["row"]: point for point in results["points"]}
     base = chosen[rows[0]]["over_seeds"]["explained_variance"]["mean"]
 
-    def against_first(point: Results) -> str:
-        unexplained = 1 - point["over_seeds"]["explained_variance"]["mean"]
-        return f"{unexplained / (1 - base) - 1:+.1%}"
-
-    return _table(
-        columns, [chosen[row] for row in rows], {"not explained": against_first}
-    )
-
-
-def _table(
-    columns: dict[str, tuple[str, str]],
-    points: Sequence[Results],
-    more: dict[str, Any],
-) -> str:
-    names = [*columns, *more]
-    lines = [f"| | {' | '.join(names)} |", "|---" * (len(names) + 1) + "|"]
-    for point in points:
-        cells = [_cell(point["over_seeds"], *column) for column in columns.values()]
-        if point["runs"]:
-            cells += [value(point) for value in more.values()]
-        else:
-            cells += ["" for _ in more]
+    lines = [
+        f"| | {' | '.join(columns)} | not explained |",
+        "|---" * (len(columns) + 2) + "|",
+    ]
+    for point in (chosen[row] for row in rows):
+        figures = point["over_seeds"]
+        cells = [_cell(figures, *column) for column in columns.values()]
+        unexplained = 1 - figures["explained_variance"]["mean"]
+        cells.append(f"{unexplained / (1 - base) - 1:+.1%}")
         lines.append(f"| {point['row']} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
 def _cell(over_seeds: Results, key: str, style: str) -> str:
-    figures = over_seeds.get(key)
-    if figures is None:
-        return "–"
-    mean, low, high = (f"{figures[x]:{style}}" for x in ("mean", "min", "max"))
+    mean, low, high = (f"{over_seeds[key][x]:{style}}" for x in ("mean", "min", "max"))
     return mean if low == high else f"{mean} ({low}–{high})"

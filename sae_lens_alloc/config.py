@@ -64,8 +64,8 @@ def load_runner_config(
     The file has the fields of SAELens' LanguageModelSAERunnerConfig at top level, those of
     LoggingConfig under `logger:` and those of a training SAE under `sae:`, together with
     `architecture:`. Step counts may be shares of the training steps, such as "75%", and
-    `k_start` a share of k, such as "200%". The
-    `runner_cfg.json` that SAELens saves beside an SAE is such a file too.
+    `k_start` a share of k, such as "200%". The `runner_cfg.json` that SAELens saves beside an
+    SAE is such a file too.
 
     Args:
         path: The YAML file.

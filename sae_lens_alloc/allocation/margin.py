@@ -87,13 +87,7 @@ def selection_gradient(margin: Margin, gains: torch.Tensor) -> torch.Tensor:
         gains: See `gains`, shape (N,).
     """
     real = margin.pairs.real
-    if real is None:
-        price = gains.mean()
-    else:
-        gains = gains.where(real, 0.0)
-        price = gains.sum() / real.sum().clamp(min=1)
-    gradient = (price - gains) / margin.width
-    if real is not None:
-        gradient = gradient.where(real, 0.0)
+    weights = torch.ones_like(gains) if real is None else real.to(gains)
+    price = (weights * gains).sum() / weights.sum().clamp(min=1)
     # equal affinities throughout: nobody can be told to be ahead of anybody
-    return gradient.where(margin.width > 0, 0.0)
+    return (weights * (price - gains) / margin.width).where(margin.width > 0, 0.0)

@@ -51,8 +51,9 @@ def estimate_memory(cfg: LanguageModelSAERunnerConfig[Any]) -> dict[str, int]:
       twice because shuffling copies it;
     - step: for Mutual and Feature Choice, 16 matrices of B x d_in, 64 bytes for each of the
       k * B selected pairs, of the margin's and of the auxiliary ones, 4 blocks of
-      affinities, and on a GPU the encoder's gradient once more, which is transposed; for other architectures, which
-      work on dense matrices, 8 matrices of B x d_sae. All in float32.
+      affinities, and on a GPU the encoder's gradient once more, which is transposed; for
+      other architectures, which work on dense matrices, 8 matrices of B x d_sae. All in
+      float32.
     """
     sae, n_tokens = cfg.sae, cfg.train_batch_size_tokens
     parameters = 2 * sae.d_in * sae.d_sae + sae.d_sae + sae.d_in
