@@ -44,66 +44,6 @@ class GradientMemory:
         return taken
 
 
-def reconstruct_pairs(
-    x: torch.Tensor,
-    W_enc: torch.Tensor,
-    b_enc: torch.Tensor,
-    W_dec: torch.Tensor,
-    rows: torch.Tensor,
-    features: torch.Tensor,
-    pre_acts: torch.Tensor,
-    n_sets: int = 1,
-    subtracted: torch.Tensor | None = None,
-    memory: GradientMemory | None = None,
-    real: torch.Tensor | None = None,
-) -> torch.Tensor:
-    """
-    Decodes the pre-activations of the given pairs, and carries the gradient back to all
-    weights through these pairs alone.
-
-    Rows 0 ... B-1 are the tokens of x; rows B ... 2B-1, 2B ... are the same tokens again,
-    so that several sets of pairs (those of the budget, those of the auxiliary loss) share
-    one forward and one backward.
-
-    Dense equivalent, for one set of pairs: `(mask * (x @ W_enc + b_enc)) @ W_dec` with
-    `mask` of shape (B, F) one at (`rows`, `features`).
-
-    Args:
-        x: Encoder inputs of shape (B, d_in).
-        W_enc: Encoder weights of shape (d_in, F).
-        b_enc: Encoder bias of shape (F,).
-        W_dec: Decoder weights of shape (F, d_in).
-        rows: int64 of shape (N,), ascending.
-        features: int64 of shape (N,), ascending within a row.
-        pre_acts: `(x @ W_enc + b_enc)[rows % B, features]` of shape (N,), as the selection
-            found them. Not differentiated: the gradient goes to x, W_enc and b_enc.
-        n_sets: Number of sets of pairs.
-        subtracted: Vector of shape (d_in,) that was subtracted from every row of x and gets
-            its gradient here. That costs one matrix-vector product; through x it would cost
-            the gradient of all of x.
-        memory: Memory for the gradients of W_enc and W_dec.
-        real: Boolean mask of shape (N,), false at pairs with a pre-activation of 0 that are
-            padding and get no gradient. None if all are real.
-
-    Returns:
-        float32 (float64 for float64 weights) tensor of shape (n_sets, B, d_in), without
-        b_dec.
-    """
-    values = pair_pre_acts(
-        x,
-        W_enc,
-        b_enc,
-        rows,
-        features,
-        pre_acts,
-        n_sets,
-        subtracted,
-        memory,
-        real,
-    )
-    return decode_pairs(values, W_dec, rows, features, len(x), n_sets, memory)
-
-
 def pair_pre_acts(
     x: torch.Tensor,
     W_enc: torch.Tensor,
@@ -118,9 +58,28 @@ def pair_pre_acts(
 ) -> torch.Tensor:
     """
     The pre-activations of the given pairs, through which gradients reach x, W_enc and b_enc.
-    The first half of `reconstruct_pairs`, which describes the arguments.
+
+    Rows 0 ... B-1 are the tokens of x; rows B ... 2B-1, 2B ... are the same tokens again,
+    so that several sets of pairs (those of the budget, those of the auxiliary loss) share
+    one forward and one backward.
 
     Dense equivalent: `(x @ W_enc + b_enc)[rows % B, features]`.
+
+    Args:
+        x: Encoder inputs of shape (B, d_in).
+        W_enc: Encoder weights of shape (d_in, F).
+        b_enc: Encoder bias of shape (F,).
+        rows: int64 of shape (N,), ascending.
+        features: int64 of shape (N,), ascending within a row.
+        pre_acts: What this returns, of shape (N,), as the selection found it. Not
+            differentiated: the gradient goes to x, W_enc and b_enc.
+        n_sets: Number of sets of pairs.
+        subtracted: Vector of shape (d_in,) that was subtracted from every row of x and gets
+            its gradient here. That costs one matrix-vector product; through x it would cost
+            the gradient of all of x.
+        memory: Memory for the gradient of W_enc.
+        real: Boolean mask of shape (N,), false at pairs with a pre-activation of 0 that are
+            padding and get no gradient. None if all are real.
 
     Returns:
         `pre_acts` in float32 (float64 for float64 weights), shape (N,).
@@ -136,19 +95,27 @@ def decode_pairs(
     rows: torch.Tensor,
     features: torch.Tensor,
     n_tokens: int,
-    n_sets: int,
+    n_sets: int = 1,
     memory: GradientMemory | None = None,
 ) -> torch.Tensor:
     """
-    Decodes pairs, with gradients for their values and W_dec. The second half of
-    `reconstruct_pairs`, which describes the other arguments.
+    Decodes pairs, with gradients for their values and W_dec.
+
+    Dense equivalent, for one set of pairs: `acts @ W_dec` with `acts` of shape (B, F) that
+    has `values` at (`rows`, `features`).
 
     Args:
         values: Pre-activations of shape (N,), as `pair_pre_acts` gives them.
+        W_dec: Decoder weights of shape (F, d_in).
+        rows: As in `pair_pre_acts`.
+        features: As in `pair_pre_acts`.
         n_tokens: Number of tokens B.
+        n_sets: Number of sets of pairs.
+        memory: Memory for the gradient of W_dec.
 
     Returns:
-        Tensor of shape (n_sets, B, d_in).
+        float32 (float64 for float64 weights) tensor of shape (n_sets, B, d_in), without
+        b_dec.
     """
     return _DecodePairs.apply(values, W_dec, rows, features, n_tokens, n_sets, memory)
 

@@ -227,7 +227,7 @@ class AllocationTrainingSAE(TrainingSAE[T_CONFIG]):
             acts_are_hooked or sae_in.requires_grad or _has_hooks(self.hook_sae_input)
         ):
             # x depends on the weights through b_dec alone, whose gradient
-            # reconstruct_pairs gives at the cost of a matrix-vector product
+            # pair_pre_acts gives at the cost of a matrix-vector product
             x = x.detach()
         aux = self._auxiliary_pairs(step_input, step, encoder, x)
         budget = self._budget(len(x), step)

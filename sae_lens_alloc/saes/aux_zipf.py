@@ -25,7 +25,7 @@ from torch import nn
 from typing_extensions import override
 
 from sae_lens_alloc.ops.encode_select import Encoder
-from sae_lens_alloc.ops.pair_autoencoder import reconstruct_pairs
+from sae_lens_alloc.ops.pair_autoencoder import decode_pairs, pair_pre_acts
 from sae_lens_alloc.saes.allocation_sae import AllocationTrainingSAE
 from sae_lens_alloc.saes.auxiliary_loss import (
     AuxiliaryLossTrainingSAEConfig,
@@ -201,15 +201,17 @@ class AuxZipfLoss(TrainingSAE[AuxZipfTrainingSAEConfig]):
         )
         if aux is None:
             return None
-        recons = reconstruct_pairs(
+        rows, features = aux.pairs.token_indices, aux.pairs.feature_indices
+        pre_acts = pair_pre_acts(
             x,
             self.W_enc,
             self._encoder_bias(),
-            self.W_dec,
-            rows=aux.pairs.token_indices,
-            features=aux.pairs.feature_indices,
-            pre_acts=encoder.pre_acts(aux.pairs),
-        ).view(inputs.shape)
+            rows,
+            features,
+            encoder.pre_acts(aux.pairs),
+        )
+        recons = decode_pairs(pre_acts, self.W_dec, rows, features, len(x))
+        recons = recons.view(inputs.shape)
         _, (aux_out,) = outputs_and_parts(
             self.run_time_activation_norm_fn_out, [torch.zeros_like(recons)], [recons]
         )

@@ -88,6 +88,28 @@ def test_test_figures_are_those_of_the_saved_sae(output: Path):
         )
 
 
+def test_learning_rates_are_tried_at_the_middle_k(tmp_path: Path):
+    """Of 1e-2 and 1e-6 the larger one is better at every k; the other trains once."""
+    settings = small_settings()
+    settings["compare"]["k"] = [3, 2, 1]
+    settings["compare"]["lr"] = [1e-6, 1e-2]
+    del settings["compare"]["rows"]["stock"]
+    output = tmp_path / "output"
+    result = compare(write_config(settings, tmp_path), output, "--jobs", "2")
+    assert result.exit_code == 0, result.output
+    trained = {path.parent.name[:-9] for path in output.glob("cells/*/cell.json")}
+    assert trained == {
+        "ours-k2-lr1e-06-seed0",
+        *(f"ours-k{k}-lr0.01-seed{seed}" for k in (1, 2, 3) for seed in (0, 1)),
+    }
+    points = json.loads((output / "results.json").read_text())["points"]
+    assert [(p["k"], p["chosen"]["lr"], len(p["tried"])) for p in points] == [
+        (3, 1e-2, 1),
+        (2, 1e-2, 2),
+        (1, 1e-2, 1),
+    ]
+
+
 def test_an_experiment_leaves_the_test_split_unseen(config: Path, tmp_path: Path):
     output = tmp_path / "output"
     result = compare(config, output, "compare.measured_on=validation")

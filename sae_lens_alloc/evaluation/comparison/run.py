@@ -24,7 +24,9 @@ from sae_lens_alloc.evaluation.comparison.allocation_picture import allocation_p
 from sae_lens_alloc.evaluation.comparison.cell import Cell, sae_folder
 from sae_lens_alloc.evaluation.comparison.choice import (
     Results,
+    best_learning_rates,
     choose,
+    middle_k,
     other_seeds,
     validation_ev,
 )
@@ -43,7 +45,6 @@ from sae_lens_alloc.evaluation.comparison.report import write_comparison_report
 from sae_lens_alloc.evaluation.comparison.results import (
     comparison_results,
     figures_of,
-    middle_k,
     point_results,
 )
 from sae_lens_alloc.evaluation.comparison.stream import StoredStream, stored_stream
@@ -102,7 +103,11 @@ def run_comparison(
             )
         return {cell.key: cell.result(output) or {} for cell in cells}
 
-    cells = config.cells()
+    tries = config.learning_rate_cells()
+    lrs = best_learning_rates(
+        tries, train(tries, "Training, learning rates"), middle_k(config.k)
+    )
+    cells = [c for c in config.cells() if c in tries or c.lr == lrs[c.row]]
     first = [cell for cell in cells if cell.seed == config.seeds[0]]
     choices = choose(first, train(first, "Training, first seed"))
     results = train(other_seeds(cells, choices), "Training, all seeds")

@@ -9,7 +9,11 @@ from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
 
 from sae_lens_alloc.ops.backend import is_interpreted
-from sae_lens_alloc.ops.pair_autoencoder import GradientMemory, reconstruct_pairs
+from sae_lens_alloc.ops.pair_autoencoder import (
+    GradientMemory,
+    decode_pairs,
+    pair_pre_acts,
+)
 
 pytestmark = pytest.mark.usefixtures("backend")
 
@@ -65,16 +69,35 @@ def indices(mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return rows, features
 
 
+def reconstruct_pairs(
+    x: torch.Tensor,
+    W_enc: torch.Tensor,
+    b_enc: torch.Tensor,
+    W_dec: torch.Tensor,
+    rows: torch.Tensor,
+    features: torch.Tensor,
+    pre_acts: torch.Tensor,
+    n_sets: int = 1,
+    memory: GradientMemory | None = None,
+    **others: torch.Tensor | None,
+) -> torch.Tensor:
+    """Decodes the pre-activations of the pairs: both halves, one after the other."""
+    values = pair_pre_acts(
+        x, W_enc, b_enc, rows, features, pre_acts, n_sets, memory=memory, **others
+    )
+    return decode_pairs(values, W_dec, rows, features, len(x), n_sets, memory)
+
+
 def reconstruct(
     weights: Weights, mask: torch.Tensor, subtracted: torch.Tensor | None = None
 ) -> torch.Tensor:
     """`reconstruct_pairs` of the pre-activations that the weights give."""
     rows, features = indices(mask)
-    x, W_enc, b_enc, W_dec = weights
+    x, W_enc, b_enc, _ = weights
     with torch.no_grad():
         pre_acts = (x @ W_enc + b_enc)[rows % len(x), features]
     return reconstruct_pairs(
-        x, W_enc, b_enc, W_dec, rows, features, pre_acts, len(mask), subtracted
+        *weights, rows, features, pre_acts, len(mask), subtracted=subtracted
     )
 
 
@@ -203,7 +226,7 @@ def test_bfloat16_weights_are_decoded_in_float32_and_get_bfloat16_gradients():
         features,
         pre_acts.detach().float(),
         2,
-        b_dec,
+        subtracted=b_dec,
     )
     expected = dense_reconstruct(in_double, mask)
     assert actual.dtype == torch.float32
