@@ -25,6 +25,8 @@ COUNTS = {
     "dead": ("dead_features", ",.0f"),
     "rare (< 1e-4)": ("rare_features", ",.0f"),
 }
+COST = {"training (s)": ("seconds", ",.0f")}
+OURS = ("mutual_choice", "feature_choice", "matryoshka_mutual_choice")
 
 
 def compared_on(results: Results, command: str) -> str:
@@ -65,6 +67,60 @@ def experiment_table(results: Results, rows: Sequence[str]) -> str:
         unexplained = 1 - figures["explained_variance"]["mean"]
         cells.append(f"{unexplained / (1 - base) - 1:+.1%}")
         lines.append(f"| {point['row']} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def comparison_tables(results: Results) -> str:
+    """Every row of a comparison, a table for each k."""
+    columns = {**SHARED, **OF_KIND[results["subject"]["kind"]], **COUNTS, **COST}
+    lines: list[str] = []
+    for k in results["settings"]["compare"]["k"]:
+        lines += [
+            f"**{k:g} features per token**\n",
+            f"| | {' | '.join(columns)} |",
+            "|---" * (len(columns) + 1) + "|",
+        ]
+        for point in results["points"]:
+            if point["k"] == k:
+                figures = point["over_seeds"]
+                cells = (
+                    [_cell(figures, *column) for column in columns.values()]
+                    if point["runs"]
+                    else ["out of reach", *["–"] * (len(columns) - 1)]
+                )
+                lines.append(f"| {point['row']} | {' | '.join(cells)} |")
+        lines.append("")
+    return "\n".join(lines[:-1])
+
+
+def lead_table(results: Results, ours: str) -> str:
+    """A row of ours at every k beside the best row of SAELens, figure by figure."""
+    kind = results["subject"]["kind"]
+    rows = results["settings"]["compare"]["rows"]
+    lines = [
+        f"| features per token | | {ours} | best of SAELens' | ahead by more than the seeds "
+        "differ |",
+        "|---" * 5 + "|",
+    ]
+    for k in results["settings"]["compare"]["k"]:
+        points = {
+            point["row"]: point["over_seeds"]
+            for point in results["points"]
+            if point["k"] == k and point["runs"]
+        }
+        stock = [row for row in points if rows[row]["architecture"] not in OURS]
+        for name, (key, style) in {**SHARED, **OF_KIND[kind]}.items():
+            sign = -1 if key == "kl_divergence" else 1
+            best = max(stock, key=lambda row: sign * points[row][key]["mean"])
+            worst_of_ours = min(sign * points[ours][key][x] for x in ("min", "max"))
+            best_of_stock = max(
+                sign * points[row][key][x] for row in stock for x in ("min", "max")
+            )
+            lines.append(
+                f"| {k:g} | {name} | {_cell(points[ours], key, style)} | "
+                f"{_cell(points[best], key, style)}, {best} | "
+                f"{'yes' if worst_of_ours > best_of_stock else 'no'} |"
+            )
     return "\n".join(lines)
 
 

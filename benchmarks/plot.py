@@ -10,11 +10,23 @@ import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
 from benchmarks.tables import floor_seconds, measured, seconds, sweep
+from sae_lens_alloc.evaluation.comparison.plots import Point, pareto_plot
 
 COLOURS = ("#0b62c4", "#16a34a", "#d9480f", "#f08c00", "#9c36b5", "#868e96", "#5f3dc4")
 SYMBOLS = ("circle", "square", "diamond", "cross", "x", "triangle-up", "star")
 OURS = ("mutual_choice", "feature_choice")
-
+COMPARED = {
+    "language_model": {
+        "Explained variance": "explained_variance",
+        "CE recovered (mean ablation)": "ce_recovered_mean",
+        "Dead features": "dead_features",
+    },
+    "synthetic": {
+        "Explained variance": "explained_variance",
+        "F1": "f1",
+        "MCC": "mcc",
+    },
+}
 
 STYLE: dict[str, Any] = {
     "template": "none",
@@ -121,6 +133,32 @@ def continuations(report: dict[str, Any]) -> go.Figure:
     picture.update_yaxes(**AXIS_STYLE)
     picture.update_layout(
         width=1100, height=400, margin={"l": 60, "r": 90, "t": 40, "b": 100}, **STYLE
+    )
+    return picture
+
+
+def comparison(results: dict[str, Any]) -> go.Figure:
+    """Every row of a comparison over features per token: mean over seeds in their range."""
+    panels = COMPARED[results["subject"]["kind"]]
+    rows: dict[str, list[Point]] = {}
+    for point in results["points"]:
+        rows.setdefault(point["row"], []).append(point)
+    picture = make_subplots(
+        cols=len(panels), rows=1, subplot_titles=list(panels), horizontal_spacing=0.07
+    )
+    for column, (title, metric) in enumerate(panels.items(), start=1):
+        for trace in pareto_plot(rows, metric, title, "").data:
+            if column > 1:
+                trace.showlegend = False
+            picture.add_trace(trace, row=1, col=column)
+    picture.update_xaxes(title="features per token", **AXIS_STYLE)
+    picture.update_yaxes(**AXIS_STYLE)
+    picture.update_layout(
+        width=1100,
+        height=520,
+        margin={"l": 60, "r": 20, "t": 40, "b": 150},
+        legend={"orientation": "h", "x": 0.5, "xanchor": "center", "y": -0.2},
+        **STYLE,
     )
     return picture
 

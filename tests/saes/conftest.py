@@ -1,6 +1,7 @@
 """Helpers of the SAE tests: tiny SAEs, training steps, and the dense formulas they must equal."""
 
 import copy
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -154,6 +155,37 @@ def mutual_mask(affinities: torch.Tensor, budget: int) -> torch.Tensor:
     for _, token, feature in sorted(pairs)[:budget]:
         mask[token, feature] = True
     return mask
+
+
+def selection_gradient(
+    affinities: torch.Tensor,
+    budget: int,
+    n_margin: int,
+    error: Callable[[torch.Tensor], float],
+) -> torch.Tensor:
+    """
+    Gradient by way of who is selected, with respect to the affinities, shape (B, F): each
+    pair of the margin is put in and taken out, and what that changes the error by is
+    compared with the mean over the margin.
+
+    Args:
+        affinities: Affinities of shape (B, F).
+        budget: Number of active pairs.
+        n_margin: Pairs of the margin on either side of the cut.
+        error: The error with a mask of active pairs, bool of shape (B, F).
+    """
+    mask = mutual_mask(affinities, budget)
+    margin = mutual_mask(affinities, budget + n_margin)
+    margin &= ~mutual_mask(affinities, budget - n_margin)
+    assert margin.sum() == 2 * n_margin
+    gradient = torch.zeros_like(affinities)
+    for token, feature in margin.nonzero().tolist():
+        inside, outside = mask.clone(), mask.clone()
+        inside[token, feature] = True
+        outside[token, feature] = False
+        gradient[token, feature] = error(inside) - error(outside)
+    gradient[margin] -= gradient[margin].mean()
+    return gradient / (affinities[margin].max() - affinities[margin].min())
 
 
 def feature_mask(affinities: torch.Tensor, quotas: list[int]) -> torch.Tensor:

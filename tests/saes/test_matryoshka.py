@@ -17,7 +17,7 @@ from tests.saes.conftest import (
     assert_grads_equal,
     gradients,
     make_sae,
-    mutual_mask,
+    selection_gradient,
     set_weights,
     tokens,
     training_step,
@@ -68,29 +68,16 @@ def test_without_aux_loss_it_is_sae_lens_matryoshka_batchtopk(
 
 @pytest.mark.parametrize("normalize_activations", ["none", "layer_norm"])
 def test_the_margin_counts_the_gain_in_every_level(normalize_activations: str):
-    """Each pair of the margin is put in and taken out, in float64."""
     settings = {"dtype": "float64", "normalize_activations": normalize_activations}
     x = 2 * tokens(16, 8, dtype=torch.float64) + 1
     sae, without = make(selection_margin=0.25, **settings), make(**settings)
     dense = DenseSAE(without)
-    affinities = dense.affinities(x).detach()
-    mask = mutual_mask(affinities, 48)
-    margin = mutual_mask(affinities, 60) & ~mutual_mask(affinities, 36)
 
     def error(mask: torch.Tensor) -> float:
         nested = [mask & (torch.arange(32) < width) for width in WIDTHS]
         return sum(dense.step(x, level).mse_loss.item() for level in nested)
 
-    gradient = torch.zeros_like(affinities)
-    for token, feature in margin.nonzero().tolist():
-        errors = []
-        for active in (False, True):
-            toggled = mask.clone()
-            toggled[token, feature] = active
-            errors.append(error(toggled))
-        gradient[token, feature] = errors[1] - errors[0]
-    gradient[margin] -= gradient[margin].mean()
-    gradient /= affinities[margin].max() - affinities[margin].min()
+    gradient = selection_gradient(dense.affinities(x).detach(), 48, 12, error)
     gradient *= without.W_dec.detach().norm(dim=1)
     inputs = dense._normalized(x)[0] - dense.weights["b_dec"].detach()
 

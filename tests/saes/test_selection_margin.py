@@ -12,51 +12,16 @@ from tests.saes.conftest import (
     assert_grads_equal,
     gradients,
     make_sae,
-    mutual_mask,
+    selection_gradient,
     tokens,
     training_step,
 )
 
 B, K, MARGIN = 16, 3, 0.25
-BUDGET = B * K
-N_MARGIN = 12
 
 
 def sae_with(margin: float, **overrides: Any) -> AllocationTrainingSAE[Any]:
     return make_sae(dtype="float64", k=K, selection_margin=margin, **overrides)
-
-
-def squared_error(dense: DenseSAE, x: torch.Tensor, mask: torch.Tensor) -> float:
-    """Mean over tokens."""
-    return dense.step(x, mask).mse_loss.item()
-
-
-def expected_gradient(sae: AllocationTrainingSAE[Any], x: torch.Tensor) -> torch.Tensor:
-    """
-    With respect to the affinities, shape (B, F): each pair of the margin is put in and taken
-    out, and what that changes the mean squared error by is compared with the mean over the
-    margin.
-    """
-    dense = DenseSAE(sae)
-    affinities = dense.affinities(x).detach()
-    mask = mutual_mask(affinities, BUDGET)
-    inner, outer = (
-        mutual_mask(affinities, BUDGET - N_MARGIN),
-        mutual_mask(affinities, BUDGET + N_MARGIN),
-    )
-    gradient = torch.zeros_like(affinities)
-    margin = (outer & ~inner).nonzero().tolist()
-    assert len(margin) == 2 * N_MARGIN
-    values = affinities[outer & ~inner]
-    for token, feature in margin:
-        errors = []
-        for active in (False, True):
-            toggled = mask.clone()
-            toggled[token, feature] = active
-            errors.append(squared_error(dense, x, toggled))
-        gradient[token, feature] = errors[1] - errors[0]
-    gradient[outer & ~inner] -= gradient[outer & ~inner].mean()
-    return gradient / (values.max() - values.min())
 
 
 @pytest.mark.parametrize("normalize_activations", ["none", "layer_norm"])
@@ -72,8 +37,13 @@ def test_the_gradient_is_what_selecting_a_pair_gains(
     }
     x = 3 * tokens(B, 8, dtype=torch.float64) + 1
     sae, without = sae_with(MARGIN, **settings), sae_with(0.0, **settings)
-    gradient = expected_gradient(sae, x)
     dense = DenseSAE(without)
+    gradient = selection_gradient(
+        dense.affinities(x).detach(),
+        B * K,
+        int(MARGIN * B * K),
+        lambda mask: dense.step(x, mask).mse_loss.item(),
+    )
     if rescale:
         gradient = gradient * without.W_dec.detach().norm(dim=1)
     inputs, _, _ = dense._normalized(x)
