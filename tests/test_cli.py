@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from sae_lens import SAE, JumpReLUSAE, JumpReLUSAEConfig, TopKSAE, TopKSAEConfig
 from typer.testing import CliRunner
 
@@ -93,6 +94,25 @@ def test_train_says_what_it_will_do(tmp_path: Path):
         "checkpoints none",
     ]
     assert not (tmp_path / "output").exists()
+
+
+@pytest.mark.parametrize(
+    ("architecture", "schedule"),
+    [("batchtopk", []), ("batchtopk_aux_zipf", ["aux_zipf until step 2"])],
+)
+def test_train_says_how_long_aux_zipf_lasts(
+    tmp_path: Path, architecture: str, schedule: list[str]
+):
+    settings = yaml.safe_load(Path(CONFIG).read_text())
+    settings["sae"] = {"architecture": architecture, "d_in": 192, "d_sae": 64, "k": 4}
+    if schedule:
+        settings["sae"]["aux_loss_decay_start"] = 2
+    config = tmp_path / "config.yaml"
+    config.write_text(yaml.safe_dump(settings))
+    result = invoke("train", str(config), *TINY, "--dry-run", "checkpoint_path=null")
+    assert result.exit_code == 0, result.output
+    said = [line for line in result.stdout.splitlines() if "schedule" in line]
+    assert said == [f"schedule    {text}" for text in schedule]
 
 
 @pytest.mark.parametrize(

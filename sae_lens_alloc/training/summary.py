@@ -10,6 +10,7 @@ from sae_lens.util import str_to_dtype
 
 from sae_lens_alloc.ops.encode_select import block_width
 from sae_lens_alloc.saes.allocation_sae_config import AllocationTrainingSAEConfig
+from sae_lens_alloc.saes.auxiliary_loss import AuxiliaryLossTrainingSAEConfig
 from sae_lens_alloc.saes.feature_choice_sae import FeatureChoiceTrainingSAEConfig
 from sae_lens_alloc.saes.mutual_choice_sae import MutualChoiceTrainingSAEConfig
 
@@ -93,24 +94,35 @@ def _sparsity(sae: TrainingSAEConfig) -> str:
 
 
 def _schedule(sae: TrainingSAEConfig, steps: int) -> str:
-    """Who allocates when; nothing for stock architectures."""
+    """Who allocates when, and for how long the auxiliary loss lasts."""
+    return "; ".join(filter(None, [_rules(sae), _auxiliary_loss(sae, steps)]))
+
+
+def _rules(sae: TrainingSAEConfig) -> str:
+    """Nothing for stock architectures."""
     if not isinstance(sae, AllocationTrainingSAEConfig):
         return ""
     if isinstance(sae, MutualChoiceTrainingSAEConfig) and sae.feature_choice_steps:
-        text = (
+        return (
             f"Feature Choice for {sae.feature_choice_steps:,} steps, then Mutual Choice"
         )
-    elif isinstance(sae, FeatureChoiceTrainingSAEConfig) and sae.mutual_choice_steps:
-        text = (
+    if isinstance(sae, FeatureChoiceTrainingSAEConfig) and sae.mutual_choice_steps:
+        return (
             f"Mutual Choice for {sae.mutual_choice_steps:,} steps, then Feature Choice"
         )
-    else:
-        text = "one rule throughout"
-    if sae.aux_loss == "none":
-        return f"{text}; no auxiliary loss"
+    return "one rule throughout"
+
+
+def _auxiliary_loss(sae: TrainingSAEConfig, steps: int) -> str:
+    """Nothing for architectures that have another one or none."""
+    if not isinstance(sae, AuxiliaryLossTrainingSAEConfig):
+        return ""
+    name = sae.aux_loss if isinstance(sae, AllocationTrainingSAEConfig) else "aux_zipf"
+    if name == "none":
+        return "no auxiliary loss"
     if sae.aux_loss_decay_start is None or sae.aux_loss_decay_start >= steps:
-        return f"{text}; {sae.aux_loss} to the end"
-    return f"{text}; {sae.aux_loss} until step {sae.aux_loss_decay_start:,}"
+        return f"{name} to the end"
+    return f"{name} until step {sae.aux_loss_decay_start:,}"
 
 
 def _learning_rate(cfg: LanguageModelSAERunnerConfig[Any]) -> str:
