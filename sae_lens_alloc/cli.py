@@ -377,16 +377,23 @@ def compare(
             min=1, help="SAEs to train side by side. [default: 1, or one on each GPU]"
         ),
     ] = None,
+    finished: Annotated[
+        bool,
+        typer.Option(
+            "--finished", help="Compare what has finished so far, and train nothing."
+        ),
+    ] = False,
 ) -> None:
     """
     Train SAEs of several architectures on the same activations and compare them at equal L0.
 
-    What has finished is kept: the same command goes on where it was interrupted.
+    What has finished is kept: the same command goes on where it was interrupted, and with
+    --finished, also beside it, compares what there is.
     """
     from sae_lens_alloc.evaluation.comparison.run import run_comparison
 
     with _one_sentence_errors():
-        run_comparison(config, overrides or [], output, jobs, Console())
+        run_comparison(config, overrides or [], output, jobs, finished, Console())
 
 
 @contextmanager

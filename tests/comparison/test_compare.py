@@ -1,6 +1,7 @@
 """The command, run for real on a tiny synthetic comparison."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -137,6 +138,39 @@ def test_what_has_finished_is_not_done_again(config: Path, output: Path):
         if path.stat().st_mtime_ns != time
     }
     assert again == {lost.parent.name}
+
+
+def test_what_has_finished_is_compared(config: Path, output: Path, tmp_path: Path):
+    partial = tmp_path / "partial"
+    shutil.copytree(output, partial)
+    (lost,) = partial.glob("cells/stock-*-seed1-*/cell.json")
+    lost.unlink()
+    (partial / "comparison.yaml").write_text("of a run that goes on")
+    result = compare(config, partial, "--finished")
+    assert result.exit_code == 0, result.output
+    assert not lost.exists()
+    assert (partial / "comparison.yaml").read_text() == "of a run that goes on"
+    before, after = (
+        json.loads((folder / "results.json").read_text())
+        for folder in (output, partial)
+    )
+    jsonschema.validate(after, json.loads(SCHEMA.read_text()))
+    assert (before["complete"], after["complete"]) == (True, False)
+    ours, stock = after["points"]
+    assert ours == before["points"][0]
+    assert stock["runs"] == before["points"][1]["runs"][:1]
+    page = (partial / "report.html").read_text()
+    assert "This is what had finished so far" in page
+    assert (
+        "This is what had finished so far" not in (output / "report.html").read_text()
+    )
+
+
+def test_nothing_has_finished(config: Path, tmp_path: Path):
+    result = compare(config, tmp_path / "output", "--finished")
+    assert result.exit_code == 1
+    assert "no SAE of this comparison has finished in" in result.stderr
+    assert not (tmp_path / "output").exists()
 
 
 def test_a_folder_of_something_else_is_left_alone(config: Path, tmp_path: Path):

@@ -93,6 +93,7 @@ def results() -> dict[str, Any]:
                 name: block for name in ("topk", "mutual_choice", "feature_choice")
             },
         },
+        complete=True,
     )
 
 

@@ -106,10 +106,12 @@ def comparison_results(
     machine: Mapping[str, Any],
     points: Sequence[Mapping[str, Any]],
     allocation: Mapping[str, Any] | None,
+    complete: bool,
 ) -> dict[str, Any]:
     """The whole of `results.json`; `results.schema.json` describes it."""
     return {
         "schema_version": SCHEMA_VERSION,
+        "complete": complete,
         "subject": subject,
         "settings": settings,
         "machine": machine,

@@ -65,6 +65,7 @@ def run_comparison(
     overrides: Sequence[str],
     output: Path,
     jobs: int | None,
+    finished: bool,
     console: Console,
 ) -> None:
     """
@@ -76,47 +77,61 @@ def run_comparison(
         overrides: Settings that replace the file's.
         output: Folder for the activations, the SAEs, the results and the report.
         jobs: Cells to train side by side; None for one, or one on each GPU.
+        finished: Compares what has finished so far, and trains nothing.
 
     Raises:
-        ValueError: if the config is wrong, the folder holds something else, or a cell fails.
+        ValueError: if the config is wrong, the folder holds something else, a cell fails, or
+            nothing has finished that should have.
     """
     config, settings = load_comparison(config_path, overrides)
     device = config.stream_run().device
     jobs = jobs or default_jobs(device)
     subject = make_subject(config)
-    _claim(output)
-    copy = output / CONFIG_FILENAME
-    copy.write_text(yaml.safe_dump(settings, sort_keys=False), encoding="utf-8")
-
     folder = output / f"activations-{digest(config.stream_settings())}"
     stream = stored_stream(folder)
-    if stream is None:
-        console.print("Storing the activations that all SAEs train on")
-        stream = subject.write(folder)
+    copy = output / CONFIG_FILENAME
+    if not finished:
+        _claim(output)
+        copy.write_text(yaml.safe_dump(settings, sort_keys=False), encoding="utf-8")
+        if stream is None:
+            console.print("Storing the activations that all SAEs train on")
+            stream = subject.write(folder)
 
     def train(cells: Sequence[Cell], what: str) -> Results:
-        done = sum(cell.result(output) is not None for cell in cells)
-        with _progress(console) as progress:
-            task = progress.add_task(what, total=len(cells), completed=done)
-            train_cells(
-                cells, copy, folder, output, jobs, lambda: progress.advance(task)
-            )
-        return {cell.key: cell.result(output) or {} for cell in cells}
+        """What training gave, of all of them or of those that have finished."""
+        if not finished:
+            done = sum(cell.result(output) is not None for cell in cells)
+            with _progress(console) as progress:
+                task = progress.add_task(what, total=len(cells), completed=done)
+                train_cells(
+                    cells, copy, folder, output, jobs, lambda: progress.advance(task)
+                )
+        found = {cell.key: cell.result(output) for cell in cells}
+        return {key: result for key, result in found.items() if result is not None}
 
     tries = config.learning_rate_cells()
+    results = train(tries, "Training, learning rates")
     lrs = best_learning_rates(
-        tries, train(tries, "Training, learning rates"), middle_k(config.k)
+        [cell for cell in tries if cell.key in results], results, middle_k(config.k)
     )
-    cells = [c for c in config.cells() if c in tries or c.lr == lrs[c.row]]
+    cells = [c for c in config.cells() if c in tries or c.lr == lrs.get(c.row)]
     first = [cell for cell in cells if cell.seed == config.seeds[0]]
-    choices = choose(first, train(first, "Training, first seed"))
-    results = train(other_seeds(cells, choices), "Training, all seeds")
+    results = train(first, "Training, first seed")
+    choices = choose([cell for cell in first if cell.key in results], results)
+    chosen = other_seeds(cells, choices)
+    results = {**results, **train(chosen, "Training, all seeds")}
+    if stream is None or not results:
+        raise ValueError(
+            f"no SAE of this comparison has finished in {str(output)!r}: train some without "
+            "--finished, or give the output of a comparison with these settings."
+        )
 
     runs = {
         (choice.row, choice.k, cell.seed): (choice, cell)
         for choice in choices
         for cell in other_seeds(cells, [choice])
-        if validation_ev(results[cell.key], choice.k) is not None
+        if cell.key in results
+        and validation_ev(results[cell.key], choice.k) is not None
     }
     split = config.measured_on
     with _progress(console) as progress:
@@ -162,6 +177,7 @@ def run_comparison(
         },
         points,
         _allocation(config, points, output, stream),
+        complete=all(cell.key in results for cell in [*first, *chosen]),
     )
     text = json.dumps(document, indent=1, allow_nan=False)
     (output / RESULTS_FILENAME).write_text(text + "\n")
