@@ -147,10 +147,10 @@ def comparison(results: dict[str, Any]) -> go.Figure:
         cols=len(panels), rows=1, subplot_titles=list(panels), horizontal_spacing=0.07
     )
     for column, (title, metric) in enumerate(panels.items(), start=1):
-        for trace in pareto_plot(rows, metric, title, "").data:
-            if column > 1:
-                trace.showlegend = False
-            picture.add_trace(trace, row=1, col=column)
+        panel = pareto_plot(rows, metric, title, "")
+        if column > 1:
+            panel.update_traces(showlegend=False)
+        picture.add_traces(panel.data, rows=1, cols=column)
     picture.update_xaxes(title="features per token", **AXIS_STYLE)
     picture.update_yaxes(**AXIS_STYLE)
     picture.update_layout(

@@ -1,11 +1,7 @@
 from typing import Any
 
 from sae_lens_alloc.evaluation.comparison.cell import Cell
-from sae_lens_alloc.evaluation.comparison.choice import (
-    best_learning_rates,
-    choose,
-    other_seeds,
-)
+from sae_lens_alloc.evaluation.comparison.choice import choose, other_seeds
 
 
 def cell(row: str, sparsity: float, lr: float, l0s: tuple[float, ...], seed: int = 0):
@@ -21,27 +17,6 @@ def result(**evs: float | None) -> dict[str, Any]:
             else {"explained_variance": ev}
             for name, ev in evs.items()
         }
-    }
-
-
-def test_each_row_has_its_own_learning_rate():
-    """ "sparse" reaches the L0 with the middle one alone, "never" with none."""
-    scores: dict[str, tuple[float | None, ...]] = {
-        "a": (0.7, 0.8, 0.9),
-        "sparse": (None, 0.5, None),
-        "never": (None, None, None),
-    }
-    lrs = (1e-3, 2e-3, 4e-3)
-    tried = [
-        (cell(row, 8, lr, (8,)), ev)
-        for row, evs in scores.items()
-        for lr, ev in zip(lrs, evs, strict=True)
-    ]
-    results = {c.key: result(l8=ev) for c, ev in tried}
-    assert best_learning_rates([c for c, _ in tried], results, 8) == {
-        "a": 4e-3,
-        "sparse": 2e-3,
-        "never": 1e-3,
     }
 
 

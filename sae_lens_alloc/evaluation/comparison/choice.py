@@ -1,7 +1,6 @@
 """Which of the trained SAEs stands for its row, by the validation split alone."""
 
-import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,32 +27,6 @@ class Choice:
     k: float
     cell: Cell | None
     tried: Sequence[Mapping[str, Any]]
-
-
-def middle_k(ks: Collection[float]) -> float:
-    """The k that learning rates are decided at, and that pictures of a single k show."""
-    return sorted(ks)[len(ks) // 2]
-
-
-def best_learning_rates(
-    cells: Sequence[Cell], results: Results, k: float
-) -> dict[str, float]:
-    """
-    The learning rate of each row that explains most variance on the validation split at an
-    L0 of k; the first one tried if none reaches it.
-
-    Args:
-        cells: Trained cells that differ in nothing but row and learning rate.
-    """
-    tried: dict[str, list[Cell]] = {}
-    for cell in cells:
-        tried.setdefault(cell.row, []).append(cell)
-
-    def score(cell: Cell) -> float:
-        ev = validation_ev(results[cell.key], k)
-        return -math.inf if ev is None else ev
-
-    return {row: max(of_row, key=score).lr for row, of_row in tried.items()}
 
 
 def choose(cells: Sequence[Cell], results: Results) -> list[Choice]:

@@ -16,7 +16,6 @@ from sae_lens_alloc.config import (
     sae_config_class,
 )
 from sae_lens_alloc.evaluation.comparison.cell import Cell
-from sae_lens_alloc.evaluation.comparison.choice import middle_k
 from sae_lens_alloc.typed_values import convert, in_words
 
 # What the grid sets is set nowhere else.
@@ -39,8 +38,8 @@ class ComparisonConfig:
 
     Args:
         k: Features per token at which the rows are compared.
-        lr: Learning rates that every row tries with the first seed at the middle k; the best
-            on the validation split trains the rest.
+        lr: Learning rates that every row tries with the first seed; the best at each k on the
+            validation split trains the other seeds.
         seeds: Seeds of the SAEs' weights. The activations and their order are the same.
         rows: SAE settings by name of the row, on top of the shared ones under `sae:`. A row
             whose architecture has no k gives a list for its sparsity coefficient, a value
@@ -73,15 +72,6 @@ class ComparisonConfig:
             for seed in self.seeds
             for row in self.rows
             for sparsity in self.sparsities(row)
-            for lr in self.lr
-        ]
-
-    def learning_rate_cells(self) -> list[Cell]:
-        """The cells that decide the learning rates: the first seed at the middle k."""
-        middle = self.k.index(middle_k(self.k))
-        return [
-            self._cell(row, self.sparsities(row)[middle], lr, self.seeds[0])
-            for row in self.rows
             for lr in self.lr
         ]
 

@@ -9,13 +9,13 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
-from sae_lens_alloc.evaluation.comparison.choice import middle_k
 from sae_lens_alloc.evaluation.comparison.plots import (
     Point,
     allocation_plot,
     dead_plot,
     pareto_plot,
 )
+from sae_lens_alloc.evaluation.comparison.results import middle_k
 from sae_lens_alloc.evaluation.plots import density_plot, features_per_token_plot
 from sae_lens_alloc.evaluation.report import plot_html
 from sae_lens_alloc.evaluation.report_run import colour

@@ -1,7 +1,7 @@
 """`results.json`: what was measured, and means and ranges over the seeds."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,11 @@ from sae_lens_alloc.evaluation.usage import Usage
 SCHEMA_VERSION = 1
 SCHEMA = Path(__file__).with_name("results.schema.json")
 VERY_RARE_DENSITY = 1e-5
+
+
+def middle_k(ks: Collection[float]) -> float:
+    """The k that pictures of a single k show."""
+    return sorted(ks)[len(ks) // 2]
 
 
 def figures_of(usage: Usage, figures: Mapping[str, Any]) -> dict[str, Any]:

@@ -24,9 +24,7 @@ from sae_lens_alloc.evaluation.comparison.allocation_picture import allocation_p
 from sae_lens_alloc.evaluation.comparison.cell import Cell, sae_folder
 from sae_lens_alloc.evaluation.comparison.choice import (
     Results,
-    best_learning_rates,
     choose,
-    middle_k,
     other_seeds,
     validation_ev,
 )
@@ -45,6 +43,7 @@ from sae_lens_alloc.evaluation.comparison.report import write_comparison_report
 from sae_lens_alloc.evaluation.comparison.results import (
     comparison_results,
     figures_of,
+    middle_k,
     point_results,
 )
 from sae_lens_alloc.evaluation.comparison.stream import StoredStream, stored_stream
@@ -109,12 +108,7 @@ def run_comparison(
         found = {cell.key: cell.result(output) for cell in cells}
         return {key: result for key, result in found.items() if result is not None}
 
-    tries = config.learning_rate_cells()
-    results = train(tries, "Training, learning rates")
-    lrs = best_learning_rates(
-        [cell for cell in tries if cell.key in results], results, middle_k(config.k)
-    )
-    cells = [c for c in config.cells() if c in tries or c.lr == lrs.get(c.row)]
+    cells = config.cells()
     first = [cell for cell in cells if cell.seed == config.seeds[0]]
     results = train(first, "Training, first seed")
     choices = choose([cell for cell in first if cell.key in results], results)
