@@ -1,6 +1,7 @@
 """Markdown tables of what `sae-lens-alloc compare` measured."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 Results = dict[str, Any]
@@ -45,7 +46,9 @@ def compared_on(results: Results, command: str) -> str:
         f"{subject['tokens'][split]:,} tokens of the {split} split; mean of {len(seeds)} "
         f"seed{'s' if len(seeds) != 1 else ''}"
         f"{' (lowest to highest)' if len(seeds) != 1 else ''}; learning rates tried: "
-        f"{', '.join(f'{float(lr):g}' for lr in compare['lr'])}. {machine['machine']}, "
+        f"{', '.join(f'{float(lr):g}' for lr in compare['lr'])}"
+        f"{'' if results['complete'] else '; of which what had finished is shown'}. "
+        f"{machine['machine']}, "
         f"{machine['device']}, {machine['jobs']} × {machine['threads_per_job']} threads; "
         f"torch {versions['torch']}, sae-lens {versions['sae_lens']} (`{command}`)."
     )
@@ -70,23 +73,38 @@ def experiment_table(results: Results, rows: Sequence[str]) -> str:
     return "\n".join(lines)
 
 
-def comparison_tables(results: Results) -> str:
-    """Every row of a comparison, a table for each k."""
+def finished_ks(results: Results) -> list[float]:
+    """The k at which every row has been trained, if only with one seed."""
+    compare = results["settings"]["compare"]
+    return [
+        k
+        for k in compare["k"]
+        if {point["row"] for point in results["points"] if point["k"] == k}
+        == set(compare["rows"])
+    ]
+
+
+def all_rows(results: Results) -> str:
+    """Every row of a comparison with its number of seeds, a table for each finished k."""
     columns = {**SHARED, **OF_KIND[results["subject"]["kind"]], **COUNTS, **COST}
     lines: list[str] = []
-    for k in results["settings"]["compare"]["k"]:
+    for k in finished_ks(results):
         lines += [
             f"**{k:g} features per token**\n",
-            f"| | {' | '.join(columns)} |",
-            "|---" * (len(columns) + 1) + "|",
+            f"| | {' | '.join(columns)} | lr | seeds |",
+            "|---" * (len(columns) + 3) + "|",
         ]
         for point in results["points"]:
             if point["k"] == k:
                 figures = point["over_seeds"]
                 cells = (
-                    [_cell(figures, *column) for column in columns.values()]
+                    [
+                        *(_cell(figures, *column) for column in columns.values()),
+                        f"{point['chosen']['lr']:g}",
+                        str(len(point["runs"])),
+                    ]
                     if point["runs"]
-                    else ["out of reach", *["–"] * (len(columns) - 1)]
+                    else ["out of reach", *["–"] * (len(columns) + 1)]
                 )
                 lines.append(f"| {point['row']} | {' | '.join(cells)} |")
         lines.append("")
@@ -94,34 +112,51 @@ def comparison_tables(results: Results) -> str:
 
 
 def lead_table(results: Results, ours: str) -> str:
-    """A row of ours at every k beside the best row of SAELens, figure by figure."""
-    kind = results["subject"]["kind"]
+    """
+    A row of ours beside SAELens' best in each figure, which need not be one and the same, at
+    every finished k.
+    """
+    columns = {**SHARED, **OF_KIND[results["subject"]["kind"]]}
     rows = results["settings"]["compare"]["rows"]
     lines = [
-        f"| features per token | | {ours} | best of SAELens' | ahead by more than the seeds "
-        "differ |",
-        "|---" * 5 + "|",
+        f"| features per token | | {ours} | best of SAELens' | less to be desired | "
+        "every seed ahead of every seed |",
+        "|---" * 6 + "|",
     ]
-    for k in results["settings"]["compare"]["k"]:
-        points = {
+    for k in finished_ks(results):
+        figures = {
             point["row"]: point["over_seeds"]
             for point in results["points"]
             if point["k"] == k and point["runs"]
         }
-        stock = [row for row in points if rows[row]["architecture"] not in OURS]
-        for name, (key, style) in {**SHARED, **OF_KIND[kind]}.items():
-            sign = -1 if key == "kl_divergence" else 1
-            best = max(stock, key=lambda row: sign * points[row][key]["mean"])
-            worst_of_ours = min(sign * points[ours][key][x] for x in ("min", "max"))
-            best_of_stock = max(
-                sign * points[row][key][x] for row in stock for x in ("min", "max")
-            )
+        stock = [row for row in figures if rows[row]["architecture"] not in OURS]
+        for name, (key, style) in columns.items():
+            short = {row: _shortfall(figures[row][key], key) for row in figures}
+            _, best = min((short[row].mean, row) for row in stock)
+            missing = short[best].mean
+            less = f"{1 - short[ours].mean / missing:.1%}" if missing else "–"
+            ahead = short[ours].most < min(short[row].least for row in stock)
             lines.append(
-                f"| {k:g} | {name} | {_cell(points[ours], key, style)} | "
-                f"{_cell(points[best], key, style)}, {best} | "
-                f"{'yes' if worst_of_ours > best_of_stock else 'no'} |"
+                f"| {k:g} | {name} | {_cell(figures[ours], key, style)} | "
+                f"{_cell(figures[best], key, style)}, {best} | {less} | "
+                f"{'yes' if ahead else 'no'} |"
             )
     return "\n".join(lines)
+
+
+@dataclass(frozen=True)
+class Shortfall:
+    """How far a figure is from the best it could be: mean over the seeds, least, most."""
+
+    mean: float
+    least: float
+    most: float
+
+
+def _shortfall(over_seeds: dict[str, float], key: str) -> Shortfall:
+    ideal = 0 if key == "kl_divergence" else 1
+    mean, *ends = (abs(ideal - over_seeds[x]) for x in ("mean", "min", "max"))
+    return Shortfall(mean, min(ends), max(ends))
 
 
 def _cell(over_seeds: Results, key: str, style: str) -> str:

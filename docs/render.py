@@ -2,8 +2,8 @@
 Writes what the documents take from code and from result files, so that no figure is typed.
 
     python docs/render.py           rewrites docs/config.md, the marked parts of README.md,
-                                    docs/performance.md, docs/fine-tuning.md and
-                                    docs/experiments.md, and their pictures
+                                    docs/performance.md, docs/fine-tuning.md,
+                                    docs/experiments.md and docs/results.md, and their pictures
     python docs/render.py --check   exits with 1 if they are not up to date
 
 Drawing a picture needs kaleido and a Chrome or Chromium; only new measurements need it.
@@ -19,7 +19,7 @@ from docstring_parser import parse
 from sae_lens.saes.sae import TrainingSAEConfig
 
 from benchmarks import comparison_tables, tables
-from benchmarks.plot import continuations, draw, growth, is_drawn_from
+from benchmarks.plot import comparison, continuations, draw, growth, is_drawn_from
 from sae_lens_alloc.saes.allocation_sae_config import AllocationTrainingSAEConfig
 from sae_lens_alloc.saes.auxiliary_loss import AuxiliaryLossTrainingSAEConfig
 from sae_lens_alloc.saes.feature_choice_sae import FeatureChoiceTrainingSAEConfig
@@ -80,10 +80,17 @@ EXPERIMENT_ROWS = {
         ),
     },
 }
+COMPARISONS = {
+    name: RESULTS / f"{name}.json"
+    for name in ("compare_demo", "compare_synthetic_small")
+}
+# The row of ours that docs/results.md tells beside the best of SAELens'.
+SHOWN_ROW = "mutual_choice"
 # what each picture shows
 PICTURES = {
     DOCS / "images" / "performance_cpu.svg": (PERFORMANCE, growth),
     DOCS / "images" / "fine_tuning.svg": (FINE_TUNING, continuations),
+    DOCS / "images" / "compare_demo.svg": (COMPARISONS["compare_demo"], comparison),
 }
 
 
@@ -237,6 +244,18 @@ def experiment_parts() -> dict[str, str]:
     return parts
 
 
+def comparison_parts() -> dict[str, str]:
+    """The tables of docs/results.md."""
+    parts: dict[str, str] = {}
+    for name, path in COMPARISONS.items():
+        results = json.loads(path.read_text())
+        command = f"sae-lens-alloc compare configs/{name}.yaml"
+        parts[f"{name} on"] = comparison_tables.compared_on(results, command)
+        parts[f"{name} lead"] = comparison_tables.lead_table(results, SHOWN_ROW)
+        parts[f"{name} all"] = comparison_tables.all_rows(results)
+    return parts
+
+
 def _mean_and_range(values: list[float], style: str) -> str:
     mean = sum(values) / len(values)
     return f"{mean:{style}} ({min(values):{style}}–{max(values):{style}})"
@@ -257,6 +276,7 @@ def main() -> None:
     performance_page = DOCS / "performance.md"
     fine_tuning_page = DOCS / "fine-tuning.md"
     experiments_page = DOCS / "experiments.md"
+    results_page = DOCS / "results.md"
     pages = {
         DOCS / "config.md": config_reference(),
         performance_page: rendered(performance_page, performance_parts()),
@@ -264,6 +284,7 @@ def main() -> None:
             fine_tuning_page, {"fine-tuning": fine_tuning_table()}
         ),
         experiments_page: rendered(experiments_page, experiment_parts()),
+        results_page: rendered(results_page, comparison_parts()),
         README: rendered(README, {"step": step_table(), "demo": demo_table()}),
     }
     stale = [
