@@ -9,6 +9,7 @@ from typing import Any
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
+from benchmarks.comparison_tables import finished_ks
 from benchmarks.tables import floor_seconds, measured, seconds, sweep
 from sae_lens_alloc.evaluation.comparison.plots import Point, pareto_plot
 
@@ -138,11 +139,13 @@ def continuations(report: dict[str, Any]) -> go.Figure:
 
 
 def comparison(results: dict[str, Any]) -> go.Figure:
-    """Every row of a comparison over features per token: mean over seeds in their range."""
+    """Every row at every finished k: mean over seeds in their range."""
     panels = COMPARED[results["subject"]["kind"]]
+    finished = finished_ks(results)
     rows: dict[str, list[Point]] = {}
     for point in results["points"]:
-        rows.setdefault(point["row"], []).append(point)
+        if point["k"] in finished:
+            rows.setdefault(point["row"], []).append(point)
     picture = make_subplots(
         cols=len(panels), rows=1, subplot_titles=list(panels), horizontal_spacing=0.07
     )
@@ -151,7 +154,7 @@ def comparison(results: dict[str, Any]) -> go.Figure:
         if column > 1:
             panel.update_traces(showlegend=False)
         picture.add_traces(panel.data, rows=1, cols=column)
-    picture.update_xaxes(title="features per token", **AXIS_STYLE)
+    picture.update_xaxes(title="features per token", rangemode="tozero", **AXIS_STYLE)
     picture.update_yaxes(**AXIS_STYLE)
     picture.update_layout(
         width=1100,
