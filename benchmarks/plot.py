@@ -35,6 +35,7 @@ STYLE: dict[str, Any] = {
     "paper_bgcolor": "white",
 }
 AXIS_STYLE: dict[str, Any] = {"gridcolor": "#e3e6ec", "linecolor": "#5d6472"}
+LEGEND_BELOW = {"orientation": "h", "x": 0.5, "xanchor": "center", "y": -0.2}
 
 
 def growth(report: dict[str, Any]) -> go.Figure:
@@ -101,7 +102,7 @@ def growth(report: dict[str, Any]) -> go.Figure:
         width=1100,
         height=470,
         margin={"l": 50, "r": 20, "t": 40, "b": 120},
-        legend={"orientation": "h", "x": 0.5, "xanchor": "center", "y": -0.2},
+        legend=LEGEND_BELOW,
         **STYLE,
     )
     return picture
@@ -160,7 +161,7 @@ def comparison(results: dict[str, Any]) -> go.Figure:
         width=1100,
         height=520,
         margin={"l": 60, "r": 20, "t": 40, "b": 150},
-        legend={"orientation": "h", "x": 0.5, "xanchor": "center", "y": -0.2},
+        legend=LEGEND_BELOW,
         **STYLE,
     )
     return picture

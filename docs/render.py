@@ -232,13 +232,19 @@ def fine_tuning_table() -> str:
     return "\n".join(rows)
 
 
+def compared_on(name: str, results: dict[str, Any]) -> str:
+    """What the comparison of configs/<name>.yaml was on, and its command."""
+    return comparison_tables.compared_on(
+        results, f"sae-lens-alloc compare configs/{name}.yaml"
+    )
+
+
 def experiment_parts() -> dict[str, str]:
     """The tables of docs/experiments.md."""
     parts: dict[str, str] = {}
     for name, path in EXPERIMENTS.items():
         results = json.loads(path.read_text())
-        command = f"sae-lens-alloc compare configs/{name}.yaml"
-        parts[f"{name} on"] = comparison_tables.compared_on(results, command)
+        parts[f"{name} on"] = compared_on(name, results)
         for table, rows in EXPERIMENT_ROWS[name].items():
             parts[table] = comparison_tables.experiment_table(results, rows)
     return parts
@@ -249,8 +255,7 @@ def comparison_parts() -> dict[str, str]:
     parts: dict[str, str] = {}
     for name, path in COMPARISONS.items():
         results = json.loads(path.read_text())
-        command = f"sae-lens-alloc compare configs/{name}.yaml"
-        parts[f"{name} on"] = comparison_tables.compared_on(results, command)
+        parts[f"{name} on"] = compared_on(name, results)
         parts[f"{name} lead"] = comparison_tables.lead_table(results, SHOWN_ROW)
         parts[f"{name} all"] = comparison_tables.all_rows(results)
     return parts
