@@ -4,6 +4,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from sae_lens.registry import SAE_TRAINING_CLASS_REGISTRY
+
+import sae_lens_alloc  # noqa: F401  (registers our architectures)
+
 Results = dict[str, Any]
 
 SHARED = {
@@ -27,7 +31,8 @@ COUNTS = {
     "rare (< 1e-4)": ("rare_features", ",.0f"),
 }
 COST = {"training (s)": ("seconds", ",.0f")}
-OURS = ("mutual_choice", "feature_choice", "matryoshka_mutual_choice")
+# The row of ours that is told beside the best of SAELens'.
+SHOWN_ROW = "mutual_choice"
 
 
 def compared_on(results: Results, command: str) -> str:
@@ -73,20 +78,36 @@ def experiment_table(results: Results, rows: Sequence[str]) -> str:
     return "\n".join(lines)
 
 
+def stock_rows(results: Results) -> list[str]:
+    """The rows whose architecture is SAELens' own."""
+    classes = {
+        row: SAE_TRAINING_CLASS_REGISTRY[settings["architecture"]][0]
+        for row, settings in results["settings"]["compare"]["rows"].items()
+    }
+    return [
+        row for row, sae in classes.items() if sae.__module__.startswith("sae_lens.")
+    ]
+
+
 def finished_ks(results: Results) -> list[float]:
-    """The k at which every row has been trained, if only with one seed."""
-    compare = results["settings"]["compare"]
+    """The k at which SAELens' rows and the shown one are trained, if only with one seed."""
+    needed = {SHOWN_ROW, *stock_rows(results)}
     return [
         k
-        for k in compare["k"]
-        if {point["row"] for point in results["points"] if point["k"] == k}
-        == set(compare["rows"])
+        for k in results["settings"]["compare"]["k"]
+        if needed
+        <= {
+            point["row"]
+            for point in results["points"]
+            if point["k"] == k and (point["runs"] or results["complete"])
+        }
     ]
 
 
 def all_rows(results: Results) -> str:
     """Every row of a comparison with its number of seeds, a table for each finished k."""
     columns = {**SHARED, **OF_KIND[results["subject"]["kind"]], **COUNTS, **COST}
+    missing = "out of reach" if results["complete"] else "not trained yet"
     lines: list[str] = []
     for k in finished_ks(results):
         lines += [
@@ -94,32 +115,36 @@ def all_rows(results: Results) -> str:
             f"| | {' | '.join(columns)} | lr | seeds |",
             "|---" * (len(columns) + 3) + "|",
         ]
-        for point in results["points"]:
-            if point["k"] == k:
-                figures = point["over_seeds"]
-                cells = (
-                    [
-                        *(_cell(figures, *column) for column in columns.values()),
-                        f"{point['chosen']['lr']:g}",
-                        str(len(point["runs"])),
-                    ]
-                    if point["runs"]
-                    else ["out of reach", *["–"] * (len(columns) + 1)]
-                )
-                lines.append(f"| {point['row']} | {' | '.join(cells)} |")
+        trained = {
+            point["row"]: point
+            for point in results["points"]
+            if point["k"] == k and point["runs"]
+        }
+        for row in results["settings"]["compare"]["rows"]:
+            cells = [missing, *["–"] * (len(columns) + 1)]
+            if row in trained:
+                point = trained[row]
+                cells = [
+                    *(
+                        _cell(point["over_seeds"], *column)
+                        for column in columns.values()
+                    ),
+                    f"{point['chosen']['lr']:g}",
+                    str(len(point["runs"])),
+                ]
+            lines.append(f"| {row} | {' | '.join(cells)} |")
         lines.append("")
     return "\n".join(lines[:-1])
 
 
-def lead_table(results: Results, ours: str) -> str:
+def lead_table(results: Results) -> str:
     """
-    A row of ours beside SAELens' best in each figure, which need not be one and the same, at
+    The shown row beside SAELens' best in each figure, which need not be one and the same, at
     every finished k.
     """
     columns = {**SHARED, **OF_KIND[results["subject"]["kind"]]}
-    rows = results["settings"]["compare"]["rows"]
     lines = [
-        f"| features per token | | {ours} | best of SAELens' | less to be desired | "
+        f"| features per token | | {SHOWN_ROW} | best of SAELens' | less to be desired | "
         "every seed ahead of every seed |",
         "|---" * 6 + "|",
     ]
@@ -129,15 +154,15 @@ def lead_table(results: Results, ours: str) -> str:
             for point in results["points"]
             if point["k"] == k and point["runs"]
         }
-        stock = [row for row in figures if rows[row]["architecture"] not in OURS]
+        stock = [row for row in stock_rows(results) if row in figures]
         for name, (key, style) in columns.items():
             short = {row: _shortfall(figures[row][key], key) for row in figures}
             _, best = min((short[row].mean, row) for row in stock)
-            missing = short[best].mean
-            less = f"{1 - short[ours].mean / missing:.1%}" if missing else "–"
-            ahead = short[ours].most < min(short[row].least for row in stock)
+            ours, missing = short[SHOWN_ROW], short[best].mean
+            less = f"{1 - ours.mean / missing:.1%}" if missing else "–"
+            ahead = ours.most < min(short[row].least for row in stock)
             lines.append(
-                f"| {k:g} | {name} | {_cell(figures[ours], key, style)} | "
+                f"| {k:g} | {name} | {_cell(figures[SHOWN_ROW], key, style)} | "
                 f"{_cell(figures[best], key, style)}, {best} | {less} | "
                 f"{'yes' if ahead else 'no'} |"
             )

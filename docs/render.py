@@ -84,8 +84,6 @@ COMPARISONS = {
     name: RESULTS / f"{name}.json"
     for name in ("compare_demo", "compare_synthetic_small")
 }
-# The row of ours that docs/results.md tells beside the best of SAELens'.
-SHOWN_ROW = "mutual_choice"
 # what each picture shows
 PICTURES = {
     DOCS / "images" / "performance_cpu.svg": (PERFORMANCE, growth),
@@ -256,7 +254,7 @@ def comparison_parts() -> dict[str, str]:
     for name, path in COMPARISONS.items():
         results = json.loads(path.read_text())
         parts[f"{name} on"] = compared_on(name, results)
-        parts[f"{name} lead"] = comparison_tables.lead_table(results, SHOWN_ROW)
+        parts[f"{name} lead"] = comparison_tables.lead_table(results)
         parts[f"{name} all"] = comparison_tables.all_rows(results)
     return parts
 
