@@ -4,9 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from sae_lens.registry import SAE_TRAINING_CLASS_REGISTRY
-
-import sae_lens_alloc  # noqa: F401  (registers our architectures)
+from sae_lens_alloc.config import sae_config_class
 
 Results = dict[str, Any]
 
@@ -80,12 +78,10 @@ def experiment_table(results: Results, rows: Sequence[str]) -> str:
 
 def stock_rows(results: Results) -> list[str]:
     """The rows whose architecture is SAELens' own."""
-    classes = {
-        row: SAE_TRAINING_CLASS_REGISTRY[settings["architecture"]][0]
-        for row, settings in results["settings"]["compare"]["rows"].items()
-    }
     return [
-        row for row, sae in classes.items() if sae.__module__.startswith("sae_lens.")
+        row
+        for row, sae in results["settings"]["compare"]["rows"].items()
+        if sae_config_class(sae["architecture"]).__module__.startswith("sae_lens.")
     ]
 
 

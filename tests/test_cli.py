@@ -96,6 +96,18 @@ def test_train_says_what_it_will_do(tmp_path: Path):
     assert not (tmp_path / "output").exists()
 
 
+def test_nested_reconstructions_take_memory(tmp_path: Path):
+    """7 matrices of 256 x 192 floats and 8 pairs of 64 bytes per token more for each of two."""
+    result = train(
+        tmp_path / "output",
+        "--dry-run",
+        "sae.architecture=matryoshka_mutual_choice",
+        "sae.matryoshka_widths=[16, 32]",
+    )
+    assert result.exit_code == 0
+    assert "step 6.7 MB" in result.stdout  # 3.64 MB + 2 * (1.38 MB + 0.13 MB)
+
+
 @pytest.mark.parametrize(
     ("architecture", "schedule"),
     [("batchtopk", []), ("batchtopk_aux_zipf", ["aux_zipf until step 2"])],

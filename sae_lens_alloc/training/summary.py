@@ -12,6 +12,9 @@ from sae_lens_alloc.ops.encode_select import block_width
 from sae_lens_alloc.saes.allocation_sae_config import AllocationTrainingSAEConfig
 from sae_lens_alloc.saes.auxiliary_loss import AuxiliaryLossTrainingSAEConfig
 from sae_lens_alloc.saes.feature_choice_sae import FeatureChoiceTrainingSAEConfig
+from sae_lens_alloc.saes.matryoshka_mutual_choice_sae import (
+    MatryoshkaMutualChoiceTrainingSAEConfig,
+)
 from sae_lens_alloc.saes.mutual_choice_sae import MutualChoiceTrainingSAEConfig
 
 # SAELens keeps buffered activations in float32, whatever `dtype` says.
@@ -52,9 +55,9 @@ def estimate_memory(cfg: LanguageModelSAERunnerConfig[Any]) -> dict[str, int]:
       twice because shuffling copies it;
     - step: for Mutual and Feature Choice, 16 matrices of B x d_in, 64 bytes for each of the
       k * B selected pairs, of the margin's and of the auxiliary ones, 4 blocks of
-      affinities, and on a GPU the encoder's gradient once more, which is transposed; for
-      other architectures, which work on dense matrices, 8 matrices of B x d_sae. All in
-      float32.
+      affinities, and on a GPU the encoder's gradient once more, which is transposed; each
+      nested reconstruction adds 7 matrices and the selected pairs once more. For other
+      architectures, which work on dense matrices, 8 matrices of B x d_sae. All in float32.
     """
     sae, n_tokens = cfg.sae, cfg.train_batch_size_tokens
     parameters = 2 * sae.d_in * sae.d_sae + sae.d_sae + sae.d_in
@@ -75,11 +78,17 @@ def _step_bytes(sae: TrainingSAEConfig, n_tokens: int, device: torch.device) -> 
     if not isinstance(sae, AllocationTrainingSAEConfig):
         return 8 * n_tokens * sae.d_sae * 4
     k = sae.k if sae.k_start is None else sae.k_start
+    n_nested = (
+        len(sae.inner_widths())
+        if isinstance(sae, MatryoshkaMutualChoiceTrainingSAEConfig)
+        else 0
+    )
+    k *= 1 + n_nested
     k += 2 * sae.selection_margin * sae.k
     k_aux = 0 if sae.aux_loss == "none" else sae.features_per_token_in_aux_loss()
     pairs = n_tokens * (k + k_aux)
     block = n_tokens * min(block_width(n_tokens, device), sae.d_sae)
-    elements = 16 * n_tokens * sae.d_in + 4 * block
+    elements = (16 + 7 * n_nested) * n_tokens * sae.d_in + 4 * block
     if device.type != "cpu":
         elements += sae.d_in * sae.d_sae
     return 4 * elements + 64 * math.ceil(pairs)
