@@ -11,7 +11,7 @@ from plotly.subplots import make_subplots
 
 from benchmarks.comparison_tables import finished_ks
 from benchmarks.tables import floor_seconds, measured, seconds, sweep
-from sae_lens_alloc.evaluation.comparison.plots import Point, pareto_plot
+from sae_lens_alloc.evaluation.comparison.plots import pareto_plot, points_by_row
 
 COLOURS = ("#0b62c4", "#16a34a", "#d9480f", "#f08c00", "#9c36b5", "#868e96", "#5f3dc4")
 SYMBOLS = ("circle", "square", "diamond", "cross", "x", "triangle-up", "star")
@@ -143,10 +143,7 @@ def comparison(results: dict[str, Any]) -> go.Figure:
     """Every row at every finished k: mean over seeds in their range."""
     panels = COMPARED[results["subject"]["kind"]]
     finished = finished_ks(results)
-    rows: dict[str, list[Point]] = {}
-    for point in results["points"]:
-        if point["k"] in finished:
-            rows.setdefault(point["row"], []).append(point)
+    rows = points_by_row(point for point in results["points"] if point["k"] in finished)
     picture = make_subplots(
         cols=len(panels), rows=1, subplot_titles=list(panels), horizontal_spacing=0.07
     )

@@ -1,6 +1,6 @@
 """The plots of a comparison's report, one function each."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import plotly.graph_objects as go
@@ -22,6 +22,14 @@ DEAD_COUNTS = {
     "very_rare_features": "on < 1 token in 100,000",
     "rare_features": "on < 1 token in 10,000",
 }
+
+
+def points_by_row(points: Iterable[Point]) -> dict[str, list[Point]]:
+    """The points of each row, in the order in which they come."""
+    rows: dict[str, list[Point]] = {}
+    for point in points:
+        rows.setdefault(point["row"], []).append(point)
+    return rows
 
 
 def pareto_plot(

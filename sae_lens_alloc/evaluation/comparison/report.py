@@ -14,6 +14,7 @@ from sae_lens_alloc.evaluation.comparison.plots import (
     allocation_plot,
     dead_plot,
     pareto_plot,
+    points_by_row,
 )
 from sae_lens_alloc.evaluation.comparison.results import middle_k
 from sae_lens_alloc.evaluation.plots import density_plot, features_per_token_plot
@@ -127,9 +128,7 @@ def render_comparison_report(
 ) -> str:
     """The report as HTML; see write_comparison_report."""
     points: list[Point] = results["points"]
-    rows: dict[str, list[Point]] = {}
-    for point in points:
-        rows.setdefault(point["row"], []).append(point)
+    rows = points_by_row(points)
     ks = sorted({point["k"] for point in points})
     middle = middle_k(ks)
     of_kind = (
