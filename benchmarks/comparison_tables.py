@@ -43,14 +43,18 @@ def compared_on(results: Results, command: str) -> str:
     compare = results["settings"]["compare"]
     split = compare.get("measured_on", "test")
     seeds = compare["seeds"]
+    lrs = _numbers(compare["lr"]) + "".join(
+        f"; {row}: {_numbers(sae['lr'])}"
+        for row, sae in compare["rows"].items()
+        if "lr" in sae
+    )
     return (
         f"{subject['activations']}, {subject['d_in']} dimensions, {subject['d_sae']:,} "
         f"features, {subject['tokens']['train']:,} training tokens; measured on "
         f"{subject['tokens'][split]:,} tokens of the {split} split; mean of {len(seeds)} "
         f"seed{'s' if len(seeds) != 1 else ''}"
         f"{' (lowest to highest)' if len(seeds) != 1 else ''}; learning rates tried: "
-        f"{', '.join(f'{float(lr):g}' for lr in compare['lr'])}"
-        f"{'' if results['complete'] else '; of which what had finished is shown'}. "
+        f"{lrs}{'' if results['complete'] else '; of which what had finished is shown'}. "
         f"{machine['machine']}, "
         f"{machine['device']}, {machine['jobs']} × {machine['threads_per_job']} threads; "
         f"torch {versions['torch']}, sae-lens {versions['sae_lens']} (`{command}`)."
@@ -178,6 +182,10 @@ def _shortfall(over_seeds: dict[str, float], key: str) -> Shortfall:
     ideal = 0 if key == "kl_divergence" else 1
     mean, *ends = (abs(ideal - over_seeds[x]) for x in ("mean", "min", "max"))
     return Shortfall(mean, min(ends), max(ends))
+
+
+def _numbers(values: Sequence[float | str]) -> str:
+    return ", ".join(f"{float(value):g}" for value in values)
 
 
 def _cell(over_seeds: Results, key: str, style: str) -> str:

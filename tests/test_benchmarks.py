@@ -275,6 +275,34 @@ def comparison_results() -> dict[str, Any]:
     }
 
 
+def test_learning_rates_of_a_rows_own_are_told():
+    results: dict[str, Any] = {
+        "complete": True,
+        "subject": {
+            "activations": "here",
+            "d_in": 4,
+            "d_sae": 8,
+            "tokens": {"train": 1000, "test": 100},
+        },
+        "machine": {
+            "machine": "abacus",
+            "device": "cpu",
+            "jobs": 1,
+            "threads_per_job": 1,
+        },
+        "versions": {"torch": "2", "sae_lens": "6"},
+        "settings": {
+            "compare": {
+                "seeds": [0],
+                "lr": [1e-3, "2e-3"],
+                "rows": {"topk": {}, "gated": {"lr": [2e-3, 4e-3]}},
+            }
+        },
+    }
+    told = comparison_tables.compared_on(results, "again")
+    assert "learning rates tried: 0.001, 0.002; gated: 0.002, 0.004. abacus" in told
+
+
 def test_a_k_that_a_row_to_be_told_has_not_reached_is_left_out_of_tables():
     lines = comparison_tables.all_rows(comparison_results()).splitlines()
     assert lines[0] == "**8 features per token**"

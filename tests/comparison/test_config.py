@@ -26,6 +26,19 @@ def test_the_grid_is_rows_by_sparsities_by_learning_rates_by_seeds(
     ]
 
 
+def test_a_row_may_have_learning_rates_of_its_own(
+    tmp_path: Path, settings: dict[str, Any]
+):
+    settings["compare"]["lr"] = [1e-2, 1e-3]
+    before = load_comparison(write_config(settings, tmp_path))[0].cells()
+    settings["compare"]["rows"]["stock"]["lr"] = [1e-3, 1e-4]
+    after = load_comparison(write_config(settings, tmp_path))[0].cells()
+    lrs = {row: {c.lr for c in after if c.row == row} for row in ("ours", "stock")}
+    assert lrs == {"ours": {1e-2, 1e-3}, "stock": {1e-3, 1e-4}}
+    # what was trained with one of them is trained already
+    assert {c.key for c in before if c.lr == 1e-3} < {c.key for c in after}
+
+
 def test_cells_differ_in_the_sae_the_learning_rate_and_the_seed_alone(
     tmp_path: Path, settings: dict[str, Any]
 ):
@@ -80,6 +93,16 @@ def test_other_activations_give_other_cells(tmp_path: Path, settings: dict[str, 
             [0.1],
             "compare.rows.stock: 'standard' has no k, so one of its sparsity coefficients "
             "must be a list of 2 values, as many as compare.k has.",
+        ),
+        *(
+            (
+                ("compare", "rows", "ours"),
+                "lr",
+                value,
+                "compare.rows.ours.lr must be a list of 1 learning rates, as many as "
+                "compare.lr has, or the row would have more or fewer tries; got ",
+            )
+            for value in (1e-3, ["fast"], [1e-3, 1e-4])
         ),
         (
             ("compare", "rows", "ours"),

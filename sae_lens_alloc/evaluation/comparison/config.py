@@ -43,7 +43,7 @@ class ComparisonConfig:
         seeds: Seeds of the SAEs' weights. The activations and their order are the same.
         rows: SAE settings by name of the row, on top of the shared ones under `sae:`. A row
             whose architecture has no k gives a list for its sparsity coefficient, a value
-            for each `k`.
+            for each `k`. A row may have learning rates of its own, `lr`, as many as all have.
         heldout_path: Parquet file with a column `text`, for a language model. Its contexts
             are dealt in turn to the validation and the test split.
         synthetic: Fields of SAELens' SyntheticModelConfig, for synthetic activations.
@@ -72,7 +72,7 @@ class ComparisonConfig:
             for seed in self.seeds
             for row in self.rows
             for sparsity in self.sparsities(row)
-            for lr in self.lr
+            for lr in self.rows[row].get("lr", self.lr)
         ]
 
     def sparsity_key(self, row: str) -> str:
@@ -117,6 +117,7 @@ class ComparisonConfig:
     def _cell(self, row: str, sparsity: float, lr: float, seed: int) -> Cell:
         key = self.sparsity_key(row)
         sae = {**self.shared["sae"], **self.rows[row], key: sparsity}
+        sae.pop("lr", None)
         return Cell(
             row=row,
             sparsity_key=key,
@@ -187,6 +188,8 @@ def _build(settings: dict[str, Any]) -> ComparisonConfig:
     for name, row in values["rows"].items():
         _mapping(row, f"compare.rows.{name}")
         sae_config_class(row.get("architecture"))
+        if "lr" in row:
+            _require_lrs(name, row["lr"], len(values["lr"]))
     config = ComparisonConfig(shared=shared, **values)
     if (config.heldout_path is None) == (config.synthetic is None):
         raise ValueError(
@@ -205,6 +208,18 @@ def digest(settings: Mapping[str, Any]) -> str:
     """Eight letters that differ where settings do."""
     text = json.dumps(settings, sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:8]
+
+
+def _require_lrs(row: str, value: Any, n: int) -> None:
+    try:
+        lrs = convert(value, list[float])
+    except TypeError:
+        lrs = []
+    if len(lrs) != n:
+        raise ValueError(
+            f"compare.rows.{row}.lr must be a list of {n} learning rates, as many as "
+            f"compare.lr has, or the row would have more or fewer tries; got {value!r}."
+        )
 
 
 def _mapping(value: Any, name: str) -> dict[str, Any]:
