@@ -1,6 +1,6 @@
 """The one currency: the token-feature pairs that are active, and nothing else."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -45,6 +45,12 @@ class SparseActivations:
     def feature_counts(self) -> torch.Tensor:
         """Active tokens of each feature, int64 of shape (F,)."""
         return self._count(self.feature_indices, self.shape[1])
+
+    def counts_above(self, thresholds: torch.Tensor) -> torch.Tensor:
+        """Active tokens of each feature beyond its threshold, int64 of shape (F,)."""
+        above = self.values > thresholds[self.feature_indices]
+        real = above if self.real is None else above & self.real
+        return replace(self, real=real).feature_counts()
 
     def _count(self, indices: torch.Tensor, n: int) -> torch.Tensor:
         # bincount would ask a GPU for the largest index

@@ -29,6 +29,10 @@ NATURAL_LAW = ZipfLaw(alpha=1.0, beta=16.0, scale=1.0)
 # About the ratio of the margin's smallest affinity to the cut, where the last is not known.
 MARGIN_CUT_GUESS = 0.6
 
+# Under Mutual Choice no feature's threshold should let it fire on fewer tokens than this share
+# of the mean density: 1 in 10,000 with k = 16 and 3,072 features.
+MIN_DENSITY_SHARE = 0.02
+
 # Features that fired less often in a sample of tokens say nothing about the law's tail.
 MIN_EVENTS = 10
 
@@ -123,14 +127,40 @@ class AllocationState(DensityState):
     ) -> tuple[SparseActivations, Margin | None]:
         guess = self._likely_cut(n_margin) if self._knows_cut() else None
         pairs = encode_mutual_choice(encoder, x, budget + n_margin, guess)
-        margin = None
-        if n_margin and len(pairs.values) > 0:
-            self._margin_cut = pairs.smallest_value().float()
-            pairs, margin = split_at_budget(pairs, budget, n_margin)
+        if n_margin == 0 or len(pairs.values) == 0:
+            self._track_cut(pairs)
+            self.threshold.copy_(self.cut.expand_as(self.threshold))
+            self.update_density(pairs.feature_counts(), len(x))
+            return pairs, None
+        reached = pairs
+        self._margin_cut = reached.smallest_value().float()
+        pairs, margin = split_at_budget(reached, budget, n_margin)
+        # relative to the cut, which may jump
+        lowered = torch.where(self.threshold > 0, self.threshold / self.cut, 1.0)
         self._track_cut(pairs)
-        self.threshold.copy_(self.cut.expand_as(self.threshold))
+        self._track_floor(lowered * self.cut, reached, budget)
         self.update_density(pairs.feature_counts(), len(x))
         return pairs, margin
+
+    def _track_floor(
+        self, threshold: torch.Tensor, reached: SparseActivations, budget: int
+    ) -> None:
+        """
+        Gives every feature the cut for a threshold, or the lower one at which it still fires
+        on a small share of the tokens, as far down as its affinities are known.
+
+        Args:
+            threshold: Thresholds so far, shape (F,).
+            reached: The pairs with the largest affinities of the batch.
+            budget: Number of pairs M.
+        """
+        at_least = MIN_DENSITY_SHARE * budget / len(threshold)
+        above = reached.counts_above(threshold)
+        self.threshold.copy_(
+            track_threshold(threshold, above, at_least).clamp(
+                reached.smallest_value().float(), self.cut
+            )
+        )
 
     def _allocate_feature(
         self,

@@ -48,7 +48,8 @@ class MutualChoiceTrainingSAE(AllocationTrainingSAE[MutualChoiceTrainingSAEConfi
     Mutual Choice SAE (arXiv 2411.02124): the floor(k * B) largest positive affinities of a
     batch of B tokens are active, whichever tokens and features they belong to.
 
-    Inference uses one threshold for all features, and the SAE is saved as a JumpReLU SAE.
+    Inference uses one threshold for all features, lower only for those that would hardly ever
+    fire, and the SAE is saved as a JumpReLU SAE.
     """
 
     @override
