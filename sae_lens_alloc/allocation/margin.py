@@ -43,10 +43,12 @@ def split_at_budget(
     margin = by_value[budget - n_margin :]
     # pairs come in row order, so ascending places are the row order
     places, order = margin.sort()
-    values = pairs.values[margin]
-    width = values[:1].sum() - values[-1:].sum()
+    around = pairs.at(places)
+    width = around.values.new_zeros(())
+    if len(places) > 0:
+        width = around.values.max() - around.smallest_value()
     return pairs.at(by_value[:budget].sort().values), Margin(
-        pairs.at(places), order < n_margin, width
+        around, order < n_margin, width
     )
 
 

@@ -46,12 +46,6 @@ class SparseActivations:
         """Active tokens of each feature, int64 of shape (F,)."""
         return self._count(self.feature_indices, self.shape[1])
 
-    def counts_above(self, thresholds: torch.Tensor) -> torch.Tensor:
-        """Active tokens of each feature beyond its threshold, int64 of shape (F,)."""
-        above = self.values > thresholds[self.feature_indices]
-        real = above if self.real is None else above & self.real
-        return replace(self, real=real).feature_counts()
-
     def _count(self, indices: torch.Tensor, n: int) -> torch.Tensor:
         # bincount would ask a GPU for the largest index
         ones = torch.ones_like(indices) if self.real is None else self.real.long()
@@ -84,21 +78,22 @@ class SparseActivations:
             None if self.real is None else self.real[places],
         )
 
-    def of_first_features(self, width: int) -> "SparseActivations":
+    def only(self, kept: torch.Tensor) -> "SparseActivations":
         """
-        The pairs of the features below `width`. On a GPU, which would have to be asked how
-        many there are, the others become padding.
+        The pairs for which a bool of shape (N,) is true. On a GPU, which would have to be
+        asked how many there are, the others become padding.
         """
-        kept = self.feature_indices < width
         if not self.values.is_cuda and self.real is None:
             return self.at(kept.nonzero().squeeze(1))
-        return SparseActivations(
-            self.token_indices,
-            self.feature_indices,
-            self.values * kept,
-            self.shape,
-            kept if self.real is None else kept & self.real,
+        return replace(
+            self,
+            values=self.values * kept,
+            real=kept if self.real is None else kept & self.real,
         )
+
+    def of_first_features(self, width: int) -> "SparseActivations":
+        """The pairs of the features below `width`, as `only` gives them."""
+        return self.only(self.feature_indices < width)
 
     def to_dense(self) -> torch.Tensor:
         """Activations of shape (B, F), zero where a pair is not active."""

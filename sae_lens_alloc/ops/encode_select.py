@@ -49,6 +49,11 @@ class Encoder:
         scale = None if self.scale is None else self.scale[features]
         return Encoder(self.W_enc[:, features], self.b_enc[features], scale)
 
+    def scaled(self, factors: torch.Tensor) -> "Encoder":
+        """The encoder with the affinities of each feature times a factor, shape (F,)."""
+        scale = factors if self.scale is None else self.scale * factors
+        return Encoder(self.W_enc, self.b_enc, scale)
+
     def products(self, x: torch.Tensor) -> torch.Tensor:
         """x W_enc of shape (B, F), from which `candidates` takes what it needs."""
         return x @ self.W_enc
@@ -115,6 +120,9 @@ class KnownAffinities:
 
     def part(self, features: slice | torch.Tensor) -> "KnownAffinities":
         return KnownAffinities(self.known[:, features])
+
+    def scaled(self, factors: torch.Tensor) -> "KnownAffinities":
+        return KnownAffinities(self.known * factors)
 
     def products(self, x: torch.Tensor) -> torch.Tensor:
         return self.known

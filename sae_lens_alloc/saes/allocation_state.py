@@ -1,6 +1,7 @@
 """The running statistics of an allocation, and the allocation of each training batch."""
 
 import math
+from dataclasses import replace
 from typing import Literal
 
 import torch
@@ -29,9 +30,11 @@ NATURAL_LAW = ZipfLaw(alpha=1.0, beta=16.0, scale=1.0)
 # About the ratio of the margin's smallest affinity to the cut, where the last is not known.
 MARGIN_CUT_GUESS = 0.6
 
-# Under Mutual Choice no feature's threshold should let it fire on fewer tokens than this share
-# of the mean density: 1 in 10,000 with k = 16 and 3,072 features.
-MIN_DENSITY_SHARE = 0.02
+# Under Mutual Choice the threshold of a feature is the cut, or lower such that it fires at least
+# at this share of the mean density: on 1 token in 5,000 with k = 16 and 3,072 features.
+MIN_DENSITY_SHARE = 0.04
+# No threshold is a smaller share of the cut.
+LOWEST_THRESHOLD = 0.01
 
 # Features that fired less often in a sample of tokens say nothing about the law's tail.
 MIN_EVENTS = 10
@@ -126,41 +129,35 @@ class AllocationState(DensityState):
         n_margin: int,
     ) -> tuple[SparseActivations, Margin | None]:
         guess = self._likely_cut(n_margin) if self._knows_cut() else None
-        pairs = encode_mutual_choice(encoder, x, budget + n_margin, guess)
-        if n_margin == 0 or len(pairs.values) == 0:
+        if n_margin == 0:
+            pairs = encode_mutual_choice(encoder, x, budget, guess)
             self._track_cut(pairs)
             self.threshold.copy_(self.cut.expand_as(self.threshold))
             self.update_density(pairs.feature_counts(), len(x))
             return pairs, None
-        reached = pairs
-        self._margin_cut = reached.smallest_value().float()
-        pairs, margin = split_at_budget(reached, budget, n_margin)
-        # relative to the cut, which may jump
+        # 1, and less for features that would hardly fire: thresholds relative to the cut
         lowered = torch.where(self.threshold > 0, self.threshold / self.cut, 1.0)
+        lowered = lowered.clamp(LOWEST_THRESHOLD, 1.0)
+        relative = encode_mutual_choice(
+            encoder.scaled(1 / lowered), x, budget + n_margin, guess
+        )
+        if len(relative.values) == 0:
+            return relative, None
+        smallest = relative.smallest_value()
+        self._margin_cut = smallest.float()
+        affinities = relative.values * lowered[relative.feature_indices]
+        # of features whose threshold is the cut, nothing is known below that
+        known = affinities >= smallest
+        pairs, margin = split_at_budget(
+            replace(relative, values=affinities).only(known), budget, n_margin
+        )
         self._track_cut(pairs)
-        self._track_floor(lowered * self.cut, reached, budget)
+        at_least = MIN_DENSITY_SHARE * budget / len(lowered)
+        above = relative.only(relative.values > self.cut).feature_counts()
+        lowered = track_threshold(lowered, above, at_least).clamp(max=1.0)
+        self.threshold.copy_(lowered * self.cut)
         self.update_density(pairs.feature_counts(), len(x))
         return pairs, margin
-
-    def _track_floor(
-        self, threshold: torch.Tensor, reached: SparseActivations, budget: int
-    ) -> None:
-        """
-        Gives every feature the cut for a threshold, or the lower one at which it still fires
-        on a small share of the tokens, as far down as its affinities are known.
-
-        Args:
-            threshold: Thresholds so far, shape (F,).
-            reached: The pairs with the largest affinities of the batch.
-            budget: Number of pairs M.
-        """
-        at_least = MIN_DENSITY_SHARE * budget / len(threshold)
-        above = reached.counts_above(threshold)
-        self.threshold.copy_(
-            track_threshold(threshold, above, at_least).clamp(
-                reached.smallest_value().float(), self.cut
-            )
-        )
 
     def _allocate_feature(
         self,

@@ -62,29 +62,30 @@ def test_mutual_steps_track_cut_threshold_and_density_by_hand():
 
 def test_thresholds_fall_to_where_features_fire_now_and_then_by_hand():
     """
-    Budget 4 and a margin of 2: the four tens are active, 9 and 8 are the margin. Each of 3
-    features should fire on at least 0.02 * 4 / 3 = 0.0267 tokens of a batch.
+    Budget 4 and a margin of 1: the four tens are active, 8 is the margin. Each of 3 features
+    should fire on at least 0.04 * 4 / 3 = 0.0533 tokens of a batch.
     """
-    strong, weak, weaker = [13, 12, 11, 10], [-1, 9, -1, -1], [8, -1, -1, 1]
+    strong, weak, weaker = [13, 12, 11, 10], [-1, 8, -1, -1], [2, -1, -1, 1]
     affinities = torch.tensor([strong, weak, weaker], dtype=torch.float32).T
-    state, fired = new_state(d_sae=3), 0
-    for step in range(1000):
-        pairs, _ = state.allocate(
-            KnownAffinities(affinities), torch.zeros(4, 1), 4, "mutual", "mutual", 2
+    state, thresholds = new_state(d_sae=3), list[torch.Tensor]()
+    for step in range(2000):
+        pairs, margin = state.allocate(
+            KnownAffinities(affinities), torch.zeros(4, 1), 4, "mutual", "mutual", 1
         )
         assert pairs.feature_counts().tolist() == [4, 0, 0]
+        # what its lower threshold alone lets in is no rival
+        assert margin is not None and 2 not in margin.pairs.values
         if step == 0:
-            # none of a batch is 5% of 0.0267 of a token too few
-            missing = math.exp(-0.05 * 0.08 / 3)
+            # none of a batch is 5% of 0.0533 of a token too few
+            missing = math.exp(-0.05 * 0.16 / 3)
             assert state.threshold.tolist() == pytest.approx(
                 [10, 10 * missing, 10 * missing]
             )
-        if step >= 500:
-            fired += int(state.threshold[1] < 9)
+        thresholds.append(state.threshold.clone())
     assert state.cut == 10
-    assert state.threshold[0] == 10
-    assert fired / 500 == pytest.approx(0.08 / 3, rel=0.15)
-    assert state.threshold[2] == 8
+    firing = torch.stack(thresholds[1000:]) < torch.tensor([10.5, 8.0, 2.0])
+    expected = [1, 0.16 / 3, 0.16 / 3]
+    assert firing.float().mean(0).tolist() == pytest.approx(expected, rel=0.15)
 
 
 def test_mutual_steps_select_mutual_choice_of_the_batch():
