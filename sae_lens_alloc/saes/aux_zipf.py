@@ -334,6 +334,8 @@ def _with_aux_zipf(base: type[TrainingSAE[Any]]) -> type[AuxZipfLoss]:
             },
         ),
     )
+    # where pickle looks for them, which hands configs to other processes
+    globals().update({cls.__name__: cls for cls in (sae_class, config_class)})
     register_sae_training_class(config_class.architecture(), sae_class, config_class)
     return sae_class
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -117,6 +118,9 @@ def test_import_registers_the_architecture(base: str):
     assert fields == base_fields | ADDED
     assert with_aux_zipf(base_class) is sae_class
     assert with_aux_zipf(base_class).config_class is config_class
+    # as it goes to another process
+    cfg = config_class.from_dict(settings(base))
+    assert pickle.loads(pickle.dumps(cfg)) == cfg
 
 
 @pytest.mark.parametrize("k_aux", [3, 10])
