@@ -30,17 +30,17 @@ def split_at_budget(
     Splits the best pairs of a batch into those within the budget and the margin around it.
 
     Args:
-        pairs: The `budget + n_margin` largest affinities of the batch, or as many as there
-            are, in row order.
+        pairs: The `budget + n_margin` largest affinities of the batch or more, or as many as
+            there are, in row order.
         budget: Number of pairs M.
         n_margin: Pairs of the margin on either side of the cut, at most M.
 
     Returns:
         The `budget` largest, of equal ones the first in row order, as Mutual Choice selects
-        them; and the margin: the last `n_margin` of them, and the pairs that follow.
+        them; and the margin: the last `n_margin` of them, and as many that follow.
     """
     by_value = pairs.values.argsort(descending=True, stable=True)
-    margin = by_value[budget - n_margin :]
+    margin = by_value[budget - n_margin : budget + n_margin]
     # pairs come in row order, so ascending places are the row order
     places, order = margin.sort()
     around = pairs.at(places)

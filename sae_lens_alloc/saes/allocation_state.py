@@ -114,11 +114,11 @@ class AllocationState(DensityState):
         Raises:
             ValueError: if min_tokens_per_feature does not fit into the budget.
         """
-        if rule == "mutual":
-            return self._allocate_mutual(encoder, x, budget, n_margin)
-        if previous_rule == "mutual":
-            self._anchor_quota_law(fit_floor(len(x)))
         after_mutual = previous_rule == "mutual"
+        if rule == "mutual":
+            return self._allocate_mutual(encoder, x, budget, n_margin, after_mutual)
+        if after_mutual:
+            self._anchor_quota_law(fit_floor(len(x)))
         return self._allocate_feature(encoder, x, budget, after_mutual), None
 
     def _allocate_mutual(
@@ -127,6 +127,7 @@ class AllocationState(DensityState):
         x: torch.Tensor,
         budget: int,
         n_margin: int,
+        after_mutual: bool,
     ) -> tuple[SparseActivations, Margin | None]:
         guess = self._likely_cut(n_margin) if self._knows_cut() else None
         if n_margin == 0:
@@ -136,12 +137,17 @@ class AllocationState(DensityState):
             self.update_density(pairs.feature_counts(), len(x))
             return pairs, None
         # 1, and less for features that would hardly fire: thresholds relative to the cut
-        lowered = torch.where(self.threshold > 0, self.threshold / self.cut, 1.0)
-        lowered = lowered.clamp(LOWEST_THRESHOLD, 1.0)
+        lowered = torch.ones_like(self.threshold)
+        if after_mutual:
+            lowered = (self.threshold / self.cut).nan_to_num(1.0)
+            lowered = lowered.clamp(LOWEST_THRESHOLD, 1.0)
+        # twice the room that features at their least density take
+        n_spare = math.ceil(2 * MIN_DENSITY_SHARE * budget)
         relative = encode_mutual_choice(
-            encoder.scaled(1 / lowered), x, budget + n_margin, guess
+            encoder.scaled(1 / lowered), x, budget + n_margin + n_spare, guess
         )
         if len(relative.values) == 0:
+            self.update_density(relative.feature_counts(), len(x))
             return relative, None
         smallest = relative.smallest_value()
         self._margin_cut = smallest.float()
