@@ -88,13 +88,28 @@ def test_thresholds_fall_to_where_features_fire_now_and_then_by_hand():
     assert firing.float().mean(0).tolist() == pytest.approx(expected, rel=0.15)
 
 
-def test_mutual_steps_select_mutual_choice_of_the_batch():
+@pytest.mark.parametrize("n_margin", [0, 1, 64])
+def test_mutual_steps_select_mutual_choice_of_the_batch(n_margin: int):
+    """Whatever thresholds Feature Choice left, and with the true pairs around the cut."""
     torch.manual_seed(0)
     state, encoder = new_state(), random_encoder()
-    for step in range(6):
+    previous = None
+    for step in range(20):
+        rule = "feature" if step < 10 else "mutual"
         x = torch.randn(B, D_IN) * (1 + step % 3)
-        pairs, _ = state.allocate(encoder, x, BUDGET, "mutual", "mutual")
-        assert_same_pairs(pairs, select_mutual_choice(encoder.affinities(x), BUDGET))
+        pairs, margin = state.allocate(encoder, x, BUDGET, rule, previous, n_margin)
+        previous = rule
+        if rule == "mutual":
+            affinities = encoder.affinities(x)
+            assert_same_pairs(pairs, select_mutual_choice(affinities, BUDGET))
+            around = (
+                affinities.flatten()
+                .sort(descending=True)
+                .values[BUDGET - n_margin : BUDGET + n_margin]
+            )
+            found = torch.empty(0) if margin is None else margin.pairs.values
+            assert torch.allclose(found.sort(descending=True).values, around)
+    assert (state.threshold < state.cut).any() == (n_margin > 0)
 
 
 def test_feature_steps_give_ranks_by_demand_their_quotas():
