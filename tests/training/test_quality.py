@@ -28,7 +28,11 @@ from sae_lens_alloc.allocation.thresholds import follow_cut
 from sae_lens_alloc.allocation.zipf import ZipfLaw, zipf_quotas
 from sae_lens_alloc.evaluation.activations import gather_activations
 from sae_lens_alloc.saes.allocation_sae import AllocationTrainingSAE
-from sae_lens_alloc.saes.allocation_state import NATURAL_LAW
+from sae_lens_alloc.saes.allocation_state import (
+    LOWEST_THRESHOLD,
+    MIN_DENSITY_SHARE,
+    NATURAL_LAW,
+)
 from sae_lens_alloc.training.held_out import held_out_metrics
 from sae_lens_alloc.training.trainer import AllocSAETrainer
 from tests.saes.conftest import DenseSAE
@@ -105,10 +109,10 @@ class DenseTraining:
         n_flagged = int(self.flagged.sum())
         self.n_steps_with_auxiliary_loss += weight > 0 and n_flagged > 0
         rule = self.rule_at(step)
+        after_mutual = step > 0 and self.rule_at(step - 1) == "mutual"
         if rule == "mutual":
-            mask, fired = self._mutual_choice(affinities)
+            mask, fired = self._mutual_choice(affinities, after_mutual)
         else:
-            after_mutual = step > 0 and self.rule_at(step - 1) == "mutual"
             mask, fired = self._feature_choice(affinities, after_mutual)
         # the window of the running densities is longer than this training
         self.density.lerp_(fired / len(x), 1 / (step + 1))
@@ -145,12 +149,18 @@ class DenseTraining:
         return (among_flagged >= last) & self.flagged
 
     def _mutual_choice(
-        self, affinities: torch.Tensor
+        self, affinities: torch.Tensor, after_mutual: bool
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        mask = _largest(affinities, K * len(affinities))
+        budget = K * len(affinities)
+        mask = _largest(affinities, budget)
+        lowered = torch.ones_like(self.threshold)
+        if after_mutual:
+            lowered = (self.threshold / self.cut).clip(LOWEST_THRESHOLD, 1)
         cut = affinities[mask].min().float()
         self.cut = follow_cut(self.cut, cut) if self.cut > 0 else cut
-        self.threshold = self.cut.expand_as(self.threshold)
+        above = (affinities > lowered * self.cut).sum(0)
+        at_least = torch.tensor(MIN_DENSITY_SHARE * budget / len(lowered))
+        self.threshold = _tracked(lowered, above, at_least).clip(max=1) * self.cut
         return mask, mask.sum(0)
 
     @torch.no_grad()
