@@ -389,7 +389,6 @@ class AllocationTrainingSAE(TrainingSAE[T_CONFIG]):
             margin,
             gains(
                 encoder.pre_acts(pairs),
-                margin.active,
                 scales * products,
                 n_levels * (scales * norms[features]).square(),
             ),

@@ -24,8 +24,8 @@ class AllocationTrainingSAEConfig(AuxiliaryLossTrainingSAEConfig):
         k_decay_steps (int): Steps over which the budget falls from `k_start` to `k`. A YAML
             config may give a share of the training steps.
         selection_margin (float): Under Mutual Choice, the encoder also learns whom to select:
-            from the last pairs within the budget and the first beyond it, this share of the
-            budget on either side, by what being active gains each of them. 0 turns it off.
+            from the first pairs beyond the budget, this share of it, by what being active
+            would gain each of them. 0 turns it off.
         aux_loss (Literal["aux_zipf", "aux_k", "none"]): Which features learn from the
             reconstruction error: those that fire less than the fitted Zipf curve predicts
             and the dead ones ("aux_zipf"), the dead ones only ("aux_k", as SAELens' topk),
@@ -65,7 +65,7 @@ class AllocationTrainingSAEConfig(AuxiliaryLossTrainingSAEConfig):
     k: float = 100
     k_start: float | None = None
     k_decay_steps: int = 0
-    selection_margin: float = 0.25
+    selection_margin: float = 1.0
     aux_loss: Literal["aux_zipf", "aux_k", "none"] = "aux_zipf"
     max_density: float = 0.6
     min_tokens_per_feature: float = 0.0

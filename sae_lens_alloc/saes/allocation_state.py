@@ -28,7 +28,7 @@ Rule = Literal["mutual", "feature"]
 NATURAL_LAW = ZipfLaw(alpha=1.0, beta=16.0, scale=1.0)
 
 # About the ratio of the margin's smallest affinity to the cut, where the last is not known.
-MARGIN_CUT_GUESS = 0.6
+MARGIN_CUT_GUESS = 0.5
 
 # Under Mutual Choice the threshold of a feature is the cut, or lower such that it fires at least
 # at this share of the mean density: on 1 token in 5,000 with k = 16 and 3,072 features.
@@ -106,7 +106,7 @@ class AllocationState(DensityState):
             budget: Number of pairs M.
             rule: Rule of this step.
             previous_rule: Rule of the step before, None at the first step.
-            n_margin: Pairs of the margin on either side of the cut of Mutual Choice.
+            n_margin: Pairs of the margin below the cut of Mutual Choice.
 
         Returns:
             The active pairs, and the margin, None if there is none.

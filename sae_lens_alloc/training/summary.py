@@ -84,7 +84,7 @@ def _step_bytes(sae: TrainingSAEConfig, n_tokens: int, device: torch.device) -> 
         else 0
     )
     k *= 1 + n_nested
-    k += 2 * sae.selection_margin * sae.k
+    k += sae.selection_margin * sae.k
     k_aux = 0 if sae.aux_loss == "none" else sae.features_per_token_in_aux_loss()
     pairs = n_tokens * (k + k_aux)
     block = n_tokens * min(block_width(n_tokens, device), sae.d_sae)

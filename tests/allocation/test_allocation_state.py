@@ -90,7 +90,7 @@ def test_thresholds_fall_to_where_features_fire_now_and_then_by_hand():
 
 @pytest.mark.parametrize("n_margin", [0, 1, 64])
 def test_mutual_steps_select_mutual_choice_of_the_batch(n_margin: int):
-    """Whatever thresholds Feature Choice left, and with the true pairs around the cut."""
+    """Whatever thresholds Feature Choice left, and with the true pairs below the cut."""
     torch.manual_seed(0)
     state, encoder = new_state(), random_encoder()
     previous = None
@@ -102,13 +102,12 @@ def test_mutual_steps_select_mutual_choice_of_the_batch(n_margin: int):
         if rule == "mutual":
             affinities = encoder.affinities(x)
             assert_same_pairs(pairs, select_mutual_choice(affinities, BUDGET))
-            around = (
-                affinities.flatten()
-                .sort(descending=True)
-                .values[BUDGET - n_margin : BUDGET + n_margin]
-            )
+            by_size = affinities.flatten().sort(descending=True).values
             found = torch.empty(0) if margin is None else margin.pairs.values
-            assert torch.allclose(found.sort(descending=True).values, around)
+            assert torch.allclose(
+                found.sort(descending=True).values,
+                by_size[BUDGET : BUDGET + n_margin],
+            )
     assert (state.threshold < state.cut).any() == (n_margin > 0)
 
 

@@ -165,25 +165,24 @@ def selection_gradient(
 ) -> torch.Tensor:
     """
     Gradient by way of who is selected, with respect to the affinities, shape (B, F): each
-    pair of the margin is put in and taken out, and what that changes the error by is
-    compared with the mean over the margin.
+    pair of the margin is put in, and what that changes the error by is compared with the mean
+    over the margin.
 
     Args:
         affinities: Affinities of shape (B, F).
         budget: Number of active pairs.
-        n_margin: Pairs of the margin on either side of the cut.
+        n_margin: Pairs of the margin below the cut.
         error: The error with a mask of active pairs, bool of shape (B, F).
     """
     mask = mutual_mask(affinities, budget)
     margin = mutual_mask(affinities, budget + n_margin)
-    margin &= ~mutual_mask(affinities, budget - n_margin)
-    assert margin.sum() == 2 * n_margin
+    margin &= ~mask
+    assert margin.sum() == n_margin
     gradient = torch.zeros_like(affinities)
     for token, feature in margin.nonzero().tolist():
-        inside, outside = mask.clone(), mask.clone()
+        inside = mask.clone()
         inside[token, feature] = True
-        outside[token, feature] = False
-        gradient[token, feature] = error(inside) - error(outside)
+        gradient[token, feature] = error(inside) - error(mask)
     gradient[margin] -= gradient[margin].mean()
     return gradient / (affinities[margin].max() - affinities[margin].min())
 

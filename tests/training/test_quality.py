@@ -171,12 +171,11 @@ class DenseTraining:
         budget = K * len(x)
         n_margin = int(self.sae_cfg.selection_margin * budget)
         order = affinities.flatten().argsort(descending=True, stable=True)
-        margin = order[budget - n_margin : budget + n_margin]
+        margin = order[budget : budget + n_margin]
         a = affinities.flatten()[margin]
         norms = self.dense.weights["W_dec"].norm(dim=1)
         projections = (error @ self.dense.weights["W_dec"].T / norms).flatten()[margin]
-        sign = torch.where(torch.arange(len(margin)) < n_margin, 1, -1)
-        gain = 2 * a * projections + sign * a**2
+        gain = 2 * a * projections - a**2
         gradient = torch.zeros_like(affinities)
         gradient.view(-1)[margin] = (gain.mean() - gain) / (a.max() - a.min()) / len(x)
         gradient *= norms
