@@ -80,7 +80,7 @@ def test_train_says_what_it_will_do(tmp_path: Path):
     assert result.exit_code == 0
     # Parameters: 2 * 192 * 64 + 64 + 192 = 24,832 of 4 bytes. Buffer: 2 * (4 + 4) contexts
     # of 256 tokens of 192 floats: 3.15 MB. Step: 16 * 256 * 192 floats of inputs, 4 blocks of
-    # 256 * 64, and 256 times 8 + 4 + 2 pairs of 64 bytes: 3.64 MB.
+    # 256 * 64, and 256 times 8 + 4 + 4 pairs of 64 bytes: 3.67 MB.
     assert result.stdout.splitlines() == [
         "SAE         mutual_choice, 192 -> 64 features (0.333333x), k 8 falling to 4, "
         "float32 on cpu",
@@ -89,7 +89,7 @@ def test_train_says_what_it_will_do(tmp_path: Path):
         f"dataset     {DEMO / 'corpus'}",
         "training    1,024 tokens = 4 steps of 256; lr 0.004 constant",
         "memory      about 7.2 MB (parameters 0.1 MB, gradients 0.1 MB, Adam 0.2 MB, "
-        "activation buffer 3.1 MB, step 3.6 MB) beside the language model",
+        "activation buffer 3.1 MB, step 3.7 MB) beside the language model",
         f"output      {tmp_path / 'output'}",
         "checkpoints none",
     ]
@@ -105,7 +105,7 @@ def test_nested_reconstructions_take_memory(tmp_path: Path):
         "sae.matryoshka_widths=[16, 32]",
     )
     assert result.exit_code == 0
-    assert "step 6.7 MB" in result.stdout  # 3.64 MB + 2 * (1.38 MB + 0.13 MB)
+    assert "step 6.7 MB" in result.stdout  # 3.67 MB + 2 * (1.38 MB + 0.13 MB)
 
 
 @pytest.mark.parametrize(
