@@ -23,6 +23,8 @@ SHARE_KEYS = (
     "lr_warm_up_steps",
     "lr_decay_steps",
     "dead_feature_window",
+    "sae.l1_warm_up_steps",
+    "sae.l0_warm_up_steps",
     "sae.feature_choice_steps",
     "sae.mutual_choice_steps",
     "sae.aux_loss_decay_start",

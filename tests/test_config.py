@@ -205,11 +205,19 @@ def test_the_first_budget_may_be_a_share_of_k(
     assert cfg.sae.k_start == pytest.approx(k_start)
 
 
-def test_share_for_feature_choice(config_path: Path):
-    cfg = load(
-        config_path, "sae.architecture=feature_choice", "sae.mutual_choice_steps=25%"
-    )
-    assert cfg.sae.mutual_choice_steps == 25
+@pytest.mark.parametrize(
+    ("architecture", "name"),
+    [
+        ("feature_choice", "mutual_choice_steps"),
+        ("standard", "l1_warm_up_steps"),
+        ("jumprelu", "l0_warm_up_steps"),
+    ],
+)
+def test_share_for_one_architecture(config_path: Path, architecture: str, name: str):
+    text = MINIMAL.replace("mutual_choice", architecture).replace("  k: 2\n", "")
+    config_path.write_text(text)
+    cfg = load(config_path, f"sae.{name}=25%")
+    assert getattr(cfg.sae, name) == 25
 
 
 @pytest.mark.parametrize(
