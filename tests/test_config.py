@@ -214,8 +214,9 @@ def test_the_first_budget_may_be_a_share_of_k(
     ],
 )
 def test_share_for_one_architecture(config_path: Path, architecture: str, name: str):
-    text = MINIMAL.replace("mutual_choice", architecture).replace("  k: 2\n", "")
-    config_path.write_text(text)
+    text = MINIMAL.replace("mutual_choice", architecture)
+    has_k = architecture == "feature_choice"
+    config_path.write_text(text if has_k else text.replace("  k: 2\n", ""))
     cfg = load(config_path, f"sae.{name}=25%")
     assert getattr(cfg.sae, name) == 25
 
