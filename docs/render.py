@@ -45,18 +45,18 @@ EXPERIMENT_ROWS = {
         "margin": (
             "mutual_choice",
             "no margin",
-            "margin of 10%",
-            "margin of 50%",
+            "margin of 25%",
         ),
-        "budget": ("mutual_choice", "k throughout", "from 1.5 k", "from 4 k"),
+        "budget": ("mutual_choice", "k throughout", "from 4 k"),
         "order": (
             "mutual_choice",
             "no Feature Choice",
-            "Feature Choice for 25%",
-            "Feature Choice for 75%",
+            "Feature Choice for 12%",
+            "Feature Choice for 50%",
             "Feature Choice throughout",
             "Mutual Choice, then Feature Choice",
         ),
+        "aux": ("mutual_choice", "no auxiliary loss"),
         "layer_norm": ("mutual_choice", "layer_norm"),
     },
     "experiments_synthetic": {
