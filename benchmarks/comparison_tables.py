@@ -29,8 +29,8 @@ COUNTS = {
     "rare (< 1e-4)": ("rare_features", ",.0f"),
 }
 COST = {"training (s)": ("seconds", ",.0f")}
-# The row of ours that is told beside the best of SAELens'.
-SHOWN_ROW = "mutual_choice"
+# The row of ours that must be trained at a k before the tables show it.
+RECIPE = "mutual_choice"
 
 
 def compared_on(results: Results, command: str) -> str:
@@ -80,24 +80,25 @@ def experiment_table(results: Results, rows: Sequence[str]) -> str:
     return "\n".join(lines)
 
 
-def stock_rows(results: Results) -> list[str]:
-    """The rows whose architecture is SAELens' own."""
-    return [
-        row
+def stock_rows(results: Results) -> dict[str, str]:
+    """The rows whose architecture is SAELens' own, with their architectures."""
+    return {
+        row: sae["architecture"]
         for row, sae in results["settings"]["compare"]["rows"].items()
         if sae_config_class(sae["architecture"]).__module__.startswith("sae_lens.")
-    ]
+    }
 
 
 def finished_ks(results: Results) -> list[float]:
-    """The k at which SAELens' rows and the shown one are trained, if only with one seed."""
-    needed = {SHOWN_ROW, *stock_rows(results)}
+    """The k at which SAELens' architectures and the recipe are trained, if only with one seed."""
+    stock = stock_rows(results)
+    needed = {RECIPE, *stock.values()}
     return [
         k
         for k in results["settings"]["compare"]["k"]
         if needed
         <= {
-            point["row"]
+            stock.get(point["row"], point["row"])
             for point in results["points"]
             if point["k"] == k and (point["runs"] or results["complete"])
         }
@@ -137,14 +138,14 @@ def all_rows(results: Results) -> str:
     return "\n".join(lines[:-1])
 
 
-def lead_table(results: Results) -> str:
+def lead_table(results: Results, row: str) -> str:
     """
-    The shown row beside SAELens' best in each figure, which need not be one and the same, at
+    A row of ours beside SAELens' best in each figure, which need not be one and the same, at
     every finished k.
     """
     columns = {**SHARED, **OF_KIND[results["subject"]["kind"]]}
     lines = [
-        f"| features per token | | {SHOWN_ROW} | best of SAELens' | less to be desired | "
+        f"| features per token | | {row} | best of SAELens' | less to be desired | "
         "every seed ahead of every seed |",
         "|---" * 6 + "|",
     ]
@@ -154,15 +155,15 @@ def lead_table(results: Results) -> str:
             for point in results["points"]
             if point["k"] == k and point["runs"]
         }
-        stock = [row for row in stock_rows(results) if row in figures]
+        stock = [other for other in stock_rows(results) if other in figures]
         for name, (key, style) in columns.items():
-            short = {row: _shortfall(figures[row][key], key) for row in figures}
-            _, best = min((short[row].mean, row) for row in stock)
-            ours, missing = short[SHOWN_ROW], short[best].mean
+            short = {other: _shortfall(figures[other][key], key) for other in figures}
+            _, best = min((short[other].mean, other) for other in stock)
+            ours, missing = short[row], short[best].mean
             less = f"{1 - ours.mean / missing:.1%}" if missing else "–"
-            ahead = ours.most < min(short[row].least for row in stock)
+            ahead = ours.most < min(short[other].least for other in stock)
             lines.append(
-                f"| {k:g} | {name} | {_cell(figures[SHOWN_ROW], key, style)} | "
+                f"| {k:g} | {name} | {_cell(figures[row], key, style)} | "
                 f"{_cell(figures[best], key, style)}, {best} | {less} | "
                 f"{'yes' if ahead else 'no'} |"
             )
