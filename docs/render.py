@@ -47,17 +47,14 @@ EXPERIMENT_ROWS = {
             "no margin",
             "margin of 25%",
         ),
-        "budget": ("mutual_choice", "k throughout", "from 4 k"),
         "order": (
             "mutual_choice",
             "no Feature Choice",
-            "Feature Choice for 12%",
             "Feature Choice for 50%",
             "Feature Choice throughout",
             "Mutual Choice, then Feature Choice",
         ),
         "aux": ("mutual_choice", "no auxiliary loss"),
-        "layer_norm": ("mutual_choice", "layer_norm"),
     },
     "experiments_synthetic": {
         "synthetic": (
