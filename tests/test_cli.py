@@ -76,7 +76,12 @@ def test_train_saves_a_stock_sae(tmp_path: Path):
 
 
 def test_train_says_what_it_will_do(tmp_path: Path):
-    result = train(tmp_path / "output", "--dry-run", "checkpoint_path=null")
+    result = train(
+        tmp_path / "output",
+        "--dry-run",
+        "checkpoint_path=null",
+        "sae.feature_choice_steps=2",
+    )
     assert result.exit_code == 0
     # Parameters: 2 * 192 * 64 + 64 + 192 = 24,832 of 4 bytes. Buffer: 2 * (4 + 4) contexts
     # of 256 tokens of 192 floats: 3.15 MB. Step: 16 * 256 * 192 floats of inputs, 4 blocks of
