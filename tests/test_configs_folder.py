@@ -50,7 +50,7 @@ def test_schedule_is_the_recipe(cfg: Any):
     steps = 500_000_000 // 4096
     assert cfg.total_training_steps == steps == 122_070
     if cfg.sae.architecture() == "mutual_choice":
-        assert cfg.sae.feature_choice_steps == cfg.sae.k_decay_steps == 61_035
+        assert cfg.sae.feature_choice_steps == cfg.sae.k_decay_steps == 30_517
         assert cfg.sae.k_start == 2 * cfg.sae.k
         assert cfg.sae.aux_loss_decay_start is None
     assert cfg.lr_decay_steps == 24_414
@@ -69,7 +69,7 @@ def test_sink_tokens_take_no_share_of_the_budget(cfg: Any):
 def test_demo_config():
     cfg = load_runner_config(DEMO_CONFIG)
     assert cfg.total_training_steps == 390
-    assert cfg.sae.feature_choice_steps == cfg.sae.k_decay_steps == 195
+    assert cfg.sae.feature_choice_steps == cfg.sae.k_decay_steps == 97
     assert cfg.sae.k_start == 2 * cfg.sae.k
 
 
