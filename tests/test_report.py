@@ -167,7 +167,7 @@ def test_the_law_is_found_and_drawn(runs: list[ReportRun]):
     assert law.beta == 4.0
     assert law.alpha == pytest.approx(1.1, abs=0.01)
     assert law.r2 > 0.999
-    measured, fitted = traces(density_plot(runs[:1]))
+    measured, fitted = traces(density_plot({"a": runs[0].evaluation.density_curve()}))
     assert measured.x[0] == 1 and measured.x[-1] == N_FEATURES - 3
     assert list(measured.y) == sorted(measured.y, reverse=True)
     assert fitted.y[0] == pytest.approx(measured.y[0], rel=0.05)
@@ -184,7 +184,7 @@ def test_features_seen_too_seldom_are_not_fitted():
 
 
 def test_the_histogram_shows_every_token(runs: list[ReportRun]):
-    (line,) = traces(features_per_token_plot(runs[:1]))
+    (line,) = traces(features_per_token_plot({"a": runs[0].evaluation.l0_histogram}))
     assert sum(line.y) == pytest.approx(1.0)
     assert line.y[3] == pytest.approx(
         (runs[0].evaluation.l0_counts == 3).double().mean().item()
@@ -197,9 +197,7 @@ def test_wide_histograms_are_binned():
     wide = dataclasses.replace(
         run.evaluation, features_per_token=torch.where(counts < 0, counts, counts * 50)
     )
-    (line,) = traces(
-        features_per_token_plot([dataclasses.replace(run, evaluation=wide)])
-    )
+    (line,) = traces(features_per_token_plot({"wide": wide.l0_histogram}))
     assert len(line.x) <= 80
     assert sum(line.y) == pytest.approx(1.0, abs=0.002)
 

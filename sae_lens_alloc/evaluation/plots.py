@@ -1,89 +1,93 @@
 """The plots of the report, one function each."""
 
 import math
-from collections.abc import Sequence
-from typing import Any, Protocol
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import plotly.graph_objects as go
 import torch
 
 from sae_lens_alloc.evaluation.report_run import ReportRun, colour
-from sae_lens_alloc.evaluation.usage import Usage
+from sae_lens_alloc.evaluation.usage import DensityCurve, log_spaced
 
 INK, MUTED, GRID = "#1f2430", "#5d6472", "#e3e6ec"
 FONT = 'system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", sans-serif'
 # Runs differ in dashes as well as in colour, for readers and printers without colour.
 DASHES = ("solid", "dash", "dot", "dashdot")
-N_POINTS = 300
 MAX_BARS = 80
 MAX_LAWS_IN_LEGEND = 3
 SETTLED_SHARE = 0.1
 
 
-class NamedUsage(Protocol):
-    """An SAE's name and what it does with its features."""
+def density_plot(curves: Mapping[str, DensityCurve | None]) -> go.Figure:
+    """
+    Density of features over their rank, log-log, with the fitted Zipf law.
 
-    @property
-    def name(self) -> str: ...
-
-    @property
-    def evaluation(self) -> Usage: ...
-
-
-def density_plot(runs: Sequence[NamedUsage]) -> go.Figure:
-    """Density of every feature over its rank, log-log, with the fitted Zipf law."""
+    Args:
+        curves: By name; a curve that is not known keeps its colour free.
+    """
     figure = new_figure("feature rank (1 is the most frequent)", "share of tokens")
-    for i, run in enumerate(runs):
-        densities = run.evaluation.densities.sort(descending=True).values
-        densities = densities[densities > 0]
-        ranks = _log_spaced(len(densities))
-        figure.add_scatter(
-            x=ranks.tolist(),
-            y=densities[ranks - 1].tolist(),
-            name=run.name,
-            mode="lines",
-            legendgroup=run.name,
-            line={"color": colour(i), "width": 3},
-            hovertemplate=f"{run.name}<br>rank %{{x:,}}: active on %{{y:.3%}} of tokens<extra></extra>",
-        )
-        law = run.evaluation.zipf_law()
-        if law is None:
+    for i, (name, curve) in enumerate(curves.items()):
+        if curve is None:
             continue
-        ranks = _log_spaced(len(run.evaluation.fitted_densities))
+        figure.add_scatter(
+            x=curve.ranks,
+            y=[count / curve.n_tokens for count in curve.firings],
+            name=name,
+            mode="lines",
+            legendgroup=name,
+            line={"color": colour(i), "width": 3},
+            hovertemplate=f"{name}<br>rank %{{x:,}}: active on %{{y:.3%}} of tokens<extra></extra>",
+        )
+        if curve.law is None:
+            continue
+        ranks = log_spaced(curve.n_fitted)
         figure.add_scatter(
             x=ranks.tolist(),
-            y=law.density(ranks.double()).tolist(),
-            name=f"{run.name}: fitted law, R² {law.r2:.2f}",
-            legendgroup=run.name,
-            showlegend=len(runs) <= MAX_LAWS_IN_LEGEND,
+            y=curve.law.density(ranks.double()).tolist(),
+            name=f"{name}: fitted law, R² {curve.law.r2:.2f}",
+            legendgroup=name,
+            showlegend=len(curves) <= MAX_LAWS_IN_LEGEND,
             mode="lines",
             line={"color": colour(i), "width": 1.5, "dash": "dash"},
-            hovertemplate=f"law of {run.name}<br>rank %{{x:,}}: %{{y:.3%}}<extra></extra>",
+            hovertemplate=f"law of {name}<br>rank %{{x:,}}: %{{y:.3%}}<extra></extra>",
         )
     figure.update_xaxes(type="log", dtick=1, tickformat=",")
     figure.update_yaxes(type="log", dtick=1, tickformat="~%")
     return figure
 
 
-def features_per_token_plot(runs: Sequence[NamedUsage]) -> go.Figure:
-    """How many tokens get how many features."""
+def features_per_token_plot(
+    histograms: Mapping[str, torch.Tensor | None],
+) -> go.Figure:
+    """
+    How many tokens get how many features.
+
+    Args:
+        histograms: Number of tokens with 0, 1, 2, ... features, by name; one that is not
+            known keeps its colour free.
+    """
     figure = new_figure("active features on a token", "share of tokens")
-    last = max(quantile(run.evaluation.l0_histogram, 0.999) for run in runs)
+    last = max(quantile(x, 0.999) for x in histograms.values() if x is not None)
     width = 1 + last // MAX_BARS
-    for i, run in enumerate(runs):
-        shares = _binned(run.evaluation.l0_histogram, width) / run.evaluation.n_tokens
-        starts = [width * bar for bar in range(last // width + 1)]
-        ranges = [f"{x}" if width == 1 else f"{x} to {x + width - 1}" for x in starts]
+    starts = [width * bar for bar in range(last // width + 1)]
+    ranges = [f"{x}" if width == 1 else f"{x} to {x + width - 1}" for x in starts]
+    for i, (name, histogram) in enumerate(histograms.items()):
+        if histogram is None:
+            continue
+        n_tokens = histogram.sum().item()
+        shares = _binned(histogram, width) / n_tokens
+        mean = (histogram * torch.arange(len(histogram))).sum().item() / n_tokens
         figure.add_scatter(
             x=[x + (width - 1) / 2 for x in starts],
             y=shares[: len(starts)].tolist(),
             text=ranges[: len(shares)],
-            name=f"{run.name}, mean {run.evaluation.l0:.1f}",
+            name=f"{name}, mean {mean:.1f}",
             mode="lines",
             line={"color": colour(i), "width": 2.5, "shape": "hvh"},
             fill="tozeroy",
             fillcolor=faint(colour(i)),
-            hovertemplate=f"{run.name}<br>%{{text}} features: %{{y:.2%}} of tokens<extra></extra>",
+            hovertemplate=f"{name}<br>%{{text}} features: %{{y:.2%}} of tokens<extra></extra>",
         )
     figure.update_xaxes(range=[-0.5, last + 0.5])
     figure.update_yaxes(tickformat="~%", rangemode="tozero")
@@ -196,15 +200,6 @@ def _binned(histogram: torch.Tensor, width: int) -> torch.Tensor:
 
 def _dash(index: int) -> str:
     return DASHES[index % len(DASHES)]
-
-
-def _log_spaced(n: int) -> torch.Tensor:
-    """At most N_POINTS ranks from 1 to n, evenly spaced in their logarithm."""
-    if n == 0:
-        return torch.zeros(0, dtype=torch.long)
-    end = torch.tensor(float(n), dtype=torch.float64).log10().item()
-    points = torch.logspace(0, end, N_POINTS, dtype=torch.float64)
-    return points.round().long().clamp(1, n).unique()
 
 
 def quantile(histogram: torch.Tensor, share: float) -> int:

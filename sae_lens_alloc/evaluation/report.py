@@ -133,9 +133,17 @@ def render_report(
         max_beta=max(BETA_GRID),
         plotly_js=Markup(get_plotlyjs()),
         plots={
-            "density": plot_html(density_plot(runs), "density"),
+            "density": plot_html(
+                density_plot(
+                    {run.name: run.evaluation.density_curve() for run in runs}
+                ),
+                "density",
+            ),
             "features_per_token": plot_html(
-                features_per_token_plot(runs), "features-per-token"
+                features_per_token_plot(
+                    {run.name: run.evaluation.l0_histogram for run in runs}
+                ),
+                "features-per-token",
             ),
             "training": [
                 {

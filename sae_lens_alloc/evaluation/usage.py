@@ -20,6 +20,29 @@ RARE_DENSITY = 1e-4
 MIN_FIRINGS = 10
 
 
+N_CURVE_POINTS = 120
+
+
+@dataclass(frozen=True)
+class DensityCurve:
+    """
+    Densities over ranks, thinned out to points evenly spaced in the logarithm of the rank.
+
+    Args:
+        ranks: Ranks of the points, of features that fired; rank 1 is the most frequent.
+        firings: On how many tokens the feature of each rank is active.
+        n_tokens: Out of how many tokens.
+        n_fitted: To how many of the first ranks the law was fitted.
+        law: The fitted law; None if too few features fired.
+    """
+
+    ranks: list[int]
+    firings: list[int]
+    n_tokens: int
+    n_fitted: int
+    law: ZipfLaw | None
+
+
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Usage:
     """
@@ -101,6 +124,18 @@ class Usage:
             return None
         return ZipfLaw.fit(self.densities, self.min_fitted_density)
 
+    def density_curve(self) -> DensityCurve:
+        """Its densities by rank, for a plot."""
+        firings = self.firings.sort(descending=True).values
+        ranks = log_spaced(int((firings > 0).sum()))
+        return DensityCurve(
+            ranks.tolist(),
+            firings[ranks - 1].tolist(),
+            self.n_tokens,
+            len(self.fitted_densities),
+            self.zipf_law(),
+        )
+
     def to_dict(self) -> dict[str, Any]:
         """Everything but the tensors per token and per feature, ready for JSON."""
         return {
@@ -113,6 +148,14 @@ class Usage:
             "dead_features": self.dead_features,
             "rare_features": self.rare_features,
         }
+
+
+def log_spaced(n: int) -> torch.Tensor:
+    """At most N_CURVE_POINTS ranks from 1 to n, evenly spaced in their logarithm."""
+    if n == 0:
+        return torch.zeros(0, dtype=torch.long)
+    points = torch.logspace(0, math.log10(n), N_CURVE_POINTS, dtype=torch.float64)
+    return points.round().long().clamp(1, n).unique()
 
 
 class UsageMeter:

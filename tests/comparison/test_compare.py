@@ -1,6 +1,7 @@
 """The command, run for real on a tiny synthetic comparison."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,11 @@ from sae_lens_alloc.evaluation.comparison.results import SCHEMA, summary
 from sae_lens_alloc.evaluation.comparison.stream import StoredStream
 from sae_lens_alloc.evaluation.usage import as_user, measure_usage
 from tests.comparison.conftest import small_settings, write_config
+
+
+def without_ids(page: str) -> str:
+    """A page without what plotly makes up anew each time."""
+    return re.sub(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}", "", page)
 
 
 def compare(config: Path, output: Path, *args: str) -> Any:
@@ -50,7 +56,8 @@ def test_the_results_are_of_their_schema(results: dict[str, Any]):
     validator = jsonschema.Draft202012Validator(schema)
     validator.check_schema(schema)
     validator.validate(results)
-    del results["points"][0]["runs"][0]["measured"]["l0"]
+    cell = results["cells"][results["points"][0]["runs"][0]["cell"]]
+    del cell["measured"]["test"]["2"]["l0"]
     assert not validator.is_valid(results)
 
 
@@ -79,14 +86,17 @@ def test_saved_saes_have_the_wanted_l0_on_the_validation_split(output: Path):
 def test_test_figures_are_those_of_the_saved_sae(output: Path):
     (folder,) = output.glob("activations-*")
     test = StoredStream(folder).split("test")
-    for point in json.loads((output / "results.json").read_text())["points"]:
-        run = point["runs"][0]
-        sae = SAE.load_from_disk(output / run["folder"] / "l0-2")
+    cells = json.loads((output / "results.json").read_text())["cells"]
+    assert len(cells) == 4
+    for key, cell in cells.items():
+        sae = SAE.load_from_disk(output / "cells" / key / "l0-2")
         x_hat = sae(test)
         ev = 1 - (x_hat - test).square().sum() / (test - test.mean(0)).square().sum()
-        assert run["measured"]["explained_variance"] == pytest.approx(
-            ev.item(), abs=1e-5
-        )
+        measured = cell["measured"]["test"]["2"]
+        assert measured["explained_variance"] == pytest.approx(ev.item(), abs=1e-5)
+        firings = (sae.encode(test) > 0).sum(0).sort(descending=True).values
+        # few features, so every rank is a point of the curve
+        assert measured["density_curve"]["firings"] == firings[firings > 0].tolist()
 
 
 def test_other_seeds_train_with_the_best_learning_rate(tmp_path: Path):
@@ -115,11 +125,13 @@ def test_an_experiment_leaves_the_test_split_unseen(config: Path, tmp_path: Path
     assert result.exit_code == 0, result.output
     results = json.loads((output / "results.json").read_text())
     jsonschema.validate(results, json.loads(SCHEMA.read_text()))
-    for point in results["points"]:
-        for run in point["runs"]:
-            assert run["measured"]["explained_variance"] == pytest.approx(
-                run["validation"]["explained_variance"], abs=1e-6
-            )
+    assert len(results["cells"]) == 4
+    for cell in results["cells"].values():
+        (measured,) = cell["measured"]["validation"].values()
+        (validation,) = cell["validation"].values()
+        assert measured["explained_variance"] == pytest.approx(
+            validation["explained_variance"], abs=1e-6
+        )
     assert "measured on the validation split" in (output / "report.html").read_text()
     assert not list(output.rglob("test*.json"))
 
@@ -128,6 +140,7 @@ def test_what_has_finished_is_not_done_again(config: Path, output: Path):
     trained = {path: path.stat().st_mtime_ns for path in output.glob("cells/*/*/*")}
     (lost,) = output.glob("cells/stock-*-seed1-*/cell.json")
     lost.unlink()
+    (output / "results.json").unlink()
     result = compare(config, output)
     assert result.exit_code == 0, result.output
     again = {
@@ -143,6 +156,7 @@ def test_what_has_finished_is_compared(config: Path, output: Path, tmp_path: Pat
     shutil.copytree(output, partial)
     (lost,) = partial.glob("cells/stock-*-seed1-*/cell.json")
     lost.unlink()
+    (partial / "results.json").unlink()
     (partial / "comparison.yaml").write_text("of a run that goes on")
     result = compare(config, partial, "--finished")
     assert result.exit_code == 0, result.output
@@ -164,6 +178,65 @@ def test_what_has_finished_is_compared(config: Path, output: Path, tmp_path: Pat
     )
 
 
+def test_results_are_enough_to_draw_the_report_again(
+    config: Path, output: Path, tmp_path: Path
+):
+    shutil.copy(output / "results.json", tmp_path)
+    result = compare(config, tmp_path, "--finished")
+    assert result.exit_code == 0, result.output
+    for name in ("results.json", "report.html"):
+        assert without_ids((tmp_path / name).read_text()) == without_ids(
+            (output / name).read_text()
+        )
+
+
+def test_results_are_enough_to_go_on_from(config: Path, output: Path, tmp_path: Path):
+    """As on another machine: one cell is unknown, the others' SAEs are not there."""
+    results = json.loads((output / "results.json").read_text())
+    (lost,) = (
+        key
+        for key in results["cells"]
+        if key.startswith("stock-l1_coefficient0.01-lr0.01-seed1-")
+    )
+    known = results["cells"].pop(lost)
+    (tmp_path / "results.json").write_text(json.dumps(results))
+    result = compare(config, tmp_path)
+    assert result.exit_code == 0, result.output
+    assert [path.parent.name for path in tmp_path.glob("cells/*/cell.json")] == [lost]
+    after = json.loads((tmp_path / "results.json").read_text())
+    assert after["complete"]
+    again = after["cells"].pop(lost)
+    assert after["cells"] == results["cells"]
+    # trained anew, on the same activations from the same weights
+    assert again["measured"] == known["measured"]
+
+
+def test_cells_of_other_settings_stay_in_the_results(
+    config: Path, output: Path, tmp_path: Path
+):
+    shutil.copy(output / "results.json", tmp_path)
+    before = json.loads((tmp_path / "results.json").read_text())["cells"]
+    result = compare(config, tmp_path, "--finished", "compare.seeds=[0]")
+    assert result.exit_code == 0, result.output
+    after = json.loads((tmp_path / "results.json").read_text())
+    assert after["cells"] == before
+    assert [[run["seed"] for run in point["runs"]] for point in after["points"]] == [
+        [0],
+        [0],
+    ]
+
+
+def test_figures_on_another_split_need_the_sae(
+    config: Path, output: Path, tmp_path: Path
+):
+    shutil.copy(output / "results.json", tmp_path)
+    before = (tmp_path / "results.json").read_text()
+    result = compare(config, tmp_path, "compare.measured_on=validation")
+    assert result.exit_code == 1
+    assert "only its figures are left" in result.stderr
+    assert (tmp_path / "results.json").read_text() == before
+
+
 def test_nothing_has_finished(config: Path, tmp_path: Path):
     result = compare(config, tmp_path / "output", "--finished")
     assert result.exit_code == 1
@@ -177,13 +250,18 @@ def test_a_folder_of_something_else_is_left_alone(config: Path, tmp_path: Path):
     assert result.exit_code == 1
     assert "holds something that is not a comparison" in result.stderr
     assert (tmp_path / "results.json").read_text() == "mine"
-    assert [path.name for path in tmp_path.iterdir()] == ["results.json"]
+    (tmp_path / "results.json").rename(tmp_path / "notes")
+    result = compare(config, tmp_path)
+    assert result.exit_code == 1
+    assert "holds something that is not a comparison" in result.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["notes"]
 
 
 def test_a_failed_cell_says_where_to_look(config: Path, output: Path):
     (lost,) = output.glob("cells/ours-*-seed1-*/cell.json")
     (train,) = output.glob("activations-*/train.bin")
     lost.unlink()
+    (output / "results.json").unlink()
     train.rename(train.with_suffix(".away"))
     try:
         result = compare(config, output)
@@ -199,7 +277,9 @@ def test_a_summary_is_mean_and_range_over_the_seeds():
         {
             "seconds": seconds,
             "peak_memory_bytes": 10,
-            "measured": {"l0": l0, "l0_histogram": [1], "zipf": zipf},
+            "l0": l0,
+            "l0_histogram": [1],
+            "zipf": zipf,
         }
         for seconds, l0, zipf in ((1.0, 8.0, {"alpha": 1.0}), (3.0, 9.0, None))
     ]

@@ -1,5 +1,7 @@
 """The page of a comparison: what it says, that it stands alone, and that a browser draws it."""
 
+import copy
+import json
 import re
 import subprocess
 from pathlib import Path
@@ -18,6 +20,7 @@ from sae_lens_alloc.evaluation.comparison.report import (
 )
 from sae_lens_alloc.evaluation.comparison.results import (
     comparison_results,
+    density_curve,
     figures_of,
     summary,
 )
@@ -42,31 +45,41 @@ def make_usage(seed: int, k: float) -> Usage:
     )
 
 
+def make_cell(seed: int, k: float) -> dict[str, Any]:
+    usage = make_usage(seed, k)
+    figures = {
+        **usage.to_dict(),
+        "ce_recovered_mean": 0.9,
+        "ce_recovered_zero": 0.95,
+        "kl_divergence": 0.1,
+    }
+    return {
+        "seconds": 10.0 * (seed + 1),
+        "peak_memory_bytes": 200_000_000,
+        "measured": {"test": {f"{k:g}": figures_of(usage, figures)}},
+    }
+
+
+CELLS = {
+    f"{row}-{k:g}-{seed}": make_cell(seed, k)
+    for row in ROWS
+    for k in KS
+    for seed in range(3)
+}
+
+
 def make_point(row: str, k: float) -> dict[str, Any]:
-    runs = [
-        {
-            "seconds": 10.0 * (seed + 1),
-            "peak_memory_bytes": 200_000_000,
-            "measured": figures_of(
-                usage := make_usage(seed, k),
-                {
-                    **usage.to_dict(),
-                    "ce_recovered_mean": 0.9,
-                    "ce_recovered_zero": 0.95,
-                    "kl_divergence": 0.1,
-                },
-            ),
-            "folder": "cells/x",
-        }
-        for seed in range(3)
-    ]
+    keys = [f"{row}-{k:g}-{seed}" for seed in range(3)]
     reached = not (row == "standard" and k == 32)
+    runs = [{**CELLS[key], **CELLS[key]["measured"]["test"][f"{k:g}"]} for key in keys]
     return {
         "row": row,
         "k": k,
         "chosen": {"lr": 1e-3, "sparsity": {"k": k}} if reached else None,
         "tried": [],
-        "runs": runs if reached else [],
+        "runs": [{"seed": i, "cell": key} for i, key in enumerate(keys)]
+        if reached
+        else [],
         "over_seeds": summary(runs) if reached else {},
     }
 
@@ -86,6 +99,7 @@ def results() -> dict[str, Any]:
         {"compare": {"lr": [1e-3], "seeds": [0, 1, 2]}},
         {"machine": "x86_64", "device": "cpu", "jobs": 1, "threads_per_job": 2},
         [make_point(row, k) for row in ROWS for k in KS],
+        CELLS,
         {
             "row": "mutual_choice",
             "k": 16,
@@ -97,29 +111,43 @@ def results() -> dict[str, Any]:
     )
 
 
-@pytest.fixture(scope="module")
-def usages() -> dict[tuple[str, float], Usage]:
-    return {(row, k): make_usage(0, k) for row in ROWS for k in KS}
-
-
-def test_the_page_stands_alone(
-    results: dict[str, Any], usages: dict[tuple[str, float], Usage]
-):
-    own = render_comparison_report(results, usages).replace(get_plotlyjs(), "")
+def test_the_page_stands_alone(results: dict[str, Any]):
+    own = render_comparison_report(results).replace(get_plotlyjs(), "")
     assert "http://" not in own and "https://" not in own
     assert "url(" not in own and " src=" not in own
     assert "<aux>" not in own.split("<script")[0]
 
 
-def test_the_page_holds_means_and_ranges(
-    results: dict[str, Any], usages: dict[tuple[str, float], Usage]
-):
+def test_the_page_holds_means_and_ranges(results: dict[str, Any]):
     """Explained variance at k = 16: .78, .781 and .782."""
-    own = render_comparison_report(results, usages).replace(get_plotlyjs(), "")
+    own = render_comparison_report(results).replace(get_plotlyjs(), "")
     assert "0.7810<small>0.7800–0.7820</small>" in own
     assert own.count("no thresholds reach this L0") == 1
     # 10, 20 and 30 seconds for 1,000 tokens
     assert "<td>20.0</td><td>50</td><td>200 MB</td>" in own
+
+
+def test_curves_are_drawn_of_what_is_known(results: dict[str, Any]):
+    """Of topk no curve is known at k = 16, of mutual_choice only the last seed's."""
+    cells = copy.deepcopy(results["cells"])
+    for key in ("topk-16-0", "topk-16-1", "topk-16-2"):
+        del cells[key]["measured"]["test"]["16"]["density_curve"]
+    for seed in (0, 1):
+        measured = cells[f"{ROWS[0]}-16-{seed}"]["measured"]["test"]["16"]
+        del measured["density_curve"]
+    page = render_comparison_report({**results, "cells": cells})
+    curves = page.split('id="plot-density"')[1].split('id="plot-')[0]
+    assert "law of standard" in curves
+    assert "law of mutual_choice" in curves
+    assert "law of topk" not in curves
+    tokens = page.split('id="plot-features-per-token"')[1].split('id="plot-')[0]
+    assert "topk, mean" in tokens
+
+
+def test_a_curve_is_the_same_after_it_was_written():
+    usage = make_usage(0, 16)
+    written = json.loads(json.dumps(figures_of(usage, usage.to_dict())))
+    assert density_curve(written) == usage.density_curve()
 
 
 def test_the_pareto_curve_is_the_mean_in_the_range_of_the_seeds(
@@ -164,10 +192,9 @@ def test_the_three_rules_spend_the_same_budget():
 def test_a_browser_draws_the_page_on_a_phone(
     tmp_path: Path,
     results: dict[str, Any],
-    usages: dict[tuple[str, float], Usage],
 ):
     path = tmp_path / "report.html"
-    write_comparison_report(path, results, usages)
+    write_comparison_report(path, results)
     probe = (
         "<script>addEventListener('load', () => setTimeout(() => {"
         "document.body.dataset.width = document.documentElement.scrollWidth;"

@@ -62,10 +62,10 @@ class Cell:
             }
         )
 
-    def result(self, output: Path) -> dict[str, Any] | None:
-        """What training it gave, None before it has finished."""
-        path = output / "cells" / self.key / RESULT_FILENAME
-        return json.loads(path.read_text()) if path.exists() else None
+
+def cell_folder(output: Path, key: str) -> Path:
+    """Where the cell with this key is trained."""
+    return output / "cells" / key
 
 
 def sae_folder(folder: Path, target_l0: float) -> Path:

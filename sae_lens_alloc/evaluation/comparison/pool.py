@@ -10,7 +10,11 @@ from pathlib import Path
 
 import torch
 
-from sae_lens_alloc.evaluation.comparison.cell import Cell
+from sae_lens_alloc.evaluation.comparison.cell import (
+    RESULT_FILENAME,
+    Cell,
+    cell_folder,
+)
 
 LOG_FILENAME = "log.txt"
 
@@ -34,7 +38,7 @@ def train_cells(
     on_finished: Callable[[], None],
 ) -> None:
     """
-    Trains the cells that have no result yet. What SAELens prints goes to `log.txt` in the
+    Trains cells. What SAELens prints goes to `log.txt` in the
     cell's folder. On several GPUs each process sees one of them.
 
     Args:
@@ -55,7 +59,7 @@ def train_cells(
             slots.put(slot)
 
     def _train(cell: Cell, slot: int) -> None:
-        folder = output / "cells" / cell.key
+        folder = cell_folder(output, cell.key)
         folder.mkdir(parents=True, exist_ok=True)
         environment = dict(os.environ)
         if torch.device(cell.runner_config().device) == torch.device("cuda"):
@@ -75,15 +79,14 @@ def train_cells(
                 stderr=subprocess.STDOUT,
                 env=environment,
             )
-        if done.returncode or cell.result(output) is None:
+        if done.returncode or not (folder / RESULT_FILENAME).exists():
             raise ValueError(
                 f"training {cell.key} failed: {folder / LOG_FILENAME} says why. What has "
                 "finished is kept, and the same command goes on from there."
             )
 
-    missing = [cell for cell in cells if cell.result(output) is None]
     with ThreadPoolExecutor(jobs) as pool:
-        futures = [pool.submit(train, cell) for cell in missing]
+        futures = [pool.submit(train, cell) for cell in cells]
         try:
             for future in as_completed(futures):
                 future.result()

@@ -5,10 +5,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
+from sae_lens_alloc.evaluation.comparison.finished import measured_at
 from sae_lens_alloc.evaluation.comparison.plots import (
     Point,
     allocation_plot,
@@ -16,11 +18,10 @@ from sae_lens_alloc.evaluation.comparison.plots import (
     pareto_plot,
     points_by_row,
 )
-from sae_lens_alloc.evaluation.comparison.results import middle_k
+from sae_lens_alloc.evaluation.comparison.results import density_curve, middle_k
 from sae_lens_alloc.evaluation.plots import density_plot, features_per_token_plot
 from sae_lens_alloc.evaluation.report import plot_html
 from sae_lens_alloc.evaluation.report_run import colour
-from sae_lens_alloc.evaluation.usage import Usage
 
 
 @dataclass(frozen=True)
@@ -99,33 +100,18 @@ COUNTS = (
 )
 
 
-@dataclass(frozen=True, eq=False)
-class ShownUsage:
-    """A row's SAE of the first seed, for the plots of a single k."""
-
-    name: str
-    evaluation: Usage
-
-
-def write_comparison_report(
-    path: Path,
-    results: Mapping[str, Any],
-    usages: Mapping[tuple[str, float], Usage],
-) -> None:
+def write_comparison_report(path: Path, results: Mapping[str, Any]) -> None:
     """
     Writes the report of a comparison.
 
     Args:
         path: HTML file to write.
         results: The content of results.json.
-        usages: What the first seed's SAE was found to do, by row and k.
     """
-    path.write_text(render_comparison_report(results, usages), encoding="utf-8")
+    path.write_text(render_comparison_report(results), encoding="utf-8")
 
 
-def render_comparison_report(
-    results: Mapping[str, Any], usages: Mapping[tuple[str, float], Usage]
-) -> str:
+def render_comparison_report(results: Mapping[str, Any]) -> str:
     """The report as HTML; see write_comparison_report."""
     points: list[Point] = results["points"]
     rows = points_by_row(points)
@@ -135,9 +121,13 @@ def render_comparison_report(
         LANGUAGE_MODEL if results["subject"]["kind"] == "language_model" else SYNTHETIC
     )
     metrics = (*SHARED, *of_kind, *COUNTS)
-    shown = [
-        ShownUsage(row, usages[row, middle]) for row in rows if (row, middle) in usages
-    ]
+    split = results["settings"]["compare"].get("measured_on", "test")
+    shown = {
+        row: _one_run(results["cells"], point, split)
+        for row, points in rows.items()
+        for point in points
+        if point["k"] == middle
+    }
     allocation = results["allocation"]
     environment = Environment(
         loader=PackageLoader("sae_lens_alloc", "evaluation"),
@@ -146,7 +136,7 @@ def render_comparison_report(
     )
     return environment.get_template("comparison/report.html.jinja").render(
         results=results,
-        split=results["settings"]["compare"].get("measured_on", "test"),
+        split=split,
         rows=rows,
         ks=ks,
         middle=middle,
@@ -168,11 +158,25 @@ def render_comparison_report(
         dead=plot_html(
             dead_plot(rows, middle, results["subject"]["d_sae"]), "dead-features"
         ),
-        density=plot_html(density_plot(shown), "density") if shown else None,
+        density=plot_html(
+            density_plot(
+                {
+                    row: density_curve(run) if run and "density_curve" in run else None
+                    for row, run in shown.items()
+                }
+            ),
+            "density",
+        ),
         features_per_token=plot_html(
-            features_per_token_plot(shown), "features-per-token"
+            features_per_token_plot(
+                {
+                    row: torch.tensor(run["l0_histogram"]) if run else None
+                    for row, run in shown.items()
+                }
+            ),
+            "features-per-token",
         )
-        if shown
+        if any(shown.values())
         else None,
         allocation=plot_html(allocation_plot(allocation["rules"]), "allocation", 360)
         if allocation
@@ -189,3 +193,16 @@ def _cell(point: Point, metric: Metric) -> Markup:
     if low == high:
         return Markup(mean)
     return Markup("{}<small>{}–{}</small>").format(mean, low, high)
+
+
+def _one_run(
+    cells: Mapping[str, Any], point: Point, split: str
+) -> dict[str, Any] | None:
+    """What one seed's SAE was found to do, one whose density curve is known if there is one."""
+    runs = [
+        measured
+        for run in point["runs"]
+        if (measured := measured_at(cells[run["cell"]], split, point["k"]))
+    ]
+    with_curve = [run for run in runs if "density_curve" in run]
+    return next(iter(with_curve + runs), None)

@@ -1,6 +1,8 @@
 """`results.json`: what was measured, and means and ranges over the seeds."""
 
+import json
 import math
+import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -10,11 +12,16 @@ import sae_lens
 import torch
 
 import sae_lens_alloc
+from sae_lens_alloc.allocation.zipf import ZipfLaw
 from sae_lens_alloc.evaluation.comparison.cell import Cell
-from sae_lens_alloc.evaluation.comparison.choice import Choice, Results
-from sae_lens_alloc.evaluation.usage import Usage
+from sae_lens_alloc.evaluation.comparison.choice import Choice
+from sae_lens_alloc.evaluation.comparison.finished import (
+    SCHEMA_VERSION,
+    Cells,
+    measured_at,
+)
+from sae_lens_alloc.evaluation.usage import DensityCurve, Usage
 
-SCHEMA_VERSION = 1
 SCHEMA = Path(__file__).with_name("results.schema.json")
 VERY_RARE_DENSITY = 1e-5
 
@@ -26,19 +33,41 @@ def middle_k(ks: Collection[float]) -> float:
 
 def figures_of(usage: Usage, figures: Mapping[str, Any]) -> dict[str, Any]:
     """What is kept of one SAE on a split, from its `Subject.evaluate`."""
-    law = usage.zipf_law()
+    curve = usage.density_curve()
     return {
         **figures,
         "very_rare_features": usage.features_rarer_than(VERY_RARE_DENSITY),
         "zipf": None
-        if law is None
+        if curve.law is None
         # JSON has no NaN, the R^2 of a flat curve
-        else {k: v if math.isfinite(v) else None for k, v in asdict(law).items()},
+        else {k: v if math.isfinite(v) else None for k, v in asdict(curve.law).items()},
+        "density_curve": {
+            "ranks": curve.ranks,
+            "firings": curve.firings,
+            "n_fitted": curve.n_fitted,
+        },
     }
 
 
+def density_curve(measured: Mapping[str, Any]) -> DensityCurve:
+    """The densities in what `figures_of` gave."""
+    law = measured["zipf"]
+    return DensityCurve(
+        **measured["density_curve"],
+        n_tokens=measured["n_tokens"],
+        law=None
+        if law is None
+        else ZipfLaw(**{k: math.nan if v is None else v for k, v in law.items()}),
+    )
+
+
 def summary(runs: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, float]]:
-    """Mean, smallest and largest value over the seeds, of every number measured."""
+    """
+    Mean, smallest and largest value over the seeds, of every number measured.
+
+    Args:
+        runs: What each seed's SAE was found to do, and what its training took.
+    """
     flat = [_numbers(run) for run in runs]
     return {
         name: {
@@ -52,13 +81,8 @@ def summary(runs: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, float]]:
 
 
 def _numbers(run: Mapping[str, Any]) -> dict[str, float]:
-    measured = run["measured"]
-    numbers = {
-        "seconds": run["seconds"],
-        "peak_memory_bytes": run["peak_memory_bytes"],
-        **{name: value for name, value in measured.items() if not _is_nested(value)},
-    }
-    for name, value in (measured["zipf"] or {}).items():
+    numbers = {name: value for name, value in run.items() if not _is_nested(value)}
+    for name, value in (run["zipf"] or {}).items():
         if value is not None:
             numbers[f"zipf_{name}"] = value
     return numbers
@@ -69,28 +93,23 @@ def _is_nested(value: Any) -> bool:
 
 
 def point_results(
-    choice: Choice,
-    runs: Sequence[tuple[Cell, Mapping[str, Any]]],
-    results: Results,
+    choice: Choice, runs: Sequence[Cell], known: Cells, split: str
 ) -> dict[str, Any]:
     """
     One row at one k.
 
     Args:
-        runs: The chosen settings' cells, with their `figures_of`.
-        results: What training each cell gave.
+        runs: The chosen settings' cells, one a seed.
+        known: What is known of all cells.
+        split: The split that they were measured on.
     """
     measured = [
         {
-            "seed": cell.seed,
-            "folder": f"cells/{cell.key}",
-            "seconds": results[cell.key]["seconds"],
-            "peak_memory_bytes": results[cell.key]["peak_memory_bytes"],
-            "l0_before_calibration": results[cell.key]["l0_before_calibration"],
-            "validation": results[cell.key]["validation"][f"{choice.k:g}"],
-            "measured": figures,
+            "seconds": known[cell.key]["seconds"],
+            "peak_memory_bytes": known[cell.key]["peak_memory_bytes"],
+            **(measured_at(known[cell.key], split, choice.k) or {}),
         }
-        for cell, figures in runs
+        for cell in runs
     ]
     cell = choice.cell
     return {
@@ -100,7 +119,7 @@ def point_results(
         if cell is None
         else {"lr": cell.lr, "sparsity": {cell.sparsity_key: cell.sparsity}},
         "tried": choice.tried,
-        "runs": measured,
+        "runs": [{"seed": cell.seed, "cell": cell.key} for cell in runs],
         "over_seeds": summary(measured) if measured else {},
     }
 
@@ -110,6 +129,7 @@ def comparison_results(
     settings: Mapping[str, Any],
     machine: Mapping[str, Any],
     points: Sequence[Mapping[str, Any]],
+    cells: Cells,
     allocation: Mapping[str, Any] | None,
     complete: bool,
 ) -> dict[str, Any]:
@@ -126,5 +146,15 @@ def comparison_results(
             "torch": torch.__version__,
         },
         "points": points,
+        "cells": cells,
         "allocation": allocation,
     }
+
+
+def write_results(path: Path, results: Mapping[str, Any]) -> None:
+    """Writes `results.json`, a list of numbers on one line."""
+    text = json.dumps(results, indent=1, allow_nan=False)
+    text = re.sub(r"\[[\d\s.,e+-]*\]", lambda match: " ".join(match[0].split()), text)
+    partial = path.with_suffix(".partial")
+    partial.write_text(text + "\n")
+    partial.rename(path)

@@ -2,7 +2,7 @@
 
 import json
 import platform
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +18,10 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 from sae_lens import SAE
-from safetensors.torch import load_file, save_file
 
 from sae_lens_alloc.evaluation.comparison.allocation_picture import allocation_picture
-from sae_lens_alloc.evaluation.comparison.cell import Cell, sae_folder
+from sae_lens_alloc.evaluation.comparison.cell import Cell, cell_folder, sae_folder
 from sae_lens_alloc.evaluation.comparison.choice import (
-    Results,
     choose,
     other_seeds,
     validation_ev,
@@ -32,6 +30,13 @@ from sae_lens_alloc.evaluation.comparison.config import (
     ComparisonConfig,
     digest,
     load_comparison,
+)
+from sae_lens_alloc.evaluation.comparison.finished import (
+    FIGURES_FILENAME,
+    RESULTS_FILENAME,
+    earlier_results,
+    known_cells,
+    measured_at,
 )
 from sae_lens_alloc.evaluation.comparison.language_model import LanguageModelSubject
 from sae_lens_alloc.evaluation.comparison.pool import (
@@ -45,18 +50,14 @@ from sae_lens_alloc.evaluation.comparison.results import (
     figures_of,
     middle_k,
     point_results,
+    write_results,
 )
 from sae_lens_alloc.evaluation.comparison.stream import StoredStream, stored_stream
 from sae_lens_alloc.evaluation.comparison.subject import Subject
 from sae_lens_alloc.evaluation.comparison.synthetic import SyntheticSubject
-from sae_lens_alloc.evaluation.usage import Usage
 
 CONFIG_FILENAME = "comparison.yaml"
-RESULTS_FILENAME = "results.json"
 REPORT_FILENAME = "report.html"
-# of what was measured on a split
-FIGURES_FILENAME = "{split}.json"
-DENSITIES_FILENAME = "{split}-densities.safetensors"
 
 
 def run_comparison(
@@ -69,7 +70,8 @@ def run_comparison(
 ) -> None:
     """
     Trains what is missing of a comparison, evaluates, and writes `results.json` and
-    `report.html`. Whatever is in `output` already is kept and not done again.
+    `report.html`. Whatever is in `output` already is kept and not done again, and so are the
+    cells that its `results.json` tells of, wherever they were trained.
 
     Args:
         config_path: See `load_comparison`.
@@ -87,102 +89,88 @@ def run_comparison(
     jobs = jobs or default_jobs(device)
     subject = make_subject(config)
     folder = output / f"activations-{digest(config.stream_settings())}"
-    stream = stored_stream(folder)
     copy = output / CONFIG_FILENAME
+    earlier = earlier_results(output)
     if not finished:
         _claim(output)
         copy.write_text(yaml.safe_dump(settings, sort_keys=False), encoding="utf-8")
-        if stream is None:
-            console.print("Storing the activations that all SAEs train on")
-            stream = subject.write(folder)
 
-    def train(cells: Sequence[Cell], what: str) -> Results:
-        """What training gave, of all of them or of those that have finished."""
-        if not finished:
-            done = sum(cell.result(output) is not None for cell in cells)
-            with _progress(console) as progress:
-                task = progress.add_task(what, total=len(cells), completed=done)
-                train_cells(
-                    cells, copy, folder, output, jobs, lambda: progress.advance(task)
-                )
-        found = {cell.key: cell.result(output) for cell in cells}
-        return {key: result for key, result in found.items() if result is not None}
+    def stream() -> StoredStream:
+        stored = stored_stream(folder)
+        if stored is None:
+            console.print("Storing the activations that all SAEs train on")
+            stored = subject.write(folder)
+        return stored
+
+    def train(cells: Sequence[Cell], what: str) -> None:
+        known = known_cells(output)
+        missing = [cell for cell in cells if cell.key not in known]
+        if finished or not missing:
+            return
+        stream()
+        with _progress(console) as progress:
+            task = progress.add_task(
+                what, total=len(cells), completed=len(cells) - len(missing)
+            )
+            train_cells(
+                missing, copy, folder, output, jobs, lambda: progress.advance(task)
+            )
 
     cells = config.cells()
     first = [cell for cell in cells if cell.seed == config.seeds[0]]
-    results = train(first, "Training, first seed")
-    choices = choose([cell for cell in first if cell.key in results], results)
+    train(first, "Training, first seed")
+    known = known_cells(output)
+    choices = choose([cell for cell in first if cell.key in known], known)
     chosen = other_seeds(cells, choices)
-    results = {**results, **train(chosen, "Training, all seeds")}
-    if stream is None or not results:
+    train(chosen, "Training, all seeds")
+    known = known_cells(output)
+    if not any(cell.key in known for cell in cells):
         raise ValueError(
             f"no SAE of this comparison has finished in {str(output)!r}: train some without "
             "--finished, or give the output of a comparison with these settings."
         )
 
     runs = {
-        (choice.row, choice.k, cell.seed): (choice, cell)
+        (choice.row, choice.k): [
+            cell
+            for cell in other_seeds(cells, [choice])
+            if cell.key in known
+            and validation_ev(known[cell.key], choice.k) is not None
+        ]
         for choice in choices
-        for cell in other_seeds(cells, [choice])
-        if cell.key in results
-        and validation_ev(results[cell.key], choice.k) is not None
     }
     split = config.measured_on
+    unmeasured = [
+        (cell, k)
+        for (_, k), of_point in runs.items()
+        for cell in of_point
+        if measured_at(known[cell.key], split, k) is None
+    ]
     with _progress(console) as progress:
-        measured = {
-            key: _measure(
-                sae_folder(output / "cells" / cell.key, choice.k),
-                device,
-                subject,
-                stream,
-                split,
-            )
-            for key, (choice, cell) in progress.track(
-                runs.items(), description=f"Measuring on the {split} split"
-            )
-        }
+        for cell, k in progress.track(
+            unmeasured, description=f"Measuring on the {split} split"
+        ):
+            path = sae_folder(cell_folder(output, cell.key), k)
+            _measure(path, device, subject, stream(), split)
+    known = known_cells(output)
+
     points = [
-        point_results(
-            choice,
-            [
-                (cell, measured[key])
-                for key, (of_choice, cell) in runs.items()
-                if of_choice is choice
-            ],
-            results,
-        )
+        point_results(choice, runs[choice.row, choice.k], known, split)
         for choice in choices
     ]
     document = comparison_results(
-        {
-            **subject.facts(),
-            "d_in": stream.d_in,
-            "d_sae": config.shared["sae"]["d_sae"],
-            "tokens": stream.counts,
-        },
+        _subject_facts(config, subject, stored_stream(folder), earlier),
         settings,
-        {
-            "machine": platform.machine(),
-            "device": torch.cuda.get_device_name()
-            if torch.device(device).type == "cuda"
-            else device,
-            "jobs": jobs,
-            "threads_per_job": threads_per_job(jobs),
-        },
+        earlier["machine"]
+        if earlier is not None and finished
+        else _machine(device, jobs),
         points,
-        _allocation(config, points, output, stream),
-        complete=all(cell.key in results for cell in [*first, *chosen]),
+        known,
+        _allocation(config, points, output, stored_stream(folder), earlier),
+        complete=all(cell.key in known for cell in [*first, *chosen]),
     )
-    text = json.dumps(document, indent=1, allow_nan=False)
-    (output / RESULTS_FILENAME).write_text(text + "\n")
-    usages = {
-        (point["row"], point["k"]): load_usage(
-            sae_folder(output / point["runs"][0]["folder"], point["k"]), split
-        )
-        for point in points
-        if point["runs"]
-    }
-    write_comparison_report(output / REPORT_FILENAME, document, usages)
+    write_results(output / RESULTS_FILENAME, document)
+    write_comparison_report(output / REPORT_FILENAME, document)
     console.print(f"Saved in {output}; open {output / REPORT_FILENAME} in a browser")
 
 
@@ -193,24 +181,12 @@ def make_subject(config: ComparisonConfig) -> Subject:
     return LanguageModelSubject(config)
 
 
-def load_usage(folder: Path, split: str) -> Usage:
-    """What an SAE was found to do on a split, from the files beside it."""
-    figures = json.loads((folder / FIGURES_FILENAME.format(split=split)).read_text())
-    histogram = torch.tensor(figures["l0_histogram"])
-    return Usage(
-        explained_variance=figures["explained_variance"],
-        features_per_token=torch.arange(len(histogram)).repeat_interleave(histogram),
-        densities=load_file(folder / DENSITIES_FILENAME.format(split=split))[
-            "densities"
-        ],
-    )
-
-
 def _claim(output: Path) -> None:
     if (
         output.exists()
         and any(output.iterdir())
         and not (output / CONFIG_FILENAME).exists()
+        and not (output / RESULTS_FILENAME).exists()
     ):
         raise ValueError(
             f"{str(output)!r} holds something that is not a comparison: give another folder."
@@ -218,43 +194,83 @@ def _claim(output: Path) -> None:
     output.mkdir(parents=True, exist_ok=True)
 
 
+def _subject_facts(
+    config: ComparisonConfig,
+    subject: Subject,
+    stream: StoredStream | None,
+    earlier: Mapping[str, Any] | None,
+) -> dict[str, Any]:
+    if stream is None:
+        # nothing was trained or measured here, so all that is known is from there
+        assert earlier is not None
+        return earlier["subject"]
+    return {
+        **subject.facts(),
+        "d_in": stream.d_in,
+        "d_sae": config.shared["sae"]["d_sae"],
+        "tokens": stream.counts,
+    }
+
+
+def _machine(device: str, jobs: int) -> dict[str, Any]:
+    return {
+        "machine": platform.machine(),
+        "device": torch.cuda.get_device_name()
+        if torch.device(device).type == "cuda"
+        else device,
+        "jobs": jobs,
+        "threads_per_job": threads_per_job(jobs),
+    }
+
+
 def _measure(
     folder: Path, device: str, subject: Subject, stream: StoredStream, split: str
-) -> dict[str, Any]:
-    path = folder / FIGURES_FILENAME.format(split=split)
-    if not path.exists():
-        sae = SAE.load_from_disk(folder, device=device).eval()
-        usage, figures = subject.evaluate(sae, stream, split)
-        save_file(
-            {"densities": usage.densities},
-            folder / DENSITIES_FILENAME.format(split=split),
+) -> None:
+    if not folder.exists():
+        raise ValueError(
+            f"the SAE of {str(folder)!r} is to be measured on the {split} split, but only "
+            f"its figures are left: remove {RESULTS_FILENAME} and its folder in cells/ to "
+            "train it again."
         )
-        path.write_text(json.dumps(figures_of(usage, figures), allow_nan=False))
-    return json.loads(path.read_text())
+    sae = SAE.load_from_disk(folder, device=device).eval()
+    figures = figures_of(*subject.evaluate(sae, stream, split))
+    text = json.dumps(figures, allow_nan=False)
+    (folder / FIGURES_FILENAME.format(split=split)).write_text(text)
 
 
 def _allocation(
     config: ComparisonConfig,
     points: Sequence[dict[str, Any]],
     output: Path,
-    stream: StoredStream,
+    stream: StoredStream | None,
+    earlier: Mapping[str, Any] | None,
 ) -> dict[str, Any] | None:
-    """The picture for the first row of ours, else the first row, at the middle k."""
+    """
+    The picture for the first row of ours at the middle k, else the first row; the earlier one
+    where its SAE is not here.
+    """
     k = middle_k(config.k)
-    shown = [point for point in points if point["k"] == k and point["runs"]]
-    if not shown:
-        return None
-    ours = [
-        point
-        for point in shown
-        if config.rows[point["row"]]["architecture"] == "mutual_choice"
+    shown = [
+        (point["row"], sae_folder(cell_folder(output, point["runs"][0]["cell"]), k))
+        for point in points
+        if point["k"] == k and point["runs"]
     ]
-    point = (ours or shown)[0]
-    sae = SAE.load_from_disk(sae_folder(output / point["runs"][0]["folder"], k))
+    here = [(row, folder) for row, folder in shown if folder.exists()]
+    ours = [
+        (row, folder)
+        for row, folder in here
+        if config.rows[row]["architecture"] == "mutual_choice"
+    ]
+    picture = None if earlier is None else earlier["allocation"]
+    if stream is None or not here or (picture is not None and not ours):
+        return picture
+    row, folder = (ours or here)[0]
     return {
-        "row": point["row"],
+        "row": row,
         "k": k,
-        "rules": allocation_picture(sae, stream.split(config.measured_on)),
+        "rules": allocation_picture(
+            SAE.load_from_disk(folder), stream.split(config.measured_on)
+        ),
     }
 
 
