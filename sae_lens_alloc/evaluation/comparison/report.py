@@ -128,6 +128,10 @@ def render_comparison_report(results: Mapping[str, Any]) -> str:
         for point in points
         if point["k"] == middle
     }
+    curves = {
+        row: density_curve(run) if run and "density_curve" in run else None
+        for row, run in shown.items()
+    }
     allocation = results["allocation"]
     environment = Environment(
         loader=PackageLoader("sae_lens_alloc", "evaluation"),
@@ -158,15 +162,9 @@ def render_comparison_report(results: Mapping[str, Any]) -> str:
         dead=plot_html(
             dead_plot(rows, middle, results["subject"]["d_sae"]), "dead-features"
         ),
-        density=plot_html(
-            density_plot(
-                {
-                    row: density_curve(run) if run and "density_curve" in run else None
-                    for row, run in shown.items()
-                }
-            ),
-            "density",
-        ),
+        density=plot_html(density_plot(curves), "density")
+        if any(curves.values())
+        else None,
         features_per_token=plot_html(
             features_per_token_plot(
                 {
