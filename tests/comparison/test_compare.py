@@ -211,6 +211,21 @@ def test_results_are_enough_to_go_on_from(config: Path, output: Path, tmp_path: 
     assert again["measured"] == known["measured"]
 
 
+def test_saes_may_be_deleted_to_save_room(config: Path, output: Path, tmp_path: Path):
+    partial = tmp_path / "partial"
+    shutil.copytree(output, partial)
+    for folder in partial.glob("cells/*/l0-*"):
+        shutil.rmtree(folder)
+    result = compare(config, partial)
+    assert result.exit_code == 0, result.output
+    before, after = (
+        json.loads((folder / "results.json").read_text())
+        for folder in (output, partial)
+    )
+    assert after["cells"] == before["cells"]
+    assert not list(partial.glob("cells/*/l0-*"))
+
+
 def test_cells_of_other_settings_stay_in_the_results(
     config: Path, output: Path, tmp_path: Path
 ):

@@ -46,13 +46,9 @@ def known_cells(output: Path) -> Cells:
     for path in sorted(output.glob(f"cells/*/{RESULT_FILENAME}")):
         facts = json.loads(path.read_text())
         del facts["settings"]  # the comparison's
+        earlier = cells.get(path.parent.name, {}).get("measured", {})
         measured = {
-            split: {
-                figures.parent.name.removeprefix("l0-"): json.loads(figures.read_text())
-                for figures in sorted(
-                    path.parent.glob(f"l0-*/{FIGURES_FILENAME.format(split=split)}")
-                )
-            }
+            split: {**earlier.get(split, {}), **_figures(path.parent, split)}
             for split in SPLITS_MEASURED
         }
         facts["measured"] = {split: by_k for split, by_k in measured.items() if by_k}
@@ -65,3 +61,12 @@ def measured_at(
 ) -> dict[str, Any] | None:
     """What a cell was found to do on a split with k features per token, if measured."""
     return facts["measured"].get(split, {}).get(f"{k:g}")
+
+
+def _figures(folder: Path, split: str) -> dict[str, Any]:
+    """What the SAEs in a cell's folder were found to do on a split, by k."""
+    paths = sorted(folder.glob(f"l0-*/{FIGURES_FILENAME.format(split=split)}"))
+    return {
+        path.parent.name.removeprefix("l0-"): json.loads(path.read_text())
+        for path in paths
+    }
