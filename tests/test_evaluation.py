@@ -314,10 +314,37 @@ def test_an_l0_out_of_reach_is_an_error(sae: JumpReLUSAE, target: float):
         set_l0(sae, activations, target)
 
 
-def test_thresholds_of_zero_cannot_be_moved(sae: JumpReLUSAE):
+@torch.no_grad()
+def test_a_threshold_of_zero_stays_zero(sae: JumpReLUSAE):
+    """Feature 3 keeps all its positive affinities, the others share what is left."""
+    activations = torch.randn(
+        500, D_IN, dtype=torch.float64, generator=torch.manual_seed(3)
+    )
+    sae.threshold.uniform_(0.3, 0.9)
+    sae.threshold[3] = 0.0
+    ratios = sae.threshold / sae.threshold[0]
+    affinities = sae.process_sae_in(activations) @ sae.W_enc + sae.b_enc
+    always = int((affinities[:, 3] > 0).sum())
+    target = (always + 700) / 500
+    relative = affinities / sae.threshold
+    relative[:, 3] = -1
+    cut = relative.flatten().sort(descending=True).values[699]
+
+    set_l0(sae, activations, target)
+    active = sae.encode(activations) > 0
+    assert torch.equal(active[:, 3], affinities[:, 3] > 0)
+    active[:, 3] = False
+    assert torch.equal(active, relative >= cut)
+    assert torch.allclose(sae.threshold / sae.threshold[0], ratios)
+
+    with pytest.raises(ValueError, match="threshold is 0, and stays so"):
+        set_l0(sae, activations, (always - 1) / 500)
+
+
+def test_negative_thresholds_are_not_moved_by_a_factor(sae: JumpReLUSAE):
     with torch.no_grad():
-        sae.threshold[3] = 0.0
-    with pytest.raises(ValueError, match="must be positive"):
+        sae.threshold[3] = -0.1
+    with pytest.raises(ValueError, match="no threshold may be negative"):
         set_l0(sae, torch.randn(50, D_IN, dtype=torch.float64), 2.0)
 
 

@@ -127,12 +127,12 @@ def test_topk_gains_a_jumprelu_form(
     )
 
 
-def test_zero_thresholds_can_be_set_per_feature_only(
+def test_too_many_thresholds_of_zero_can_be_set_per_feature_only(
     jumprelu: JumpReLUSAE, activations: torch.Tensor
 ):
     with torch.no_grad():
         jumprelu.threshold[:5] = 0.0
-    with pytest.raises(ValueError, match="all thresholds must be positive.*one by one"):
+    with pytest.raises(ValueError, match="threshold is 0, and stays so.*one by one"):
         recalibrate(jumprelu, activations, 3)
     report = recalibrate(jumprelu, activations, 3, per_feature=True)
     assert report.after.l0 == 3

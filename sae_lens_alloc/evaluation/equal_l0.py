@@ -6,6 +6,9 @@ from sae_lens.saes.jumprelu_sae import JumpReLUSAE
 from sae_lens_alloc.allocation.mutual_choice import budget_for
 from sae_lens_alloc.ops.encode_select import Encoder, encode_mutual_choice
 
+# Stands for a threshold of 0 where affinities are divided by it.
+ALWAYS_OPEN = 1e-20
+
 
 @torch.no_grad()
 def threshold_factor(
@@ -19,18 +22,21 @@ def threshold_factor(
     Args:
         encoder: What gives the affinities.
         x: Encoder inputs of shape (T, d_in).
-        thresholds: Positive thresholds of shape (F,).
+        thresholds: Thresholds of shape (F,), none negative. One of 0, as training leaves it
+            in JumpReLU SAEs, stays 0: its feature is active wherever its affinity is positive.
         target_l0: Wanted features per token.
 
     Raises:
-        ValueError: if a threshold is not positive, or no factor gives the wanted L0.
+        ValueError: if a threshold is negative, or no factor gives the wanted L0.
     """
-    if not (thresholds > 0).all():
+    if not (thresholds >= 0).all():
         raise ValueError(
-            "all thresholds must be positive to be moved by one factor: set them one by one, "
-            "per feature."
+            "no threshold may be negative if all are to be moved by one factor: set them one "
+            "by one, per feature."
         )
-    scale = 1 / thresholds if encoder.scale is None else encoder.scale / thresholds
+    # pairs of features without a threshold come before all others
+    divisor = thresholds.clamp_min(ALWAYS_OPEN)
+    scale = 1 / divisor if encoder.scale is None else encoder.scale / divisor
     relative = Encoder(encoder.W_enc, encoder.b_enc, scale)
     budget = budget_for(target_l0, len(x))
     guess = torch.ones((), dtype=scale.dtype, device=scale.device)
@@ -40,8 +46,15 @@ def threshold_factor(
             f"no thresholds give an L0 of {target_l0} on these {len(x)} tokens: "
             f"{len(pairs.values) / len(x):.3g} affinities per token are positive."
         )
+    last = pairs.values.argmin()
+    if thresholds[pairs.feature_indices[last]] == 0:
+        raise ValueError(
+            f"no factor gives an L0 of {target_l0} on these {len(x)} tokens: the features "
+            "whose threshold is 0, and stays so, are active more often: set them one by one, "
+            "per feature."
+        )
     # a pair is active where it exceeds the threshold, and the last of the pairs must be
-    return pairs.values.min() * (1 - 1e-6)
+    return pairs.values[last] * (1 - 1e-6)
 
 
 @torch.no_grad()
@@ -56,7 +69,7 @@ def set_l0(sae: JumpReLUSAE, activations: torch.Tensor, target_l0: float) -> Non
         activations: Activations as the SAE takes them, shape (T, d_in).
 
     Raises:
-        ValueError: if a threshold is not positive, or no factor gives the wanted L0.
+        ValueError: if a threshold is negative, or no factor gives the wanted L0.
     """
     encoder = Encoder(sae.W_enc, sae.b_enc, None)
     x = sae.process_sae_in(activations)
