@@ -50,11 +50,27 @@ EXPERIMENT_ROWS = {
         "order": (
             "mutual_choice",
             "no Feature Choice",
+            "Feature Choice for 12.5%",
             "Feature Choice for 50%",
             "Feature Choice throughout",
             "Mutual Choice, then Feature Choice",
         ),
-        "aux": ("mutual_choice", "no auxiliary loss"),
+        "budget": (
+            "mutual_choice",
+            "k throughout",
+            "from 4 k",
+            "at least a token a batch for each feature",
+        ),
+        "aux": (
+            "mutual_choice",
+            "no auxiliary loss",
+            "aux_k",
+            "aux_zipf, gone for the last quarter",
+            "aux_zipf, a tenth as strong",
+            "aux_zipf, twice as many features a token",
+            "aux_zipf, below 25% of the law",
+            "aux_zipf, below 90% of the law",
+        ),
     },
     "experiments_synthetic": {
         "synthetic": (
