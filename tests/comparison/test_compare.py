@@ -13,6 +13,7 @@ from sae_lens import SAE
 from typer.testing import CliRunner
 
 from sae_lens_alloc.cli import app
+from sae_lens_alloc.evaluation.comparison.finished import known_cells
 from sae_lens_alloc.evaluation.comparison.results import SCHEMA, summary
 from sae_lens_alloc.evaluation.comparison.stream import StoredStream
 from sae_lens_alloc.evaluation.usage import as_user, measure_usage
@@ -224,6 +225,22 @@ def test_saes_may_be_deleted_to_save_room(config: Path, output: Path, tmp_path: 
     )
     assert after["cells"] == before["cells"]
     assert not list(partial.glob("cells/*/l0-*"))
+
+
+def test_figures_of_an_earlier_training_are_not_those_of_a_later_one(
+    config: Path, output: Path, tmp_path: Path
+):
+    partial = tmp_path / "partial"
+    shutil.copytree(output, partial)
+    for figures in partial.glob("cells/*/l0-*/test.json"):
+        figures.unlink()
+    (again,) = partial.glob("cells/ours-*-seed0-*/cell.json")
+    facts = json.loads(again.read_text())
+    again.write_text(json.dumps({**facts, "seconds": facts["seconds"] + 1}))
+    cells = known_cells(partial)
+    assert [key for key, cell in cells.items() if not cell["measured"]] == [
+        again.parent.name
+    ]
 
 
 def test_cells_of_other_settings_stay_in_the_results(

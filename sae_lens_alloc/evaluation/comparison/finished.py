@@ -46,9 +46,12 @@ def known_cells(output: Path) -> Cells:
     for path in sorted(output.glob(f"cells/*/{RESULT_FILENAME}")):
         facts = json.loads(path.read_text())
         del facts["settings"]  # the comparison's
-        earlier = cells.get(path.parent.name, {}).get("measured", {})
+        earlier = cells.get(path.parent.name, {})
+        # of a training that was done again, the figures are no longer these
+        same = earlier.get("seconds") == facts["seconds"]
+        kept = earlier["measured"] if same else {}
         measured = {
-            split: {**earlier.get(split, {}), **_figures(path.parent, split)}
+            split: {**kept.get(split, {}), **_figures(path.parent, split)}
             for split in SPLITS_MEASURED
         }
         facts["measured"] = {split: by_k for split, by_k in measured.items() if by_k}
