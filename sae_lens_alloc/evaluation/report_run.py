@@ -11,7 +11,7 @@ from sae_lens_alloc.evaluation.metrics import Evaluation
 # larger reports some of Paul Tol's.
 COLOURS = (
     *("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"),
-    *("#882255", "#999933", "#44AA99", "#332288", "#AA4499", "#999999"),
+    *("#882255", "#999933", "#44AA99", "#332288", "#AA4499", "#999999", "#661100"),
 )
 
 
