@@ -158,15 +158,17 @@ def run_comparison(
         point_results(choice, runs[choice.row, choice.k], known, split)
         for choice in choices
     ]
+    # without activations here, what they were is told by an earlier results.json alone
+    stored = stream() if earlier is None else stored_stream(folder)
     document = comparison_results(
-        _subject_facts(config, subject, stored_stream(folder), earlier),
+        _subject_facts(config, subject, stored, earlier),
         settings,
         earlier["machine"]
         if earlier is not None and finished
         else _machine(device, jobs),
         points,
         known,
-        _allocation(config, points, output, stored_stream(folder), earlier),
+        _allocation(config, points, output, stored, earlier),
         complete=all(cell.key in known for cell in [*first, *chosen]),
     )
     write_results(output / RESULTS_FILENAME, document)
