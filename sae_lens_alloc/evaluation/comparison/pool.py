@@ -17,6 +17,9 @@ from sae_lens_alloc.evaluation.comparison.cell import (
 )
 
 LOG_FILENAME = "log.txt"
+# glibc gives large blocks back after each use and gets them again, zeroed page by page: a sixth
+# of a stock step on the CPU
+KEEP_FREED_MEMORY = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**40)}
 
 
 def default_jobs(device: str) -> int:
@@ -61,7 +64,7 @@ def train_cells(
     def _train(cell: Cell, slot: int) -> None:
         folder = cell_folder(output, cell.key)
         folder.mkdir(parents=True, exist_ok=True)
-        environment = dict(os.environ)
+        environment = KEEP_FREED_MEMORY | os.environ
         if torch.device(cell.runner_config().device) == torch.device("cuda"):
             environment["CUDA_VISIBLE_DEVICES"] = _gpu(slot)
         with (folder / LOG_FILENAME).open("w") as log:
