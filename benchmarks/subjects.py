@@ -92,7 +92,9 @@ class SubjectKind:
 def mutual_choice_config(
     shape: Shape, machine: Machine
 ) -> MutualChoiceTrainingSAEConfig:
-    return MutualChoiceTrainingSAEConfig(**_our_fields(shape, machine))
+    return MutualChoiceTrainingSAEConfig(
+        **_our_fields(shape, machine), feature_choice_steps=0
+    )
 
 
 def feature_choice_config(

@@ -16,6 +16,7 @@ from sae_lens.saes.sae import SAEConfig, SAEMetadata
 
 from sae_lens_alloc.config_file import parse_value, read_mapping
 from sae_lens_alloc.saes.allocation_sae_config import AllocationTrainingSAEConfig
+from sae_lens_alloc.saes.mutual_choice_sae import with_schedule
 from sae_lens_alloc.typed_values import convert, in_words
 
 # Step counts that may be given as a share of the training steps, such as "75%".
@@ -200,6 +201,7 @@ def build_runner_config(
     _check_names(cfg)
     _check_schedule(cfg)
     _check_buffer(cfg)
+    cfg.sae = with_schedule(cfg.sae, cfg.total_training_steps)
     return cfg
 
 

@@ -207,7 +207,7 @@ def test_run_lets_saelens_own_command_line_train_our_architectures():
     assert result.returncode == 0, result.stderr
     assert "mutual_choice,feature_choice," in result.stdout
     assert "MutualChoiceTrainingSAEConfig" in result.stdout
-    assert "--feature_choice_steps int" in result.stdout
+    assert "--feature_choice_steps [int]" in result.stdout
     assert "--k_start [float]" in result.stdout
     assert "found in sys.modules" not in result.stderr
 

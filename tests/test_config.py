@@ -57,7 +57,10 @@ def test_file_becomes_the_config_that_saelens_would_build(config_path: Path):
     assert cfg.model_name == "gpt2"
     assert cfg.training_tokens == 10_000
     assert cfg.logger.log_to_wandb is False
-    assert cfg.sae == MutualChoiceTrainingSAEConfig(d_in=8, d_sae=32, k=2)
+    # what is left open of the schedule is the recipe's, for 100 steps
+    assert cfg.sae == MutualChoiceTrainingSAEConfig(
+        d_in=8, d_sae=32, k=2, feature_choice_steps=25, k_start=4, k_decay_steps=25
+    )
     # untouched fields keep SAELens' defaults
     assert cfg.lr == 3e-4
     assert cfg.adam_beta2 == 0.999

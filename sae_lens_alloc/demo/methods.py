@@ -96,7 +96,7 @@ def events(cfg: RunnerConfig) -> list[tuple[float, str]]:
     """What changes during a run, as (tokens seen, what)."""
     if not isinstance(cfg.sae, MutualChoiceTrainingSAEConfig):
         return []
-    switch = cfg.sae.feature_choice_steps * cfg.train_batch_size_tokens
+    switch = (cfg.sae.feature_choice_steps or 0) * cfg.train_batch_size_tokens
     return [(switch, "Feature Choice → Mutual Choice")]
 
 

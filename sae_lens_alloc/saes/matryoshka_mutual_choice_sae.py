@@ -21,7 +21,7 @@ class MatryoshkaMutualChoiceTrainingSAEConfig(MutualChoiceTrainingSAEConfig):
         matryoshka_widths (list[int]): Widths of the levels, ascending. The first features up
             to each width must reconstruct the activations without the others; d_sae, the
             last level, may be left out.
-        feature_choice_steps (int): Inherited from MutualChoiceTrainingSAEConfig.
+        feature_choice_steps (int | None): Inherited from MutualChoiceTrainingSAEConfig.
         k (float): Average number of active features per token. The other fields are
             described in AllocationTrainingSAEConfig.
     """

@@ -1,7 +1,10 @@
 """Mutual Choice: the k * B largest affinities of a batch are active, whoever they belong to."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any, TypeVar
 
+from sae_lens import logger
+from sae_lens.saes.sae import TrainingSAEConfig
 from typing_extensions import override
 
 from sae_lens_alloc.saes.allocation_sae import AllocationTrainingSAE, Rule
@@ -10,6 +13,13 @@ from sae_lens_alloc.saes.allocation_sae_config import (
     require,
 )
 
+# The recipe (docs/experiments.md): Feature Choice for this share of the training, over which the
+# budget falls to k from this multiple of it.
+FEATURE_CHOICE_SHARE = 1 / 4
+FIRST_BUDGET = 2
+
+T_SAE_CONFIG = TypeVar("T_SAE_CONFIG", bound=TrainingSAEConfig)
+
 
 @dataclass
 class MutualChoiceTrainingSAEConfig(AllocationTrainingSAEConfig):
@@ -17,21 +27,24 @@ class MutualChoiceTrainingSAEConfig(AllocationTrainingSAEConfig):
     Configuration class for training a MutualChoiceTrainingSAE.
 
     Args:
-        feature_choice_steps (int): Number of first training steps that allocate by Feature
-            Choice instead, so that features get their share before they have to compete.
-            0 uses Mutual Choice from the start. A YAML config may give a share of the
-            training steps.
+        feature_choice_steps (int | None): Number of first training steps that allocate by
+            Feature Choice instead, so that features get their share before they have to
+            compete. 0 uses Mutual Choice from the start. None is the recipe: a quarter of
+            the training, over which the budget falls from 2 k to k unless `k_start` says
+            otherwise; AllocSAETrainingRunner and the command line, which know how long the
+            training is, put in the steps, and other trainers take it as 0. A YAML config
+            may give a share of the training steps.
         k (float): Average number of active features per token. The other fields are
             described in AllocationTrainingSAEConfig.
     """
 
-    feature_choice_steps: int = 0
+    feature_choice_steps: int | None = None
 
     @override
     def __post_init__(self) -> None:
         super().__post_init__()
         require(
-            self.feature_choice_steps >= 0,
+            self.feature_choice_steps is None or self.feature_choice_steps >= 0,
             "feature_choice_steps",
             self.feature_choice_steps,
             ">= 0",
@@ -52,6 +65,35 @@ class MutualChoiceTrainingSAE(AllocationTrainingSAE[MutualChoiceTrainingSAEConfi
     fire, and the SAE is saved as a JumpReLU SAE.
     """
 
+    def __init__(self, cfg: Any, use_error_term: bool = False):
+        super().__init__(cfg, use_error_term)
+        if cfg.feature_choice_steps is None:
+            logger.warning(
+                "feature_choice_steps is None, and only AllocSAETrainingRunner and "
+                "`sae-lens-alloc train` know how many steps that is: other trainers use Mutual "
+                "Choice from the start. Set it to a quarter of the training steps, and k_start "
+                "and k_decay_steps too, for better features."
+            )
+
     @override
     def rule_at(self, step: int) -> Rule:
-        return "feature" if step < self.cfg.feature_choice_steps else "mutual"
+        return "feature" if step < (self.cfg.feature_choice_steps or 0) else "mutual"
+
+
+def with_schedule(cfg: T_SAE_CONFIG, training_steps: int) -> T_SAE_CONFIG:
+    """
+    The config for a training of this many steps: where a Mutual Choice config leaves
+    `feature_choice_steps` open, with the recipe's schedule put in; any other as it is.
+    """
+    if (
+        not isinstance(cfg, MutualChoiceTrainingSAEConfig)
+        or cfg.feature_choice_steps is not None
+    ):
+        return cfg
+    steps = int(FEATURE_CHOICE_SHARE * training_steps)
+    cfg = replace(cfg, feature_choice_steps=steps)
+    if cfg.k_start is not None or steps == 0:
+        return cfg
+    return replace(
+        cfg, k_start=min(FIRST_BUDGET * cfg.k, cfg.d_sae), k_decay_steps=steps
+    )

@@ -31,6 +31,7 @@ from sae_lens_alloc.ops.encode_select import (
 )
 from sae_lens_alloc.saes.allocation_sae import AllocationTrainingSAE, decoder_norms
 from sae_lens_alloc.saes.aux_zipf import AuxZipfTrainingSAEConfig
+from sae_lens_alloc.saes.mutual_choice_sae import MutualChoiceTrainingSAEConfig
 
 STOCK_ARCHITECTURES = (
     "batchtopk",
@@ -113,7 +114,8 @@ def convert_sae(
             by "expected_average_only_in".
         config_overrides: Fields of the converted SAE's config. `k` is the source's by
             default, or its measured L0; `rescale_acts_by_decoder_norm` the source's, or True
-            where the source does not rank features; the rest as in training from scratch.
+            where the source does not rank features; `feature_choice_steps` is 0, since a
+            trained feature has its share; the rest as in training from scratch.
 
     Raises:
         ValueError: if the SAE cannot be converted, there is nothing to take k from, or an
@@ -136,7 +138,9 @@ def convert_sae(
             f"a {sae.cfg.architecture()} SAE has no k of its own: give k, or activations "
             "on which to measure its features per token."
         )
-    settings = {**_carried_settings(sae), **config_overrides}
+    settings: dict[str, Any] = {**_carried_settings(sae), **config_overrides}
+    if issubclass(config_class, MutualChoiceTrainingSAEConfig):
+        settings.setdefault("feature_choice_steps", 0)
     # a stand-in for the k that is measured below, for which the SAE has to be there
     settings["k"] = settings.get("k_start") or 1.0 if k is None else k
     converted = target_class(config_class(**settings))

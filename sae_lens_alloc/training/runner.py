@@ -22,6 +22,7 @@ from typing_extensions import override
 from sae_lens_alloc.evaluation.activations import take_tokens
 from sae_lens_alloc.evaluation.calibration import calibrate_thresholds
 from sae_lens_alloc.saes.allocation_sae import AllocationTrainingSAE
+from sae_lens_alloc.saes.mutual_choice_sae import with_schedule
 from sae_lens_alloc.training.activations_store import make_resumable
 from sae_lens_alloc.training.checkpoint import find_checkpoint, require_same_sae
 from sae_lens_alloc.training.held_out import held_out_metrics
@@ -43,6 +44,7 @@ class AllocSAETrainingRunner(LanguageModelSAETrainingRunner):
     SAELens' `LanguageModelSAETrainingRunner` for any architecture, which besides
 
     - seeds all random generators with `cfg.seed`, so that two runs are equal;
+    - gives Mutual Choice the recipe's schedule where `feature_choice_steps` is None;
     - trains with `AllocSAETrainer` and writes the metrics to `metrics.jsonl` in the output
       folder, among them metrics on held-out activations;
     - goes on bit for bit from its own checkpoints, which are never half-written;
@@ -65,10 +67,14 @@ class AllocSAETrainingRunner(LanguageModelSAETrainingRunner):
         override_model: HookedRootModule | None = None,
         override_sae: TrainingSAE[Any] | None = None,
     ) -> None:
+        steps = cfg.total_training_steps
+        cfg = copy.copy(cfg)
+        cfg.sae = with_schedule(cfg.sae, steps)
+        if override_sae is not None:
+            override_sae.cfg = with_schedule(override_sae.cfg, steps)
         if cfg.resume_from_checkpoint is not None:
             checkpoint = find_checkpoint(cfg.resume_from_checkpoint)
             require_same_sae(checkpoint, cfg.sae)
-            cfg = copy.copy(cfg)
             cfg.resume_from_checkpoint = str(checkpoint)
         # SAELens seeds nothing, so the weights of two runs would differ
         seed_all(cfg.seed)

@@ -1,13 +1,23 @@
 """Changes of the rule and of the budget, and the statistics that each step leaves behind."""
 
+import logging
 import math
+from typing import Any
 
 import pytest
 import torch
+from sae_lens import TopKTrainingSAEConfig
 
-from sae_lens_alloc import ZipfLaw
+from sae_lens_alloc import MutualChoiceTrainingSAEConfig, ZipfLaw
 from sae_lens_alloc.allocation.density import fit_floor
 from sae_lens_alloc.saes.allocation_state import NATURAL_LAW
+from sae_lens_alloc.saes.matryoshka_mutual_choice_sae import (
+    MatryoshkaMutualChoiceTrainingSAEConfig,
+)
+from sae_lens_alloc.saes.mutual_choice_sae import (
+    MutualChoiceTrainingSAE,
+    with_schedule,
+)
 from tests.saes.conftest import (
     ARCHITECTURES,
     DenseSAE,
@@ -124,6 +134,53 @@ def test_thresholds_start_from_the_cut_at_a_change_of_rule(architecture: str):
         # one step moves a threshold by a factor of at most exp(0.05 * 3)
         assert ((state.threshold / cut).log().abs() <= 0.15 + 1e-6).all()
         assert len(state.threshold.unique()) > 5
+
+
+@pytest.mark.parametrize(
+    ("settings", "steps", "schedule"),
+    [
+        ({}, 103, (25, 6, 25)),
+        # 2 k would be more features than there are
+        ({"k": 20}, 100, (25, 32, 25)),
+        # what is given stays
+        ({"k_start": 4, "k_decay_steps": 10}, 100, (25, 4, 10)),
+        ({"feature_choice_steps": 0}, 100, (0, None, 0)),
+        ({"feature_choice_steps": 50}, 100, (50, None, 0)),
+        # too short for a quarter
+        ({}, 3, (0, None, 0)),
+    ],
+)
+def test_the_schedule_is_the_recipes_where_it_is_left_open(
+    settings: dict[str, Any], steps: int, schedule: tuple[int, float | None, int]
+):
+    fields: dict[str, Any] = {"d_in": 8, "d_sae": 32, "k": 3, **settings}
+    for cfg in (
+        MutualChoiceTrainingSAEConfig(**fields),
+        MatryoshkaMutualChoiceTrainingSAEConfig(**fields, matryoshka_widths=[8]),
+    ):
+        before = cfg.to_dict()
+        filled = with_schedule(cfg, steps)
+        assert (filled.feature_choice_steps, filled.k_start, filled.k_decay_steps) == (
+            schedule
+        )
+        assert type(filled) is type(cfg)
+        assert cfg.to_dict() == before
+
+
+def test_other_architectures_keep_their_config():
+    cfg = TopKTrainingSAEConfig(d_in=8, d_sae=32, k=3)
+    assert with_schedule(cfg, 100) is cfg
+
+
+def test_a_schedule_that_nobody_puts_in_is_said(caplog: pytest.LogCaptureFixture):
+    cfg = MutualChoiceTrainingSAEConfig(d_in=8, d_sae=32, k=3)
+    with caplog.at_level(logging.WARNING, logger="sae_lens"):
+        sae = MutualChoiceTrainingSAE(cfg)
+        assert "Mutual Choice from the start" in caplog.text
+        assert sae.rule_at(0) == "mutual"
+        caplog.clear()
+        MutualChoiceTrainingSAE(with_schedule(cfg, 100))
+    assert caplog.text == ""
 
 
 def test_budget_falls_linearly_from_k_start_to_k():

@@ -323,9 +323,22 @@ def test_dtype_can_be_overridden():
 
 
 def test_hyperparameters_of_the_sources_training_are_not_carried():
-    source = make_source("mutual_choice", k_start=6, k_decay_steps=10, max_density=0.1)
+    source = make_source(
+        "mutual_choice",
+        k_start=6,
+        k_decay_steps=10,
+        feature_choice_steps=4,
+        max_density=0.1,
+    )
     cfg = convert_sae(source, "mutual_choice").cfg
     assert (cfg.k_start, cfg.k_decay_steps, cfg.max_density) == (None, 0, 0.6)
+
+
+def test_features_of_a_trained_sae_need_no_share_first():
+    source = make_source("topk")
+    assert convert_sae(source, "mutual_choice").cfg.feature_choice_steps == 0  # type: ignore[attr-defined]
+    given = convert_sae(source, "mutual_choice", feature_choice_steps=7)
+    assert given.cfg.feature_choice_steps == 7  # type: ignore[attr-defined]
 
 
 def test_nested_levels_are_given_with_the_target():

@@ -33,6 +33,7 @@ from transformer_lens.HookedTransformer import HookedRootModule
 from sae_lens_alloc import (
     AllocSAETrainingRunner,
     FeatureChoiceTrainingSAEConfig,
+    MutualChoiceTrainingSAE,
     MutualChoiceTrainingSAEConfig,
 )
 from sae_lens_alloc.saes.allocation_sae_config import AllocationTrainingSAEConfig
@@ -247,6 +248,21 @@ def test_our_runner_calibrates_and_records_what_it_did(
     assert recorded["provenance"]["seed"] == cfg.seed
     assert recorded["provenance"]["versions"]["torch"] == torch.__version__
     assert not tmp_path.with_name(f"{tmp_path.name}.partial").exists()
+
+
+def test_our_runner_puts_in_the_schedule(
+    demo_model: HookedRootModule, demo_text: Dataset
+):
+    cfg = lm_config(sae_config(), training_tokens=20 * 256)
+    runner = AllocSAETrainingRunner(cfg, demo_text, demo_model)
+    assert cfg.sae.feature_choice_steps is None
+    for schedule in (runner.cfg.sae, runner.sae.cfg):
+        assert schedule.feature_choice_steps == schedule.k_decay_steps == 5
+        assert schedule.k_start == 2 * K
+
+    started = MutualChoiceTrainingSAE(sae_config())
+    runner = AllocSAETrainingRunner(cfg, demo_text, demo_model, override_sae=started)
+    assert runner.sae.cfg.feature_choice_steps == 5
 
 
 @pytest.mark.usefixtures("few_calibration_tokens")
