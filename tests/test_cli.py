@@ -81,6 +81,8 @@ def test_train_says_what_it_will_do(tmp_path: Path):
         "--dry-run",
         "checkpoint_path=null",
         "sae.feature_choice_steps=2",
+        "sae.k_start=200%",
+        "sae.k_decay_steps=2",
     )
     assert result.exit_code == 0
     # Parameters: 2 * 192 * 64 + 64 + 192 = 24,832 of 4 bytes. Buffer: 2 * (4 + 4) contexts
