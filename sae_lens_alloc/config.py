@@ -80,7 +80,7 @@ def load_runner_config(
         FileNotFoundError: if there is no such file.
     """
     with named_errors(path, overrides):
-        return build_runner_config(read_settings(path, overrides))
+        return build_training_config(read_settings(path, overrides))
 
 
 def load_fine_tuning_config(
@@ -155,6 +155,15 @@ def _apply_override(settings: dict[str, Any], override: str) -> None:
     settings[key] = parse_value(text)
 
 
+def build_training_config(
+    settings: dict[str, Any],
+) -> LanguageModelSAERunnerConfig[Any]:
+    """`build_runner_config` for a training from random weights, whose schedule is put in."""
+    cfg = build_runner_config(settings)
+    cfg.sae = with_schedule(cfg.sae, cfg.total_training_steps)
+    return cfg
+
+
 def build_runner_config(
     settings: dict[str, Any],
 ) -> LanguageModelSAERunnerConfig[Any]:
@@ -201,7 +210,6 @@ def build_runner_config(
     _check_names(cfg)
     _check_schedule(cfg)
     _check_buffer(cfg)
-    cfg.sae = with_schedule(cfg.sae, cfg.total_training_steps)
     return cfg
 
 

@@ -74,6 +74,9 @@ def test_a_dry_run_loads_no_model_and_writes_nothing(topk: Path, tmp_path: Path)
     result = finetune(topk, tmp_path / "output", "--dry-run", "model_name=not/there")
     assert result.exit_code == 0
     assert "mutual_choice, 192 -> 64 features" in result.stdout
+    # features have their share already, unlike in a training from random weights
+    assert "schedule    one rule throughout" in result.stdout
+    assert ", k 4, float32 on cpu" in result.stdout
     assert f"from        topk, {topk}" in result.stdout
     assert not (tmp_path / "output").exists()
 

@@ -91,9 +91,8 @@ def with_schedule(cfg: T_SAE_CONFIG, training_steps: int) -> T_SAE_CONFIG:
     ):
         return cfg
     steps = int(FEATURE_CHOICE_SHARE * training_steps)
-    cfg = replace(cfg, feature_choice_steps=steps)
-    if cfg.k_start is not None or steps == 0:
-        return cfg
-    return replace(
-        cfg, k_start=min(FIRST_BUDGET * cfg.k, cfg.d_sae), k_decay_steps=steps
-    )
+    schedule: dict[str, Any] = {"feature_choice_steps": steps}
+    if cfg.k_start is None and steps > 0:
+        schedule["k_start"] = min(FIRST_BUDGET * cfg.k, cfg.d_sae)
+        schedule["k_decay_steps"] = cfg.k_decay_steps or steps
+    return replace(cfg, **schedule)

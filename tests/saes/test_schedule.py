@@ -144,6 +144,7 @@ def test_thresholds_start_from_the_cut_at_a_change_of_rule(architecture: str):
         ({"k": 20}, 100, (25, 32, 25)),
         # what is given stays
         ({"k_start": 4, "k_decay_steps": 10}, 100, (25, 4, 10)),
+        ({"k_decay_steps": 10}, 100, (25, 6, 10)),
         ({"feature_choice_steps": 0}, 100, (0, None, 0)),
         ({"feature_choice_steps": 50}, 100, (50, None, 0)),
         # too short for a quarter

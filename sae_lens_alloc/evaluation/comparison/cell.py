@@ -10,7 +10,7 @@ from typing import Any
 
 from sae_lens.config import LanguageModelSAERunnerConfig
 
-from sae_lens_alloc.config import build_runner_config
+from sae_lens_alloc.config import build_training_config
 
 RESULT_FILENAME = "cell.json"
 
@@ -53,7 +53,7 @@ class Cell:
 
     def runner_config(self) -> LanguageModelSAERunnerConfig[Any]:
         """Its run, checked."""
-        return build_runner_config(
+        return build_training_config(
             {
                 **self.settings,
                 "logger": {"log_to_wandb": False},
