@@ -138,7 +138,10 @@ def config_reference() -> str:
         _field_table(MutualChoiceTrainingSAEConfig, own - shared),
         "## `matryoshka_mutual_choice`\n",
         "The fields of `mutual_choice` and:\n",
-        _field_table(MatryoshkaMutualChoiceTrainingSAEConfig, {"matryoshka_widths"}),
+        _field_table(
+            MatryoshkaMutualChoiceTrainingSAEConfig,
+            {"matryoshka_widths", "feature_choice_steps"},
+        ),
         "## `feature_choice`\n",
         _field_table(FeatureChoiceTrainingSAEConfig, own - shared),
         "## `batchtopk_aux_zipf`, `gated_aux_zipf`, `jumprelu_aux_zipf`, "

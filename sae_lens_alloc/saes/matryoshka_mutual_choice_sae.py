@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 from typing_extensions import override
 
@@ -21,12 +22,15 @@ class MatryoshkaMutualChoiceTrainingSAEConfig(MutualChoiceTrainingSAEConfig):
         matryoshka_widths (list[int]): Widths of the levels, ascending. The first features up
             to each width must reconstruct the activations without the others; d_sae, the
             last level, may be left out.
-        feature_choice_steps (int | None): Inherited from MutualChoiceTrainingSAEConfig.
+        feature_choice_steps (int | None): Inherited from MutualChoiceTrainingSAEConfig, with
+            half of the training in the recipe instead of a quarter.
         k (float): Average number of active features per token. The other fields are
             described in AllocationTrainingSAEConfig.
     """
 
     matryoshka_widths: list[int] = field(default_factory=list)
+
+    feature_choice_share: ClassVar[float] = 1 / 2
 
     @override
     def __post_init__(self) -> None:

@@ -1,7 +1,7 @@
 """Mutual Choice: the k * B largest affinities of a batch are active, whoever they belong to."""
 
 from dataclasses import dataclass, replace
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 from sae_lens import logger
 from sae_lens.saes.sae import TrainingSAEConfig
@@ -13,9 +13,8 @@ from sae_lens_alloc.saes.allocation_sae_config import (
     require,
 )
 
-# The recipe (docs/experiments.md): Feature Choice for this share of the training, over which the
-# budget falls to k from this multiple of it.
-FEATURE_CHOICE_SHARE = 1 / 4
+# The recipe (docs/experiments.md): while Feature Choice allocates, the budget falls to k from this
+# multiple of it.
 FIRST_BUDGET = 2
 
 T_SAE_CONFIG = TypeVar("T_SAE_CONFIG", bound=TrainingSAEConfig)
@@ -39,6 +38,9 @@ class MutualChoiceTrainingSAEConfig(AllocationTrainingSAEConfig):
     """
 
     feature_choice_steps: int | None = None
+
+    # of the training, in the recipe
+    feature_choice_share: ClassVar[float] = 1 / 4
 
     @override
     def __post_init__(self) -> None:
@@ -71,8 +73,8 @@ class MutualChoiceTrainingSAE(AllocationTrainingSAE[MutualChoiceTrainingSAEConfi
             logger.warning(
                 "feature_choice_steps is None, and only AllocSAETrainingRunner and "
                 "`sae-lens-alloc train` know how many steps that is: other trainers use Mutual "
-                "Choice from the start. Set it to a quarter of the training steps, and k_start "
-                "and k_decay_steps too, for better features."
+                f"Choice from the start. Set it to {cfg.feature_choice_share:.0%} of the "
+                "training steps, and k_start and k_decay_steps too, for better features."
             )
 
     @override
@@ -90,7 +92,7 @@ def with_schedule(cfg: T_SAE_CONFIG, training_steps: int) -> T_SAE_CONFIG:
         or cfg.feature_choice_steps is not None
     ):
         return cfg
-    steps = int(FEATURE_CHOICE_SHARE * training_steps)
+    steps = int(cfg.feature_choice_share * training_steps)
     schedule: dict[str, Any] = {"feature_choice_steps": steps}
     if cfg.k_start is None and steps > 0:
         schedule["k_start"] = min(FIRST_BUDGET * cfg.k, cfg.d_sae)
