@@ -201,11 +201,12 @@ def test_results_are_enough_to_go_on_from(config: Path, output: Path, tmp_path: 
     )
     known = results["cells"].pop(lost)
     (tmp_path / "results.json").write_text(json.dumps(results))
-    result = compare(config, tmp_path)
+    result = compare(config, tmp_path, "--jobs", "3")
     assert result.exit_code == 0, result.output
     assert [path.parent.name for path in tmp_path.glob("cells/*/cell.json")] == [lost]
     after = json.loads((tmp_path / "results.json").read_text())
     assert after["complete"]
+    assert after["machine"]["jobs"] == 3
     again = after["cells"].pop(lost)
     assert after["cells"] == results["cells"]
     # trained anew, on the same activations from the same weights
@@ -217,13 +218,14 @@ def test_saes_may_be_deleted_to_save_room(config: Path, output: Path, tmp_path: 
     shutil.copytree(output, partial)
     for folder in partial.glob("cells/*/l0-*"):
         shutil.rmtree(folder)
-    result = compare(config, partial)
+    result = compare(config, partial, "--jobs", "3")
     assert result.exit_code == 0, result.output
     before, after = (
         json.loads((folder / "results.json").read_text())
         for folder in (output, partial)
     )
     assert after["cells"] == before["cells"]
+    assert after["machine"] == before["machine"]  # nothing was trained on this one
     assert not list(partial.glob("cells/*/l0-*"))
 
 

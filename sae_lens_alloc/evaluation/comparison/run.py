@@ -116,6 +116,7 @@ def run_comparison(
                 missing, copy, folder, output, jobs, lambda: progress.advance(task)
             )
 
+    at_start = known_cells(output).keys()
     cells = config.cells()
     first = [cell for cell in cells if cell.seed == config.seeds[0]]
     train(first, "Training, first seed")
@@ -163,8 +164,9 @@ def run_comparison(
     document = comparison_results(
         _subject_facts(config, subject, stored, earlier),
         settings,
+        # the one that trained, which this command may not have done
         earlier["machine"]
-        if earlier is not None and finished
+        if earlier is not None and known.keys() == at_start
         else _machine(device, jobs),
         points,
         known,
