@@ -2,7 +2,7 @@
 
 import math
 from abc import abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -276,20 +276,16 @@ class AllocationTrainingSAE(TrainingSAE[T_CONFIG]):
         )
         names = ["mse_loss", *(f"inner_mse_loss_{width}" for width in inner_widths)]
         losses = dict(zip(names, mse_losses, strict=True))
-        residuals = [(sae_in - out).detach() for out in level_outs]
+        residual = (sae_in - sae_out).detach()
         if aux is not None:
             losses["auxiliary_reconstruction_loss"] = (
                 aux.coefficient
-                * self.mse_loss_fn(part_outs[0], residuals[0]).sum(dim=-1).mean()
+                * self.mse_loss_fn(part_outs[0], residual).sum(dim=-1).mean()
             )
         loss = torch.stack(list(losses.values())).sum()
         if margin is not None:
-            widths = [self.cfg.d_sae, *inner_widths]
             gradient = self._selection_gradient(
-                margin,
-                encoder,
-                dict(zip(widths, residuals, strict=True)),
-                part_outs[-1],
+                margin, encoder, residual, part_outs[-1]
             )
             # a term of value 0 that has this gradient
             loss = loss + gradient @ (margin_pre_acts - margin_pre_acts.detach())
@@ -360,18 +356,17 @@ class AllocationTrainingSAE(TrainingSAE[T_CONFIG]):
         self,
         margin: Margin,
         encoder: Encoder,
-        residuals: Mapping[int, torch.Tensor],
+        residual: torch.Tensor,
         unit_out: torch.Tensor,
     ) -> torch.Tensor:
         """
-        Gradient of the reconstruction loss with respect to the pre-activations of the margin,
-        by way of the selection, shape (N,).
+        Gradient of the squared error of the whole reconstruction with respect to the
+        pre-activations of the margin, by way of the selection, shape (N,).
 
         Args:
             margin: The margin of the budget.
             encoder: The encoder.
-            residuals: Activations minus the reconstruction from so many first features, in
-                the shape of the activations.
+            residual: Activations minus the reconstruction, in the shape of the activations.
             unit_out: What a reconstruction of ones becomes, in the same shape.
         """
         pairs = margin.pairs
@@ -379,18 +374,13 @@ class AllocationTrainingSAE(TrainingSAE[T_CONFIG]):
         norms = decoder_norms(self.W_dec)
         W_dec = self.W_dec.to(norms)
         scales = unit_out.reshape(-1, self.cfg.d_in)[:, 0].to(norms)[tokens]
-        products, n_levels = torch.zeros_like(scales), torch.zeros_like(scales)
-        for width, residual in residuals.items():
-            takes_part = features < width
-            errors = residual.reshape(-1, self.cfg.d_in).to(norms)
-            products += takes_part * sampled_products(tokens, features, errors, W_dec)
-            n_levels += takes_part
+        errors = residual.reshape(-1, self.cfg.d_in).to(norms)
         gradient = selection_gradient(
             margin,
             gains(
                 encoder.pre_acts(pairs),
-                scales * products,
-                n_levels * (scales * norms[features]).square(),
+                scales * sampled_products(tokens, features, errors, W_dec),
+                (scales * norms[features]).square(),
             ),
         )
         if encoder.scale is not None:

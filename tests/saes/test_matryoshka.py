@@ -67,17 +67,20 @@ def test_without_aux_loss_it_is_sae_lens_matryoshka_batchtopk(
 
 
 @pytest.mark.parametrize("normalize_activations", ["none", "layer_norm"])
-def test_the_margin_counts_the_gain_in_every_level(normalize_activations: str):
+def test_the_margin_counts_the_gain_of_the_whole_reconstruction(
+    normalize_activations: str,
+):
     settings = {"dtype": "float64", "normalize_activations": normalize_activations}
     x = 2 * tokens(16, 8, dtype=torch.float64) + 1
     sae, without = make(selection_margin=0.25, **settings), make(**settings)
     dense = DenseSAE(without)
 
-    def error(mask: torch.Tensor) -> float:
-        nested = [mask & (torch.arange(32) < width) for width in WIDTHS]
-        return sum(dense.step(x, level).mse_loss.item() for level in nested)
-
-    gradient = selection_gradient(dense.affinities(x).detach(), 48, 12, error)
+    gradient = selection_gradient(
+        dense.affinities(x).detach(),
+        48,
+        12,
+        lambda mask: dense.step(x, mask).mse_loss.item(),
+    )
     gradient *= without.W_dec.detach().norm(dim=1)
     inputs = dense._normalized(x)[0] - dense.weights["b_dec"].detach()
 
