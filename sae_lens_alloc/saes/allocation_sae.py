@@ -2,7 +2,7 @@
 
 import math
 from abc import abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -276,16 +276,20 @@ class AllocationTrainingSAE(TrainingSAE[T_CONFIG]):
         )
         names = ["mse_loss", *(f"inner_mse_loss_{width}" for width in inner_widths)]
         losses = dict(zip(names, mse_losses, strict=True))
-        residual = (sae_in - sae_out).detach()
+        residuals = [(sae_in - out).detach() for out in level_outs]
         if aux is not None:
             losses["auxiliary_reconstruction_loss"] = (
                 aux.coefficient
-                * self.mse_loss_fn(part_outs[0], residual).sum(dim=-1).mean()
+                * self.mse_loss_fn(part_outs[0], residuals[0]).sum(dim=-1).mean()
             )
         loss = torch.stack(list(losses.values())).sum()
         if margin is not None:
+            widths = [self.cfg.d_sae, *inner_widths]
             gradient = self._selection_gradient(
-                margin, encoder, residual, part_outs[-1]
+                margin,
+                encoder,
+                dict(zip(widths, residuals, strict=True)),
+                part_outs[-1],
             )
             # a term of value 0 that has this gradient
             loss = loss + gradient @ (margin_pre_acts - margin_pre_acts.detach())
@@ -356,17 +360,19 @@ class AllocationTrainingSAE(TrainingSAE[T_CONFIG]):
         self,
         margin: Margin,
         encoder: Encoder,
-        residual: torch.Tensor,
+        residuals: Mapping[int, torch.Tensor],
         unit_out: torch.Tensor,
     ) -> torch.Tensor:
         """
-        Gradient of the squared error of the whole reconstruction with respect to the
-        pre-activations of the margin, by way of the selection, shape (N,).
+        Gradient of the squared error with respect to the pre-activations of the margin, by
+        way of the selection, shape (N,): of the mean over the reconstructions that a pair
+        takes part in.
 
         Args:
             margin: The margin of the budget.
             encoder: The encoder.
-            residual: Activations minus the reconstruction, in the shape of the activations.
+            residuals: Activations minus the reconstruction from so many first features, in
+                the shape of the activations.
             unit_out: What a reconstruction of ones becomes, in the same shape.
         """
         pairs = margin.pairs
@@ -374,12 +380,18 @@ class AllocationTrainingSAE(TrainingSAE[T_CONFIG]):
         norms = decoder_norms(self.W_dec)
         W_dec = self.W_dec.to(norms)
         scales = unit_out.reshape(-1, self.cfg.d_in)[:, 0].to(norms)[tokens]
-        errors = residual.reshape(-1, self.cfg.d_in).to(norms)
+        products, n_levels = torch.zeros_like(scales), torch.zeros_like(scales)
+        for width, residual in residuals.items():
+            takes_part = features < width
+            errors = residual.reshape(-1, self.cfg.d_in).to(norms)
+            products += takes_part * sampled_products(tokens, features, errors, W_dec)
+            n_levels += takes_part
         gradient = selection_gradient(
             margin,
             gains(
                 encoder.pre_acts(pairs),
-                scales * sampled_products(tokens, features, errors, W_dec),
+                # the mean: a sum would draw the budget to features of many levels
+                scales * products / n_levels,
                 (scales * norms[features]).square(),
             ),
         )

@@ -17,6 +17,7 @@ from tests.saes.conftest import (
     assert_grads_equal,
     gradients,
     make_sae,
+    mutual_mask,
     selection_gradient,
     set_weights,
     tokens,
@@ -67,20 +68,27 @@ def test_without_aux_loss_it_is_sae_lens_matryoshka_batchtopk(
 
 
 @pytest.mark.parametrize("normalize_activations", ["none", "layer_norm"])
-def test_the_margin_counts_the_gain_of_the_whole_reconstruction(
-    normalize_activations: str,
-):
+def test_the_margin_counts_the_mean_gain_of_a_pairs_levels(normalize_activations: str):
     settings = {"dtype": "float64", "normalize_activations": normalize_activations}
     x = 2 * tokens(16, 8, dtype=torch.float64) + 1
     sae, without = make(selection_margin=0.25, **settings), make(**settings)
     dense = DenseSAE(without)
 
-    gradient = selection_gradient(
-        dense.affinities(x).detach(),
-        48,
-        12,
-        lambda mask: dense.step(x, mask).mse_loss.item(),
-    )
+    affinities = dense.affinities(x).detach()
+    selected = mutual_mask(affinities, 48)
+
+    def error(mask: torch.Tensor) -> float:
+        """How much more than with what is selected."""
+        levels = [torch.arange(32) < width for width in WIDTHS]
+        changes = [
+            dense.step(x, mask & level).mse_loss.item()
+            - dense.step(x, selected & level).mse_loss.item()
+            for level in levels
+            if (mask & level != selected & level).any()
+        ]
+        return sum(changes) / max(len(changes), 1)
+
+    gradient = selection_gradient(affinities, 48, 12, error)
     gradient *= without.W_dec.detach().norm(dim=1)
     inputs = dense._normalized(x)[0] - dense.weights["b_dec"].detach()
 
