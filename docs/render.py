@@ -71,6 +71,7 @@ EXPERIMENT_ROWS = {
             "aux_zipf, below 25% of the law",
             "aux_zipf, below 90% of the law",
         ),
+        "nested language": ("matryoshka_mutual_choice", "nested, no margin"),
     },
     "experiments_synthetic": {
         "synthetic": (
