@@ -34,6 +34,7 @@ from sae_lens_alloc.evaluation.comparison.config import (
 from sae_lens_alloc.evaluation.comparison.finished import (
     FIGURES_FILENAME,
     RESULTS_FILENAME,
+    Cells,
     earlier_results,
     known_cells,
     measured_at,
@@ -102,11 +103,10 @@ def run_comparison(
             stored = subject.write(folder)
         return stored
 
-    def train(cells: Sequence[Cell], what: str) -> None:
-        known = known_cells(output)
+    def train(cells: Sequence[Cell], what: str, known: Cells) -> Cells:
         missing = [cell for cell in cells if cell.key not in known]
         if finished or not missing:
-            return
+            return known
         stream()
         with _progress(console) as progress:
             task = progress.add_task(
@@ -115,16 +115,15 @@ def run_comparison(
             train_cells(
                 missing, copy, folder, output, jobs, lambda: progress.advance(task)
             )
+        return known_cells(output)
 
-    at_start = known_cells(output).keys()
+    at_start = known_cells(output)
     cells = config.cells()
     first = [cell for cell in cells if cell.seed == config.seeds[0]]
-    train(first, "Training, first seed")
-    known = known_cells(output)
+    known = train(first, "Training, first seed", at_start)
     choices = choose([cell for cell in first if cell.key in known], known)
     chosen = other_seeds(cells, choices)
-    train(chosen, "Training, all seeds")
-    known = known_cells(output)
+    known = train(chosen, "Training, all seeds", known)
     if not any(cell.key in known for cell in cells):
         raise ValueError(
             f"no SAE of this comparison has finished in {str(output)!r}: train some without "
@@ -166,7 +165,7 @@ def run_comparison(
         settings,
         # the one that trained, which this command may not have done
         earlier["machine"]
-        if earlier is not None and known.keys() == at_start
+        if earlier is not None and known.keys() == at_start.keys()
         else _machine(device, jobs),
         points,
         known,
