@@ -276,7 +276,7 @@ def comparison_results() -> dict[str, Any]:
     }
 
 
-def test_learning_rates_of_a_rows_own_are_told():
+def test_learning_rates_and_seeds_of_a_rows_own_are_told():
     results: dict[str, Any] = {
         "complete": True,
         "subject": {
@@ -296,12 +296,13 @@ def test_learning_rates_of_a_rows_own_are_told():
             "compare": {
                 "seeds": [0],
                 "lr": [1e-3, "2e-3"],
-                "rows": {"topk": {}, "gated": {"lr": [2e-3, 4e-3]}},
+                "rows": {"topk": {}, "gated": {"lr": [2e-3, 4e-3], "seeds": [0, 1]}},
             }
         },
     }
     told = comparison_tables.compared_on(results, "again")
     assert "learning rates tried: 0.001, 0.002; gated: 0.002, 0.004. abacus" in told
+    assert "mean of 1 to 2 seeds (lowest to highest); learning" in told
 
 
 def test_a_k_that_a_row_to_be_told_has_not_reached_is_left_out_of_tables():

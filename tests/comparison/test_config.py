@@ -39,6 +39,16 @@ def test_a_row_may_have_learning_rates_of_its_own(
     assert {c.key for c in before if c.lr == 1e-3} < {c.key for c in after}
 
 
+def test_a_row_may_have_more_seeds_than_all(tmp_path: Path, settings: dict[str, Any]):
+    before = load_comparison(write_config(settings, tmp_path))[0].cells()
+    settings["compare"]["rows"]["stock"]["seeds"] = [0, 1, 5]
+    after = load_comparison(write_config(settings, tmp_path))[0].cells()
+    # the common seeds before the others, and what was trained is trained already
+    assert [c.key for c in after[: len(before)]] == [c.key for c in before]
+    more = [(c.row, c.sparsity, c.seed) for c in after[len(before) :]]
+    assert more == [("stock", 0.01, 5), ("stock", 0.02, 5)]
+
+
 def test_cells_differ_in_the_sae_the_learning_rate_and_the_seed_alone(
     tmp_path: Path, settings: dict[str, Any]
 ):
@@ -103,6 +113,16 @@ def test_other_activations_give_other_cells(tmp_path: Path, settings: dict[str, 
                 "compare.lr has, or the row would have more or fewer tries; got ",
             )
             for value in (1e-3, ["fast"], [1e-3, 1e-4])
+        ),
+        *(
+            (
+                ("compare", "rows", "ours"),
+                "seeds",
+                value,
+                "compare.rows.ours.seeds must be a list of different seeds that begins "
+                "with those of compare.seeds, [0, 1], which all rows share; got ",
+            )
+            for value in (3, ["many"], [1, 0], [0], [0, 1, 1])
         ),
         (
             ("compare", "rows", "ours"),

@@ -4,6 +4,7 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, dataclass, fields, replace
+from itertools import chain
 from pathlib import Path
 from typing import Any, Literal, get_type_hints
 
@@ -24,6 +25,8 @@ GRID_KEYS = {
     "sae.k": "compare.k",
     "sae.architecture": "compare.rows",
 }
+# What a row may set for itself besides its SAE.
+ROW_KEYS = ("lr", "seeds")
 # A comparison keeps its files in a folder of its own, and goes on by cells.
 UNUSED_KEYS = (
     *("output_path", "checkpoint_path", "n_checkpoints", "save_final_checkpoint"),
@@ -43,7 +46,8 @@ class ComparisonConfig:
         seeds: Seeds of the SAEs' weights. The activations and their order are the same.
         rows: SAE settings by name of the row, on top of the shared ones under `sae:`. A row
             whose architecture has no k gives a list for its sparsity coefficient, a value
-            for each `k`. A row may have learning rates of its own, `lr`, as many as all have.
+            for each `k`. A row may have learning rates of its own, `lr`, as many as all
+            have, and more seeds than all, `seeds`, theirs first.
         heldout_path: Parquet file with a column `text`, for a language model. Its contexts
             are dealt in turn to the validation and the test split.
         synthetic: Fields of SAELens' SyntheticModelConfig, for synthetic activations.
@@ -67,10 +71,12 @@ class ComparisonConfig:
 
     def cells(self) -> list[Cell]:
         """Every cell of the grid, the first seed before the others."""
+        seeds = {row: self.rows[row].get("seeds", self.seeds) for row in self.rows}
         return [
             self._cell(row, sparsity, lr, seed)
-            for seed in self.seeds
+            for seed in dict.fromkeys(chain(*seeds.values()))
             for row in self.rows
+            if seed in seeds[row]
             for sparsity in self.sparsities(row)
             for lr in self.rows[row].get("lr", self.lr)
         ]
@@ -117,7 +123,8 @@ class ComparisonConfig:
     def _cell(self, row: str, sparsity: float, lr: float, seed: int) -> Cell:
         key = self.sparsity_key(row)
         sae = {**self.shared["sae"], **self.rows[row], key: sparsity}
-        sae.pop("lr", None)
+        for of_row in ROW_KEYS:
+            sae.pop(of_row, None)
         return Cell(
             row=row,
             sparsity_key=key,
@@ -190,6 +197,8 @@ def _build(settings: dict[str, Any]) -> ComparisonConfig:
         sae_config_class(row.get("architecture"))
         if "lr" in row:
             _require_lrs(name, row["lr"], len(values["lr"]))
+        if "seeds" in row:
+            _require_seeds(name, row["seeds"], list(values["seeds"]))
     config = ComparisonConfig(shared=shared, **values)
     if (config.heldout_path is None) == (config.synthetic is None):
         raise ValueError(
@@ -219,6 +228,18 @@ def _require_lrs(row: str, value: Any, n: int) -> None:
         raise ValueError(
             f"compare.rows.{row}.lr must be a list of {n} learning rates, as many as "
             f"compare.lr has, or the row would have more or fewer tries; got {value!r}."
+        )
+
+
+def _require_seeds(row: str, value: Any, shared: list[int]) -> None:
+    try:
+        seeds = convert(value, list[int])
+    except TypeError:
+        seeds = []
+    if seeds[: len(shared)] != shared or len(set(seeds)) != len(seeds):
+        raise ValueError(
+            f"compare.rows.{row}.seeds must be a list of different seeds that begins with "
+            f"those of compare.seeds, {shared}, which all rows share; got {value!r}."
         )
 
 
