@@ -202,6 +202,19 @@ def test_wide_histograms_are_binned():
     assert sum(line.y) == pytest.approx(1.0, abs=0.002)
 
 
+def test_a_spike_does_not_flatten_the_other_histograms():
+    """30% of the tokens have 2 features and 40% have 3; with topk all have 2."""
+    spread, topk = torch.tensor([0, 0, 3, 4, 3]), torch.tensor([0, 0, 10])
+    together = features_per_token_plot({"spread": spread, "topk": topk})
+    layout: Any = together.layout
+    assert layout.yaxis.range == pytest.approx((0, 0.5))
+    # the spike ends where it should, with no token beyond
+    assert list(traces(together)[1].y) == [0, 0, 1, 0, 0]
+    for alone in (spread, topk):
+        layout = features_per_token_plot({"alone": alone}).layout
+        assert layout.yaxis.range is None
+
+
 def test_training_is_plotted_over_tokens(runs: list[ReportRun]):
     figure = training_plot(runs[:1], "sparsity/dead_features", "features")
     assert list(traces(figure)[0].x) == [1000 * (i + 1) for i in range(20)]

@@ -17,6 +17,7 @@ DASHES = ("solid", "dash", "dot", "dashdot")
 MAX_BARS = 80
 MAX_LAWS_IN_LEGEND = 3
 SETTLED_SHARE = 0.1
+SPIKE_SHARE = 0.9
 
 
 def density_plot(curves: Mapping[str, DensityCurve | None]) -> go.Figure:
@@ -63,6 +64,9 @@ def features_per_token_plot(
     """
     How many tokens get how many features.
 
+    The spike of a rule that gives every token the same leaves the picture where there are
+    others to be seen.
+
     Args:
         histograms: Number of tokens with 0, 1, 2, ... features, by name; one that is not
             known keeps its colour free.
@@ -72,16 +76,18 @@ def features_per_token_plot(
     width = 1 + last // MAX_BARS
     starts = [width * bar for bar in range(last // width + 1)]
     ranges = [f"{x}" if width == 1 else f"{x} to {x + width - 1}" for x in starts]
+    peaks: list[float] = []
     for i, (name, histogram) in enumerate(histograms.items()):
         if histogram is None:
             continue
         n_tokens = histogram.sum().item()
-        shares = _binned(histogram, width) / n_tokens
+        shares = (_binned(histogram, width, len(starts)) / n_tokens).tolist()
+        peaks.append(max(shares))
         mean = (histogram * torch.arange(len(histogram))).sum().item() / n_tokens
         figure.add_scatter(
             x=[x + (width - 1) / 2 for x in starts],
-            y=shares[: len(starts)].tolist(),
-            text=ranges[: len(shares)],
+            y=shares,
+            text=ranges,
             name=f"{name}, mean {mean:.1f}",
             mode="lines",
             line={"color": colour(i), "width": 2.5, "shape": "hvh"},
@@ -91,6 +97,9 @@ def features_per_token_plot(
         )
     figure.update_xaxes(range=[-0.5, last + 0.5])
     figure.update_yaxes(tickformat="~%", rangemode="tozero")
+    spread = [peak for peak in peaks if peak < SPIKE_SHARE]
+    if 0 < len(spread) < len(peaks):
+        figure.update_yaxes(range=[0, 1.25 * max(spread)])
     return figure
 
 
@@ -191,11 +200,11 @@ def faint(hex_colour: str) -> str:
     return f"rgba({red},{green},{blue},0.10)"
 
 
-def _binned(histogram: torch.Tensor, width: int) -> torch.Tensor:
-    """Sums of `width` neighbouring counts each, float64."""
-    padding = -len(histogram) % width
-    padded = torch.cat([histogram, histogram.new_zeros(padding)])
-    return padded.view(-1, width).sum(1).double()
+def _binned(histogram: torch.Tensor, width: int, n_bars: int) -> torch.Tensor:
+    """Sums of `width` neighbouring counts each, for the first bars, (n_bars,) float64."""
+    end = width * n_bars
+    padded = torch.cat([histogram, histogram.new_zeros(end)])[:end]
+    return padded.view(n_bars, width).sum(1).double()
 
 
 def _dash(index: int) -> str:
