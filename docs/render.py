@@ -71,7 +71,12 @@ EXPERIMENT_ROWS = {
             "aux_zipf, below 25% of the law",
             "aux_zipf, below 90% of the law",
         ),
-        "nested language": ("matryoshka_mutual_choice", "nested, no margin"),
+        "nested language": (
+            "matryoshka_mutual_choice",
+            "nested, no margin",
+            "nested, margin of 25%",
+            "nested, Feature Choice for 25%",
+        ),
     },
     "experiments_synthetic": {
         "synthetic": (
