@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from sae_lens_alloc.config import sae_config_class
+from sae_lens_alloc.evaluation.comparison.results import numbers_of_seeds
 
 Results = dict[str, Any]
 
@@ -42,7 +43,7 @@ def compared_on(results: Results, command: str) -> str:
     )
     compare = results["settings"]["compare"]
     split = compare.get("measured_on", "test")
-    seeds = _seeds(compare)
+    seeds = numbers_of_seeds(compare)
     lrs = _numbers(compare["lr"]) + "".join(
         f"; {row}: {_numbers(sae['lr'])}"
         for row, sae in compare["rows"].items()
@@ -51,7 +52,8 @@ def compared_on(results: Results, command: str) -> str:
     return (
         f"{subject['activations']}, {subject['d_in']} dimensions, {subject['d_sae']:,} "
         f"features, {subject['tokens']['train']:,} training tokens; measured on "
-        f"{subject['tokens'][split]:,} tokens of the {split} split; mean of {seeds}; learning rates tried: "
+        f"{subject['tokens'][split]:,} tokens of the {split} split; mean of {seeds} "
+        f"{'seed' if seeds == '1' else 'seeds (lowest to highest)'}; learning rates tried: "
         f"{lrs}{'' if results['complete'] else '; of which what had finished is shown'}. "
         f"{machine['machine']}, "
         f"{machine['device']}, {machine['jobs']} × {machine['threads_per_job']} threads; "
@@ -185,19 +187,6 @@ def _shortfall(over_seeds: dict[str, float], key: str) -> Shortfall:
 
 def _numbers(values: Sequence[float | str]) -> str:
     return ", ".join(f"{float(value):g}" for value in values)
-
-
-def _seeds(compare: Results) -> str:
-    """How many seeds the figures are means of; the tables have each row's."""
-    numbers = [
-        len(sae.get("seeds", compare["seeds"])) for sae in compare["rows"].values()
-    ]
-    least, most = min(numbers), max(numbers)
-    if most == 1:
-        return "1 seed"
-    return (
-        f"{least if least == most else f'{least} to {most}'} seeds (lowest to highest)"
-    )
 
 
 def _cell(over_seeds: Results, key: str, style: str) -> str:

@@ -96,7 +96,13 @@ def results() -> dict[str, Any]:
             "d_sae": D_SAE,
             "tokens": {"train": 1000, "validation": 100, "test": 5000},
         },
-        {"compare": {"lr": [1e-3], "seeds": [0, 1, 2]}},
+        {
+            "compare": {
+                "lr": [1e-3],
+                "seeds": [0, 1, 2],
+                "rows": {row: {} for row in ROWS},
+            }
+        },
         {"machine": "x86_64", "device": "cpu", "jobs": 1, "threads_per_job": 2},
         [make_point(row, k) for row in ROWS for k in KS],
         CELLS,
@@ -125,6 +131,14 @@ def test_the_page_holds_means_and_ranges(results: dict[str, Any]):
     assert own.count("no thresholds reach this L0") == 1
     # 10, 20 and 30 seconds for 1,000 tokens
     assert "<td>20.0</td><td>50</td><td>200 MB</td>" in own
+
+
+def test_the_page_says_how_many_seeds_rows_have(results: dict[str, Any]):
+    assert "seeds <b>3</b>" in render_comparison_report(results)
+    compare = copy.deepcopy(results["settings"]["compare"])
+    compare["rows"][ROWS[0]]["seeds"] = [0, 1, 2, 3]
+    page = render_comparison_report({**results, "settings": {"compare": compare}})
+    assert "seeds <b>3 to 4</b>" in page
 
 
 def test_curves_are_drawn_of_what_is_known(results: dict[str, Any]):

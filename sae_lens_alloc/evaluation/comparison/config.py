@@ -220,11 +220,7 @@ def digest(settings: Mapping[str, Any]) -> str:
 
 
 def _require_lrs(row: str, value: Any, n: int) -> None:
-    try:
-        lrs = convert(value, list[float])
-    except TypeError:
-        lrs = []
-    if len(lrs) != n:
+    if len(_list_or_nothing(value, list[float])) != n:
         raise ValueError(
             f"compare.rows.{row}.lr must be a list of {n} learning rates, as many as "
             f"compare.lr has, or the row would have more or fewer tries; got {value!r}."
@@ -232,15 +228,19 @@ def _require_lrs(row: str, value: Any, n: int) -> None:
 
 
 def _require_seeds(row: str, value: Any, shared: list[int]) -> None:
-    try:
-        seeds = convert(value, list[int])
-    except TypeError:
-        seeds = []
+    seeds = _list_or_nothing(value, list[int])
     if seeds[: len(shared)] != shared or len(set(seeds)) != len(seeds):
         raise ValueError(
             f"compare.rows.{row}.seeds must be a list of different seeds that begins with "
             f"those of compare.seeds, {shared}, which all rows share; got {value!r}."
         )
+
+
+def _list_or_nothing(value: Any, hint: Any) -> list[Any]:
+    try:
+        return convert(value, hint)
+    except TypeError:
+        return []
 
 
 def _mapping(value: Any, name: str) -> dict[str, Any]:

@@ -18,7 +18,11 @@ from sae_lens_alloc.evaluation.comparison.plots import (
     pareto_plot,
     points_by_row,
 )
-from sae_lens_alloc.evaluation.comparison.results import density_curve, middle_k
+from sae_lens_alloc.evaluation.comparison.results import (
+    density_curve,
+    middle_k,
+    numbers_of_seeds,
+)
 from sae_lens_alloc.evaluation.plots import density_plot, features_per_token_plot
 from sae_lens_alloc.evaluation.report import plot_html
 from sae_lens_alloc.evaluation.report_run import colour
@@ -142,6 +146,7 @@ def render_comparison_report(results: Mapping[str, Any]) -> str:
         results=results,
         split=split,
         rows=rows,
+        seeds=numbers_of_seeds(results["settings"]["compare"]),
         ks=ks,
         middle=middle,
         metrics=metrics,

@@ -49,6 +49,20 @@ def figures_of(usage: Usage, figures: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
+def numbers_of_seeds(compare: Mapping[str, Any]) -> str:
+    """
+    How many seeds the rows of a comparison have: "3", or "1 to 2" where some have more.
+
+    Args:
+        compare: The `compare` part of its settings.
+    """
+    numbers = [
+        len(sae.get("seeds", compare["seeds"])) for sae in compare["rows"].values()
+    ]
+    least, most = min(numbers), max(numbers)
+    return f"{least}" if least == most else f"{least} to {most}"
+
+
 def density_curve(measured: Mapping[str, Any]) -> DensityCurve:
     """The densities in what `figures_of` gave."""
     law = measured["zipf"]
