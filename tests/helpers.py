@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from sae_lens_alloc.allocation.sparse_activations import SparseActivations
+from sae_lens_alloc.allocation.sparse_activations import Pairs
 
 Pair = tuple[int, int, float]
 
@@ -19,13 +19,14 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(n_threads)
 
 
-def stored_pairs(selection: SparseActivations) -> list[Pair]:
+def stored_pairs(selection: Pairs) -> list[Pair]:
     """The pairs in the order in which they are stored."""
+    pairs = selection.without_padding()
     return list(
         zip(
-            selection.token_indices.tolist(),
-            selection.feature_indices.tolist(),
-            selection.values.double().tolist(),
+            pairs.token_indices.tolist(),
+            pairs.feature_indices.tolist(),
+            pairs.values.double().tolist(),
             strict=True,
         )
     )
@@ -53,11 +54,13 @@ def affinities_of(
     return affinities if scale is None else affinities * scale
 
 
-def assert_is_selection(actual: SparseActivations, expected: SparseActivations):
+def assert_is_selection(selection: Pairs, wanted: Pairs):
     """The same pairs and values, then padding up to the budget."""
-    assert actual.real is not None
+    assert selection.real is not None
+    expected = wanted.without_padding()
     n_real = len(expected.values)
-    assert actual.real.tolist() == [i < n_real for i in range(len(actual.values))]
+    actual = selection.places
+    assert selection.real.tolist() == [i < n_real for i in range(len(actual.values))]
     assert actual.shape == expected.shape
     assert torch.equal(actual.token_indices[:n_real], expected.token_indices)
     assert torch.equal(actual.feature_indices[:n_real], expected.feature_indices)

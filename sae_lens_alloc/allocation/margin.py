@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import torch
 
-from sae_lens_alloc.allocation.sparse_activations import SparseActivations
+from sae_lens_alloc.allocation.sparse_activations import Pairs
 
 
 @dataclass(frozen=True)
@@ -17,13 +17,11 @@ class Margin:
         width: Largest minus smallest affinity, scalar tensor.
     """
 
-    pairs: SparseActivations
+    pairs: Pairs
     width: torch.Tensor
 
 
-def split_at_budget(
-    pairs: SparseActivations, budget: int, n_margin: int
-) -> tuple[SparseActivations, Margin]:
+def split_at_budget(pairs: Pairs, budget: int, n_margin: int) -> tuple[Pairs, Margin]:
     """
     Splits the best pairs of a batch into those within the budget and the margin below it.
 
@@ -37,15 +35,18 @@ def split_at_budget(
         The `budget` largest, of equal ones the first in row order, as Mutual Choice selects
         them; and the margin, the `n_margin` that follow.
     """
-    by_value = pairs.values.argsort(descending=True, stable=True)
+    # padding, whose value is 0, comes last
+    by_value = pairs.places.values.argsort(descending=True, stable=True)
     # pairs come in row order, so ascending places are the row order
     selected, below = (
         pairs.at(places.sort().values)
         for places in (by_value[:budget], by_value[budget : budget + n_margin])
     )
-    width = below.values.new_zeros(())
-    if len(below.values) > 0:
-        width = below.values.max() - below.smallest_value()
+    values = below.places.values
+    width = values.new_zeros(())
+    if len(values) > 0:
+        # negative where all of it is padding, which has no affinity
+        width = (values.max() - below.smallest_value()).clamp(min=0)
     return selected, Margin(below, width)
 
 

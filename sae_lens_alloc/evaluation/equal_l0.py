@@ -40,7 +40,7 @@ def threshold_factor(
     relative = Encoder(encoder.W_enc, encoder.b_enc, scale)
     budget = budget_for(target_l0, len(x))
     guess = torch.ones((), dtype=scale.dtype, device=scale.device)
-    pairs = encode_mutual_choice(relative, x, budget, guess)
+    pairs = encode_mutual_choice(relative, x, budget, guess).without_padding()
     if budget == 0 or len(pairs.values) < budget:
         raise ValueError(
             f"no thresholds give an L0 of {target_l0} on these {len(x)} tokens: "

@@ -9,7 +9,7 @@ import torch
 from sae_lens_alloc.allocation.candidates import candidate_positions
 from sae_lens_alloc.allocation.feature_choice import RankedCandidates, rank_candidates
 from sae_lens_alloc.allocation.mutual_choice import MutualChoiceCollector
-from sae_lens_alloc.allocation.sparse_activations import SparseActivations
+from sae_lens_alloc.allocation.sparse_activations import Pairs, SparseActivations
 from sae_lens_alloc.ops.feature_key_selection import (
     FeatureChoiceSelection,
     feature_key_encoder,
@@ -48,11 +48,6 @@ class Encoder:
         """The encoder of some of the features."""
         scale = None if self.scale is None else self.scale[features]
         return Encoder(self.W_enc[:, features], self.b_enc[features], scale)
-
-    def scaled(self, factors: torch.Tensor) -> "Encoder":
-        """The encoder with the affinities of each feature times a factor, shape (F,)."""
-        scale = factors if self.scale is None else self.scale * factors
-        return Encoder(self.W_enc, self.b_enc, scale)
 
     def products(self, x: torch.Tensor) -> torch.Tensor:
         """x W_enc of shape (B, F), from which `candidates` takes what it needs."""
@@ -101,11 +96,12 @@ class Encoder:
         for start in range(0, self.n_features, width):
             yield slice(start, min(start + width, self.n_features))
 
-    def pre_acts(self, pairs: SparseActivations) -> torch.Tensor:
-        """Pre-activations of pairs whose values are affinities, shape (N,)."""
+    def pre_acts(self, pairs: Pairs) -> torch.Tensor:
+        """Pre-activations of pairs whose values are affinities, 0 for padding, shape (N,)."""
+        places = pairs.places
         if self.scale is None:
-            return pairs.values
-        return pairs.values / self.scale[pairs.feature_indices]
+            return places.values
+        return places.values / self.scale[places.feature_indices]
 
 
 @dataclass(frozen=True)
@@ -120,9 +116,6 @@ class KnownAffinities:
 
     def part(self, features: slice | torch.Tensor) -> "KnownAffinities":
         return KnownAffinities(self.known[:, features])
-
-    def scaled(self, factors: torch.Tensor) -> "KnownAffinities":
-        return KnownAffinities(self.known * factors)
 
     def products(self, x: torch.Tensor) -> torch.Tensor:
         return self.known
@@ -161,7 +154,7 @@ def encode_mutual_choice(
     x: torch.Tensor,
     budget: int,
     cut: torch.Tensor | None,
-) -> SparseActivations:
+) -> Pairs:
     """
     Selects the `budget` largest positive affinities of the tokens x: all of them where
     there are fewer, and always the same whatever `cut` is.
@@ -176,19 +169,57 @@ def encode_mutual_choice(
     Returns:
         The pairs, padded to min(budget, B * F) by the Triton backend.
     """
+    return encode_and_count(encoder, x, budget, cut, None)[0]
+
+
+@torch.no_grad()
+def encode_and_count(
+    encoder: Encoder | KnownAffinities,
+    x: torch.Tensor,
+    budget: int,
+    cut: torch.Tensor | None,
+    thresholds: torch.Tensor | None,
+) -> tuple[Pairs, torch.Tensor | None]:
+    """
+    `encode_mutual_choice`, and in the same pass on how many tokens each feature's affinity is
+    positive and exceeds its threshold.
+
+    Args:
+        encoder: The encoder.
+        x: Encoder inputs of shape (B, d_in).
+        budget: Number of pairs M.
+        cut: As in `encode_mutual_choice`.
+        thresholds: Shape (F,), or None not to count.
+
+    Returns:
+        The pairs, and the counts, int64 of shape (F,), None without thresholds.
+    """
     bound = None if cut is None else cut * BOUND_SHARE
     if isinstance(encoder, Encoder):
         keys = key_encoder(encoder.W_enc, encoder.b_enc, encoder.scale, x)
         if keys is not None and budget > 0:
-            return select_by_keys(keys, budget, bound)
-    collector = MutualChoiceCollector((len(x), encoder.n_features), budget, bound)
+            return select_by_keys(keys, budget, bound, thresholds)
+    n_features = encoder.n_features
+    above = torch.zeros(n_features, dtype=torch.int64, device=x.device)
+    collector = MutualChoiceCollector((len(x), n_features), budget, bound)
     for block in encoder.blocks(len(x)):
         part = encoder.part(block)
-        tokens, features, values = part.candidates(part.products(x), collector.bound)
+        lowest = collector.bound
+        if thresholds is not None and lowest is not None:
+            lowest = torch.fmin(thresholds[block], lowest)  # a NaN bounds nothing
+        tokens, features, values = part.candidates(part.products(x), lowest)
+        if thresholds is not None:
+            exceeding = features[values > thresholds[block][features]]
+            above[block] = torch.bincount(exceeding, minlength=block.stop - block.start)
+            # what only the counts need
+            if collector.bound is not None:
+                reach = values >= collector.bound
+                tokens, features, values = tokens[reach], features[reach], values[reach]
         collector.add(tokens, features + block.start, values)
+    counts = None if thresholds is None else above
     if cut is not None and collector.n_candidates < budget:
-        return encode_mutual_choice(encoder, x, budget, None)
-    return collector.finish()
+        return encode_mutual_choice(encoder, x, budget, None), counts
+    return collector.finish(), counts
 
 
 @torch.no_grad()

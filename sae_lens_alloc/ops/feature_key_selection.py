@@ -21,7 +21,7 @@ from dataclasses import dataclass
 
 import torch
 
-from sae_lens_alloc.allocation.sparse_activations import SparseActivations
+from sae_lens_alloc.allocation.sparse_activations import PaddedActivations, Pairs
 from sae_lens_alloc.ops.key_selection import (
     BOUND_SHARE,
     EncoderTensors,
@@ -51,7 +51,7 @@ class FeatureChoiceSelection:
         bounds: Bounds for the next batch, shape (F,).
     """
 
-    pairs: SparseActivations
+    pairs: Pairs
     demand: torch.Tensor
     above: torch.Tensor
     bounds: torch.Tensor
@@ -261,7 +261,7 @@ def _best_pairs(
     counts: torch.Tensor,
     quotas: torch.Tensor,
     n_places: int,
-) -> SparseActivations:
+) -> PaddedActivations:
     """
     The first `quotas[j]` keys of each feature j as pairs.
 

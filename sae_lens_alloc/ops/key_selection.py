@@ -19,7 +19,10 @@ from dataclasses import dataclass
 
 import torch
 
-from sae_lens_alloc.allocation.sparse_activations import SparseActivations
+from sae_lens_alloc.allocation.sparse_activations import (
+    PaddedActivations,
+    SparseActivations,
+)
 from sae_lens_alloc.ops.backend import backend_for
 
 POSITION_BITS = 32
@@ -70,7 +73,12 @@ class KeyEncoder(EncoderTensors):
     """The keys of positive affinities, of which there are at most B * F = 2^32."""
 
     def collect(
-        self, bound: torch.Tensor, done: torch.Tensor, capacity: int
+        self,
+        bound: torch.Tensor,
+        done: torch.Tensor,
+        capacity: int,
+        thresholds: torch.Tensor | None = None,
+        above: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """
         Dense equivalent: `keys[keys >= bound]`, in any order.
@@ -79,12 +87,19 @@ class KeyEncoder(EncoderTensors):
             bound: Smallest key to collect, int64 of shape ().
             done: Boolean of shape (). Where it is true nothing is collected.
             capacity: Places for keys.
+            thresholds: Thresholds of the features, shape (F,), or None not to count.
+            above: int64 of shape (F,), to which is added on how many tokens each feature's
+                affinity is positive and exceeds its threshold. Given with `thresholds`.
 
         Returns:
             The keys, int64 of shape (capacity,), of which those behind the count are
             undefined, and the count, int64 of shape (). It is larger than the capacity where
             keys were left out.
         """
+        if thresholds is not None and above is not None:
+            affinities = self.affinities()
+            exceeds = (affinities > 0) & (affinities > thresholds) & ~done
+            above += exceeds.sum(0)
         keys = self._all_keys()
         keys = keys[(keys >= bound) & ~done]
         buffer = keys.new_empty(capacity)
@@ -163,7 +178,7 @@ def pair_keys(affinities: torch.Tensor, positions: torch.Tensor) -> torch.Tensor
     return (bits << POSITION_BITS) | (MAX_POSITIONS - 1 - positions)
 
 
-def pairs_of_keys(keys: torch.Tensor, shape: tuple[int, int]) -> SparseActivations:
+def pairs_of_keys(keys: torch.Tensor, shape: tuple[int, int]) -> PaddedActivations:
     """
     The pairs of some keys in row order. Padding, whose key is 0, comes last and repeats the
     last position of the batch with a value of 0.
@@ -172,29 +187,34 @@ def pairs_of_keys(keys: torch.Tensor, shape: tuple[int, int]) -> SparseActivatio
     keys = keys[order]
     positions = positions.clamp(max=shape[0] * shape[1] - 1)
     tokens = positions // shape[1]
-    return SparseActivations(
+    places = SparseActivations(
         tokens,
         positions - tokens * shape[1],
         (keys >> POSITION_BITS).int().view(torch.float32),
         shape,
-        real=keys > 0,
     )
+    return PaddedActivations(places, keys > 0)
 
 
 def select_by_keys(
-    encoder: KeyEncoder, budget: int, guess: torch.Tensor | None
-) -> SparseActivations:
+    encoder: KeyEncoder,
+    budget: int,
+    guess: torch.Tensor | None,
+    thresholds: torch.Tensor | None = None,
+) -> tuple[PaddedActivations, torch.Tensor | None]:
     """
-    Selects the `budget` largest positive affinities, as `encode_mutual_choice` does.
+    Selects the `budget` largest positive affinities, as `encode_and_count` does.
 
     Args:
         encoder: What gives the keys.
         budget: Number of pairs M, at least 1.
         guess: Guess of a lower bound of the smallest selected affinity, positive scalar
             tensor, or None. It only makes the selection faster.
+        thresholds: Shape (F,), or None not to count.
 
     Returns:
-        Exactly min(M, B * F) pairs, with padding where fewer affinities are positive.
+        min(M, B * F) places for pairs, with padding where fewer affinities are positive; and
+        on how many tokens each feature exceeds its threshold, int64 of shape (F,), or None.
     """
     n_positions = encoder.shape[0] * encoder.shape[1]
     budget = min(budget, n_positions)
@@ -205,7 +225,10 @@ def select_by_keys(
     if guess is not None:
         bits = guess.detach().float().view(torch.int32).long()
         bound = (bits << POSITION_BITS).clamp(min=LEAST_KEY)
-    first, n_first = encoder.collect(bound, never, capacity)
+    above = None
+    if thresholds is not None:
+        above = torch.zeros(encoder.shape[1], dtype=torch.int64, device=device)
+    first, n_first = encoder.collect(bound, never, capacity, thresholds, above)
     good = (n_first >= budget) & (n_first <= capacity)
 
     done, bound = good, torch.zeros_like(bound)
@@ -222,7 +245,7 @@ def select_by_keys(
         good, n_first, n_second
     )
     best = torch.where(is_stored, keys, 0).topk(budget, sorted=False).values
-    return pairs_of_keys(best, encoder.shape)
+    return pairs_of_keys(best, encoder.shape), above
 
 
 def next_digit(

@@ -28,6 +28,10 @@ class GradientMemory:
     W_enc: torch.Tensor | None = None
     W_dec: torch.Tensor | None = None
 
+    def __reduce__(self) -> tuple[type["GradientMemory"], tuple[()]]:
+        # a copy of an SAE has no use for it, and it is as large as the weights
+        return GradientMemory, ()
+
     def keep(self, W_enc: torch.nn.Parameter, W_dec: torch.nn.Parameter) -> None:
         """Takes the gradients of the weights away from them."""
         self.W_enc, W_enc.grad = W_enc.grad, None

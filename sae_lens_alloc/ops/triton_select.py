@@ -22,11 +22,16 @@ class TritonKeyEncoder(KeyEncoder):
 
     @override
     def collect(
-        self, bound: torch.Tensor, done: torch.Tensor, capacity: int
+        self,
+        bound: torch.Tensor,
+        done: torch.Tensor,
+        capacity: int,
+        thresholds: torch.Tensor | None = None,
+        above: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         keys = torch.empty(capacity, dtype=torch.int64, device=self.x.device)
         count = torch.zeros((), dtype=torch.int64, device=self.x.device)
-        self._launch(bound, done, keys, count, capacity, shift=None)
+        self._launch(bound, done, keys, count, capacity, None, thresholds, above)
         return keys, count
 
     @override
@@ -45,6 +50,8 @@ class TritonKeyEncoder(KeyEncoder):
         count: torch.Tensor,
         capacity: int,
         shift: int | None,
+        thresholds: torch.Tensor | None = None,
+        above: torch.Tensor | None = None,
     ) -> None:
         n_tiles = triton.cdiv(self.shape[0], TOKENS_PER_TILE) * triton.cdiv(
             self.shape[1], FEATURES_PER_TILE
@@ -56,7 +63,11 @@ class TritonKeyEncoder(KeyEncoder):
             out,
             count,
             capacity,
+            # of no use where nothing is counted
+            self.b_enc if thresholds is None else thresholds,
+            count if above is None else above,
             SHIFT=-1 if shift is None else shift,
+            COUNTS=thresholds is not None,
             **tile_options(self),
         )
 
@@ -79,7 +90,10 @@ def encode_keys_kernel(
     out_ptr,
     count_ptr,
     capacity,
+    thresholds_ptr,
+    above_ptr,
     SHIFT: tl.constexpr,  # of the digit to count, -1 to collect
+    COUNTS: tl.constexpr,  # whether to count what exceeds the thresholds
     HAS_SCALE: tl.constexpr,
     IN_FLOAT32: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -128,6 +142,16 @@ def encode_keys_kernel(
         positions = tokens[:, None] * n_features + features[None, :]
         low = ~positions.to(tl.uint32, bitcast=True)
         is_pair = (affinities > 0) & is_token[:, None] & is_feature[None, :]
+        if COUNTS:
+            thresholds = tl.load(thresholds_ptr + features, mask=is_feature, other=0.0)
+            above = is_pair & (affinities > thresholds.to(tl.float32)[None, :])
+            n_above = tl.sum(above.to(tl.int32), axis=0)
+            tl.atomic_add(
+                above_ptr + features,
+                n_above.to(tl.int64),
+                mask=is_feature & (n_above > 0),
+                sem="relaxed",
+            )
         if SHIFT >= 0:
             if SHIFT >= 32:
                 digits = (bits >> (SHIFT - 32)) & 0xFFFF

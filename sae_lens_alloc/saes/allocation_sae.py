@@ -19,7 +19,7 @@ from typing_extensions import override
 from sae_lens_alloc.allocation.margin import Margin, gains, selection_gradient
 from sae_lens_alloc.allocation.mutual_choice import budget_for, require_no_nan_or_inf
 from sae_lens_alloc.allocation.schedule import budget_per_token
-from sae_lens_alloc.allocation.sparse_activations import SparseActivations
+from sae_lens_alloc.allocation.sparse_activations import Pairs, SparseActivations
 from sae_lens_alloc.ops.device_checks import DeviceChecks
 from sae_lens_alloc.ops.encode_select import (
     Encoder,
@@ -214,6 +214,12 @@ class AllocationTrainingSAE(TrainingSAE[T_CONFIG]):
 
     def _training_step(self, step_input: TrainStepInput) -> TrainStepOutput:
         sae_in = step_input.sae_in
+        if sae_in.numel() == 0:
+            raise ValueError(
+                f"The batch of training step {step_input.n_training_steps} holds no tokens "
+                f"(shape {tuple(sae_in.shape)}), so there is nothing to learn from: check the "
+                "source of the activations."
+            )
         inputs = self.process_sae_in(sae_in)
         x = inputs.reshape(-1, self.cfg.d_in)
         encoder = self.encoder()
@@ -244,6 +250,7 @@ class AllocationTrainingSAE(TrainingSAE[T_CONFIG]):
             rule,
             previous,
             n_margin,
+            self.allocation.continues_step,
         )
         sets, all_recons = [], []
         if affinities is None:
@@ -307,7 +314,7 @@ class AllocationTrainingSAE(TrainingSAE[T_CONFIG]):
         self,
         encoder: Encoder,
         x: torch.Tensor,
-        sets: Sequence[SparseActivations],
+        sets: Sequence[Pairs],
         margin: Margin | None = None,
     ) -> tuple[list[torch.Tensor], torch.Tensor]:
         """
@@ -317,8 +324,10 @@ class AllocationTrainingSAE(TrainingSAE[T_CONFIG]):
         encoded = [*sets] if margin is None else [*sets, margin.pairs]
         if not encoded:
             return [], x.new_zeros(0)
-        rows = [pairs.token_indices + i * len(x) for i, pairs in enumerate(encoded)]
-        features = [pairs.feature_indices for pairs in encoded]
+        rows = [
+            pairs.places.token_indices + i * len(x) for i, pairs in enumerate(encoded)
+        ]
+        features = [pairs.places.feature_indices for pairs in encoded]
         pre_acts = pair_pre_acts(
             x,
             self.W_enc,
@@ -333,7 +342,7 @@ class AllocationTrainingSAE(TrainingSAE[T_CONFIG]):
         )
         if not sets:
             return [], pre_acts
-        n_decoded = sum(len(pairs.values) for pairs in sets)
+        n_decoded = sum(len(pairs.places.values) for pairs in sets)
         recons = decode_pairs(
             pre_acts[:n_decoded],
             self.W_dec,
@@ -376,7 +385,7 @@ class AllocationTrainingSAE(TrainingSAE[T_CONFIG]):
             unit_out: What a reconstruction of ones becomes, in the same shape.
         """
         pairs = margin.pairs
-        tokens, features = pairs.token_indices, pairs.feature_indices
+        tokens, features = pairs.places.token_indices, pairs.places.feature_indices
         norms = decoder_norms(self.W_dec)
         W_dec = self.W_dec.to(norms)
         scales = unit_out.reshape(-1, self.cfg.d_in)[:, 0].to(norms)[tokens]
@@ -427,12 +436,13 @@ class AllocationTrainingSAE(TrainingSAE[T_CONFIG]):
         weight = auxiliary_weight(self.cfg, step)
         if self.cfg.aux_loss == "none" or not weight:
             return None
-        self.allocation.renew_flags(
-            step,
-            step_input.dead_neuron_mask,
-            self.cfg.underuse_fraction if self.cfg.aux_loss == "aux_zipf" else None,
-            len(x),
-        )
+        if not self.allocation.continues_step:
+            self.allocation.renew_flags(
+                step,
+                step_input.dead_neuron_mask,
+                self.cfg.underuse_fraction if self.cfg.aux_loss == "aux_zipf" else None,
+                len(x),
+            )
         return auxiliary_pairs(
             encoder,
             x,
@@ -442,7 +452,7 @@ class AllocationTrainingSAE(TrainingSAE[T_CONFIG]):
         )
 
     def _metrics(
-        self, pairs: SparseActivations, x: torch.Tensor
+        self, pairs: Pairs, x: torch.Tensor
     ) -> dict[str, torch.Tensor | float | int | Callable[[], torch.Tensor | float]]:
         """What SAELens' logger shows; functions run only when a step is logged."""
         n_tokens = len(x)
@@ -535,13 +545,13 @@ def _has_hooks(hook: HookPoint) -> bool:
     return len(hook._forward_hooks) > 0 or len(hook._backward_hooks) > 0
 
 
-def _real_pairs(sets: Sequence[SparseActivations]) -> torch.Tensor | None:
+def _real_pairs(sets: Sequence[Pairs]) -> torch.Tensor | None:
     """Which pairs of all the sets are no padding, None if there is none."""
     if all(pairs.real is None for pairs in sets):
         return None
     return torch.cat(
         [
-            torch.ones_like(pairs.values, dtype=torch.bool)
+            torch.ones_like(pairs.places.values, dtype=torch.bool)
             if pairs.real is None
             else pairs.real
             for pairs in sets
@@ -549,14 +559,15 @@ def _real_pairs(sets: Sequence[SparseActivations]) -> torch.Tensor | None:
     )
 
 
-def _mask_of(pairs: SparseActivations) -> torch.Tensor:
+def _mask_of(pairs: Pairs) -> torch.Tensor:
     """Boolean matrix of shape (B, F), true at the pairs."""
-    mask = torch.zeros(pairs.shape, dtype=torch.bool, device=pairs.values.device)
-    mask[pairs.token_indices, pairs.feature_indices] = True
+    found = pairs.without_padding()
+    mask = torch.zeros(found.shape, dtype=torch.bool, device=found.values.device)
+    mask[found.token_indices, found.feature_indices] = True
     return mask
 
 
-def _top_tokens_share(pairs: SparseActivations) -> torch.Tensor:
+def _top_tokens_share(pairs: Pairs) -> torch.Tensor:
     """Share of the budget that the 1% of tokens with the most features take."""
     counts = pairs.token_counts()
     n_top = math.ceil(len(counts) / 100)
@@ -573,11 +584,13 @@ def _require_finite(
         f"The activations of training step {step} contain NaN or Inf: check the language "
         f"model and its dtype{outcome}.",
     )
-    total = encoder.W_enc.sum() + encoder.b_enc.sum()
+    weights = [encoder.W_enc, encoder.b_enc]
     if encoder.scale is not None:
-        total = total + encoder.scale.sum()
+        weights.append(encoder.scale)
+    # a sum would overflow in float16 where no weight is out of range
+    extremes = torch.stack([e for w in weights for e in torch.aminmax(w)])
     checks.require(
-        torch.isfinite(total),
+        torch.isfinite(extremes).all(),
         f"The weights contain NaN or Inf at training step {step}: they have diverged; "
         "lower the learning rate or add warm-up steps.",
     )

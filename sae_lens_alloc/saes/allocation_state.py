@@ -1,8 +1,7 @@
 """The running statistics of an allocation, and the allocation of each training batch."""
 
 import math
-from dataclasses import replace
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from typing_extensions import override
@@ -10,12 +9,13 @@ from typing_extensions import override
 from sae_lens_alloc.allocation.density import density_ranks, fit_floor
 from sae_lens_alloc.allocation.margin import Margin, split_at_budget
 from sae_lens_alloc.allocation.quotas import most_whole_quotas, take_whole_quotas
-from sae_lens_alloc.allocation.sparse_activations import SparseActivations
+from sae_lens_alloc.allocation.sparse_activations import Pairs, SparseActivations
 from sae_lens_alloc.allocation.thresholds import follow_cut, track_threshold
 from sae_lens_alloc.allocation.zipf import ZipfLaw, zipf_quotas
 from sae_lens_alloc.ops.encode_select import (
     Encoder,
     KnownAffinities,
+    encode_and_count,
     encode_feature_choice,
     encode_mutual_choice,
 )
@@ -53,6 +53,8 @@ class AllocationState(DensityState):
         min_tokens_per_feature: Smallest quota of a feature in tokens per batch.
         device: Device of the buffers.
     """
+
+    tracked: ClassVar[tuple[str, ...]] = (*DensityState.tracked, "threshold", "cut")
 
     threshold: torch.Tensor  # (F,) inference threshold of each feature
     cut: torch.Tensor  # () running cut of Mutual Choice, 0 before the first batch
@@ -96,9 +98,11 @@ class AllocationState(DensityState):
         rule: Rule,
         previous_rule: Rule | None,
         n_margin: int = 0,
-    ) -> tuple[SparseActivations, Margin | None]:
+        continues: bool = False,
+    ) -> tuple[Pairs, Margin | None]:
         """
-        Allocates the budget of a training batch and updates the statistics.
+        Allocates the budget of a training batch, or of a part of it, and updates the
+        statistics.
 
         Args:
             encoder: What gives the affinities.
@@ -107,6 +111,7 @@ class AllocationState(DensityState):
             rule: Rule of this step.
             previous_rule: Rule of the step before, None at the first step.
             n_margin: Pairs of the margin below the cut of Mutual Choice.
+            continues: Whether this is another part of the last call's step.
 
         Returns:
             The active pairs, and the margin, None if there is none.
@@ -116,10 +121,23 @@ class AllocationState(DensityState):
         """
         after_mutual = previous_rule == "mutual"
         if rule == "mutual":
-            return self._allocate_mutual(encoder, x, budget, n_margin, after_mutual)
+            if not continues:
+                self.begin_totals()
+                self._begin_mutual_step(after_mutual)
+            return self._allocate_mutual(encoder, x, budget, n_margin)
+        if not continues:
+            self._begin_feature_step(encoder, x, budget, after_mutual)
+            self.begin_totals()
+        return self._allocate_feature(encoder, x, budget), None
+
+    _lowered: torch.Tensor  # (F,) thresholds relative to the cut, as the step began
+
+    def _begin_mutual_step(self, after_mutual: bool) -> None:
+        """Thresholds relative to the cut: 1, and less for features that would hardly fire."""
+        self._lowered = torch.ones_like(self.threshold)
         if after_mutual:
-            self._anchor_quota_law(fit_floor(len(x)))
-        return self._allocate_feature(encoder, x, budget, after_mutual), None
+            lowered = (self.threshold / self.cut).nan_to_num(1.0)
+            self._lowered = lowered.clamp(LOWEST_THRESHOLD, 1.0)
 
     def _allocate_mutual(
         self,
@@ -127,69 +145,85 @@ class AllocationState(DensityState):
         x: torch.Tensor,
         budget: int,
         n_margin: int,
-        after_mutual: bool,
-    ) -> tuple[SparseActivations, Margin | None]:
-        guess = self._likely_cut(n_margin) if self._knows_cut() else None
-        if n_margin == 0:
-            pairs = encode_mutual_choice(encoder, x, budget, guess)
-            self._track_cut(pairs)
-            self.threshold.copy_(self.cut.expand_as(self.threshold))
-            self.update_density(pairs.feature_counts(), len(x))
-            return pairs, None
-        # 1, and less for features that would hardly fire: thresholds relative to the cut
-        lowered = torch.ones_like(self.threshold)
-        if after_mutual:
-            lowered = (self.threshold / self.cut).nan_to_num(1.0)
-            lowered = lowered.clamp(LOWEST_THRESHOLD, 1.0)
-        # twice the room that features at their least density take
-        n_spare = math.ceil(2 * MIN_DENSITY_SHARE * budget)
-        relative = encode_mutual_choice(
-            encoder.scaled(1 / lowered), x, budget + n_margin + n_spare, guess
+    ) -> tuple[Pairs, Margin | None]:
+        cut = self._totals.start["cut"]
+        knows_cut = self._knows_cut()
+        # without a margin all thresholds are the cut, and nothing has to be counted
+        thresholds = self._lowered * cut if n_margin > 0 and knows_cut else None
+        best, above = encode_and_count(
+            encoder,
+            x,
+            budget + n_margin,
+            self._likely_cut(n_margin) if knows_cut else None,
+            thresholds,
         )
-        if len(relative.values) == 0:
-            self.update_density(relative.feature_counts(), len(x))
-            return relative, None
-        smallest = relative.smallest_value()
-        self._margin_cut = smallest.float()
-        affinities = relative.values * lowered[relative.feature_indices]
-        # of features whose threshold is the cut, nothing is known below that
-        known = affinities >= smallest
-        pairs, margin = split_at_budget(
-            replace(relative, values=affinities).only(known), budget, n_margin
-        )
-        self._track_cut(pairs)
-        at_least = MIN_DENSITY_SHARE * budget / len(lowered)
-        above = relative.only(relative.values > self.cut).feature_counts()
-        lowered = track_threshold(lowered, above, at_least).clamp(max=1.0)
-        self.threshold.copy_(lowered * self.cut)
+        if len(best.places.values) == 0:
+            self.update_density(best.feature_counts(), len(x))
+            return best, None
+        pairs, margin = best, None
+        if n_margin > 0:
+            self._margin_cut = best.smallest_value().float()
+            pairs, margin = split_at_budget(best, budget, n_margin)
+        self._follow_cut(pairs, len(x))
+        lowered = self._lowered
+        if above is not None:
+            at_least = MIN_DENSITY_SHARE * budget / len(lowered)
+            lowered = track_threshold(
+                lowered,
+                self._totals.add("above", above),
+                self._totals.add("at_least", at_least),
+            ).clamp(max=1.0)
+        self.threshold.copy_(lowered * self.cut if n_margin > 0 else self.cut)
         self.update_density(pairs.feature_counts(), len(x))
         return pairs, margin
 
-    def _allocate_feature(
+    def _begin_feature_step(
         self,
         encoder: Encoder | KnownAffinities,
         x: torch.Tensor,
         budget: int,
         after_mutual: bool,
-    ) -> SparseActivations:
+    ) -> None:
+        """At a change of rule, the law of the quotas and thresholds to start from."""
+        if after_mutual:
+            self._anchor_quota_law(fit_floor(len(x)))
         if not self._knows_cut():
-            self._track_cut(encode_mutual_choice(encoder, x, budget, None))
+            self.begin_totals()
+            self._follow_cut(encode_mutual_choice(encoder, x, budget, None), len(x))
         # never tracked from 0, which a factor would not leave
         restart = self.threshold <= (math.inf if after_mutual else 0.0)
         self.threshold.copy_(self.cut.where(restart, self.threshold))
-        quotas, max_pairs = self._quotas(len(x), budget)
+
+    def _allocate_feature(
+        self, encoder: Encoder | KnownAffinities, x: torch.Tensor, budget: int
+    ) -> Pairs:
+        totals = self._totals
+        start = totals.start
+        quotas, max_pairs = self._quotas(start["density"], len(x), budget)
         selection = encode_feature_choice(
             encoder,
             x,
             take_whole_quotas(quotas, self.quota_carry, max_pairs),
-            self.threshold,
-            self.cut,
+            start["threshold"],
+            start["cut"],
             self._likely_bounds(),
             max_pairs,
         )
         self._bounds = selection.bounds
-        self.threshold.copy_(track_threshold(self.threshold, selection.above, quotas))
-        self.cut.copy_(track_threshold(self.cut, selection.demand.sum(), budget))
+        self.threshold.copy_(
+            track_threshold(
+                start["threshold"],
+                totals.add("above", selection.above),
+                totals.add("quotas", quotas),
+            )
+        )
+        self.cut.copy_(
+            track_threshold(
+                start["cut"],
+                totals.add("demand", selection.demand.sum()),
+                totals.add("budget", budget),
+            )
+        )
         self.update_density(selection.demand, len(x))
         return selection.pairs
 
@@ -215,8 +249,10 @@ class AllocationState(DensityState):
         pairs = encode_mutual_choice(encoder, x, budget, None)
         self.cut.zero_()
         self._forget_derived()
-        self._track_cut(pairs)
+        self.begin_totals()
+        self._follow_cut(pairs, len(x))
         self.density_tokens.zero_()
+        self.begin_totals()
         self.update_density(pairs.feature_counts(), len(x))
         if not keep_law:
             self._anchor_quota_law(MIN_EVENTS / len(x))
@@ -233,7 +269,7 @@ class AllocationState(DensityState):
         if rule == "mutual":
             cut = self.cut if self._knows_cut() else None
             return encode_mutual_choice(encoder, x, budget, cut).without_padding()
-        quotas, max_pairs = self._quotas(len(x), budget)
+        quotas, max_pairs = self._quotas(self.density, len(x), budget)
         return encode_feature_choice(
             encoder,
             x,
@@ -256,7 +292,9 @@ class AllocationState(DensityState):
         """Guesses of a lower bound of each feature's cut, shape (F,)."""
         return self.threshold * 0.9 if self._bounds is None else self._bounds
 
-    def _quotas(self, n_tokens: int, budget: int) -> tuple[torch.Tensor, int]:
+    def _quotas(
+        self, density: torch.Tensor, n_tokens: int, budget: int
+    ) -> tuple[torch.Tensor, int]:
         """
         Fractional quotas m_j of shape (F,), the law at the rank of each feature's demand, and
         the limit for their whole parts.
@@ -278,7 +316,7 @@ class AllocationState(DensityState):
                 max_pairs,
             )
         *_, by_rank, max_pairs = self._rank_quotas
-        return by_rank[density_ranks(self.density)], max_pairs
+        return by_rank[density_ranks(density)], max_pairs
 
     def _anchor_quota_law(self, floor: float) -> None:
         """Takes the law of the quotas from what Mutual Choice found, once and for all."""
@@ -292,12 +330,21 @@ class AllocationState(DensityState):
             self._cut_is_known = bool(self.cut > 0)
         return self._cut_is_known
 
-    def _track_cut(self, pairs: SparseActivations) -> None:
-        """Moves the running cut towards the batch's own, its smallest selected affinity."""
-        if len(pairs.values) == 0:
+    def _follow_cut(self, pairs: Pairs, n_tokens: int) -> None:
+        """
+        Moves the running cut towards that of the step: the smallest selected affinity, of
+        several calls their mean over tokens.
+        """
+        if len(pairs.places.values) == 0:
             return
-        batch_cut = pairs.smallest_value().float()
-        if self._knows_cut():
-            batch_cut = follow_cut(self.cut, batch_cut)
+        smallest = pairs.smallest_value().float()
+        n_seen = self._totals.add("n_cut_tokens", n_tokens)
+        if n_seen > n_tokens:
+            smallest = self._totals.add("cuts", smallest * n_tokens) / n_seen
+        else:
+            self._totals.add("cuts", smallest * n_tokens)
+        start = self._totals.start["cut"]
+        # a first cut is taken as it is
+        followed = torch.where(start > 0, follow_cut(start, smallest), smallest)
         # infinite where all the pairs are padding
-        self.cut.copy_(torch.where(batch_cut.isinf(), self.cut, batch_cut))
+        self.cut.copy_(torch.where(smallest.isinf(), self.cut, followed))

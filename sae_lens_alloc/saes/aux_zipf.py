@@ -129,6 +129,10 @@ class AuxZipfLoss(TrainingSAE[AuxZipfTrainingSAEConfig]):
 
     config_class: ClassVar[type[AuxZipfTrainingSAEConfig]]
 
+    _in_training_step: bool = False
+    # of the running step: before the normalization, and as `process_sae_in` gave them
+    _step_inputs: tuple[torch.Tensor, torch.Tensor] | None = None
+
     def __init__(self, cfg: AuxZipfTrainingSAEConfig, use_error_term: bool = False):
         super().__init__(cfg, use_error_term)
         self._encoder_bias()
@@ -138,18 +142,46 @@ class AuxZipfLoss(TrainingSAE[AuxZipfTrainingSAEConfig]):
         self.setup()
 
     @override
+    def process_sae_in(self, sae_in: torch.Tensor) -> torch.Tensor:
+        if not self._in_training_step:
+            return super().process_sae_in(sae_in)
+        return _eager(self._process_and_keep)(sae_in)
+
+    def _process_and_keep(self, sae_in: torch.Tensor) -> torch.Tensor:
+        """
+        Encoder inputs, kept for the auxiliary loss together with what the hook on them gave:
+        to ask for them again would run the hook twice a step.
+        """
+        hooked: list[Any] = []
+        handle = self.hook_sae_input.register_forward_hook(
+            lambda _module, _args, output: hooked.append(output)
+        )
+        try:
+            inputs = super().process_sae_in(sae_in)
+        finally:
+            handle.remove()
+        self._step_inputs = (hooked[0], inputs)
+        return inputs
+
+    @override
     def training_forward_pass(self, step_input: TrainStepInput) -> TrainStepOutput:
         """The training step of the architecture with aux_zipf_loss, and densities updated."""
         step = self.aux_zipf.begin_step(step_input.n_training_steps)
-        output = super().training_forward_pass(
-            replace(step_input, n_training_steps=step)
-        )
+        self._in_training_step = True
+        try:
+            output = super().training_forward_pass(
+                replace(step_input, n_training_steps=step)
+            )
+        finally:
+            self._in_training_step, self._step_inputs = False, None
         _eager(self._take_note)(output)
         return output
 
     @torch.no_grad()
     def _take_note(self, output: TrainStepOutput) -> None:
         n_tokens = output.sae_in.shape[:-1].numel()
+        if not self.aux_zipf.continues_step:
+            self.aux_zipf.begin_totals()
         self.aux_zipf.update_density(_firing_counts(output.feature_acts), n_tokens)
         output.metrics.update(self.aux_zipf.metrics(n_tokens))
 
@@ -185,13 +217,19 @@ class AuxZipfLoss(TrainingSAE[AuxZipfTrainingSAEConfig]):
         weight = auxiliary_weight(self.cfg, step)
         if not weight:
             return None
-        self.aux_zipf.renew_flags(
-            step,
-            step_input.dead_neuron_mask,
-            self.cfg.underuse_fraction,
-            sae_in.shape[:-1].numel(),
-        )
-        inputs = self.process_sae_in(sae_in)
+        if not self.aux_zipf.continues_step:
+            self.aux_zipf.renew_flags(
+                step,
+                step_input.dead_neuron_mask,
+                self.cfg.underuse_fraction,
+                sae_in.shape[:-1].numel(),
+            )
+        if self._step_inputs is None:  # a loss asked for outside of a training step
+            inputs = self.process_sae_in(sae_in)
+        else:
+            hooked, inputs = self._step_inputs
+            # the output normalization works once per input, and the decoder has used it up
+            self.run_time_activation_norm_fn_in(hooked)
         x = inputs.reshape(-1, self.cfg.d_in)
         encoder = Encoder(
             self.W_enc.detach(), self._encoder_bias().detach(), self._affinity_scale()

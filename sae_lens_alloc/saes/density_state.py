@@ -1,8 +1,8 @@
 """Running densities of the features, and the flags of those that the auxiliary loss trains."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import cache
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import nn
@@ -19,6 +19,25 @@ from sae_lens_alloc.allocation.zipf import ZipfLaw
 STEPS_BETWEEN_FLAGS = 10
 
 T_STATE = TypeVar("T_STATE", bound="DensityState")
+T_TOTAL = TypeVar("T_TOTAL", torch.Tensor, float, int)
+
+
+class StepTotals:
+    """
+    Sums over the calls of one training step.
+
+    Args:
+        start: The running statistics as they were before the step, by name.
+    """
+
+    def __init__(self, start: Mapping[str, torch.Tensor]) -> None:
+        self.start = start
+        self._sums: dict[str, Any] = {}
+
+    def add(self, name: str, value: T_TOTAL) -> T_TOTAL:
+        """Adds what a call has found, and returns the sum over the calls so far."""
+        self._sums[name] = self._sums[name] + value if name in self._sums else value
+        return self._sums[name]
 
 
 class DensityState(nn.Module):
@@ -31,6 +50,10 @@ class DensityState(nn.Module):
         density_window_tokens: Averaging window of the densities in tokens.
         device: Device of the buffers.
     """
+
+    # the buffers that every call of a step moves anew from where the step began
+    tracked: ClassVar[tuple[str, ...]] = ("density", "density_tokens")
+    continues_step: bool = False
 
     density: torch.Tensor  # (F,) running rate per token at which each feature fires
     density_tokens: torch.Tensor  # () tokens in the running densities
@@ -54,6 +77,8 @@ class DensityState(nn.Module):
     def _forget_derived(self) -> None:
         """Drops what is derived from the buffers, or only makes a step faster."""
         self._step_offset: int | None = None
+        self._running_step: int | None = None
+        self._totals = StepTotals({})
         self._underused_indices: torch.Tensor | None = None
 
     @override
@@ -79,11 +104,19 @@ class DensityState(nn.Module):
         SAELens saves the checkpoints of a run before it counts the step, so that a resumed
         trainer counts one behind; from there on the SAE's own count holds. A trainer that
         starts at 0 starts the schedules anew.
+
+        A step is all the calls in a row with the same `n_training_steps`: more than one where
+        gradients are accumulated over parts of a batch. `continues_step` is true from the
+        second of them on. What happens once a step, such as a change of rule, happens at the
+        first; running statistics are, after each call, what one call with all the tokens of
+        the step so far would have made of them.
         """
         if self._step_offset is None:
             behind = int(self.n_steps) - n_training_steps
             self._step_offset = behind if n_training_steps > 0 and behind > 0 else 0
         step = n_training_steps + self._step_offset
+        self.continues_step = step == self._running_step
+        self._running_step = step
         self.n_steps.fill_(step + 1)
         return step
 
@@ -92,19 +125,29 @@ class DensityState(nn.Module):
         """The number of the last training step, 0 before the first one."""
         return max(int(self.n_steps) - 1, 0)
 
+    def begin_totals(self) -> None:
+        """Starts the sums over the calls of a step from the statistics as they are now."""
+        self._totals = StepTotals(
+            {name: getattr(self, name).clone() for name in self.tracked}
+        )
+
     def update_density(self, counts: torch.Tensor, n_tokens: int) -> None:
         """
-        Averages one batch into the running densities.
+        Averages the tokens of a call into the running densities, together with those of the
+        calls of the same step before it.
 
         Args:
-            counts: Tokens of the batch on which each feature fired, shape (F,).
-            n_tokens: Tokens in the batch.
+            counts: Tokens of the call on which each feature fired, shape (F,).
+            n_tokens: Tokens in the call.
         """
+        totals = self._totals
+        for name in ("density", "density_tokens"):
+            getattr(self, name).copy_(totals.start[name])
         update_density(
             self.density,
             self.density_tokens,
-            counts,
-            n_tokens,
+            totals.add("counts", counts),
+            totals.add("n_tokens", n_tokens),
             self.density_window_tokens,
         )
 

@@ -12,6 +12,7 @@ from sae_lens_alloc.allocation.margin import (
     selection_gradient,
     split_at_budget,
 )
+from sae_lens_alloc.allocation.sparse_activations import PaddedActivations
 
 
 def pairs_of(values: list[float]) -> SparseActivations:
@@ -25,16 +26,16 @@ def pairs_of(values: list[float]) -> SparseActivations:
 def test_split_by_hand():
     best = pairs_of([5.0, 2.0, 9.0, 3.0, 4.0, 1.0])
     selected, margin = split_at_budget(best, budget=4, n_margin=2)
-    assert selected.values.tolist() == [5, 9, 3, 4]
-    assert margin.pairs.values.tolist() == [2, 1]
-    assert margin.pairs.token_indices.tolist() == [1, 5]
+    assert selected.places.values.tolist() == [5, 9, 3, 4]
+    assert margin.pairs.places.values.tolist() == [2, 1]
+    assert margin.pairs.places.token_indices.tolist() == [1, 5]
     assert margin.width == 1  # from 2 to 1
 
 
 def test_of_equal_affinities_the_first_are_active():
     selected, margin = split_at_budget(pairs_of([1.0] * 4), budget=2, n_margin=2)
-    assert selected.token_indices.tolist() == [0, 1]
-    assert margin.pairs.token_indices.tolist() == [2, 3]
+    assert selected.places.token_indices.tolist() == [0, 1]
+    assert margin.pairs.places.token_indices.tolist() == [2, 3]
     assert margin.width == 0
     gradient = selection_gradient(margin, torch.tensor([1.0, 3.0]))
     assert gradient.tolist() == [0, 0]
@@ -48,8 +49,8 @@ def test_fewer_pairs_than_the_budget_and_its_margin(
     values: list[float], selected: list[float], below: list[float]
 ):
     found, margin = split_at_budget(pairs_of(values), budget=3, n_margin=2)
-    assert found.values.tolist() == selected
-    assert margin.pairs.values.tolist() == below
+    assert found.places.values.tolist() == selected
+    assert margin.pairs.places.values.tolist() == below
     assert margin.width == 0
 
 
@@ -88,13 +89,13 @@ def test_the_price_is_the_mean_gain():
 
 
 def test_padding_sets_no_price_and_learns_nothing():
-    padded = SparseActivations(
+    places = SparseActivations(
         torch.tensor([0, 1, 1]),
         torch.tensor([0, 0, 0]),
         torch.tensor([2.0, 1.0, 0.0]),
         (2, 1),
-        real=torch.tensor([True, True, False]),
     )
+    padded = PaddedActivations(places, torch.tensor([True, True, False]))
     margin = Margin(padded, torch.tensor(2.0))
     gradient = selection_gradient(margin, torch.tensor([3.0, 1.0, 100.0]))
     assert gradient.tolist() == pytest.approx([-0.5, 0.5, 0.0])

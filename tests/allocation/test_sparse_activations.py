@@ -1,7 +1,10 @@
 import pytest
 import torch
 
-from sae_lens_alloc.allocation.sparse_activations import SparseActivations
+from sae_lens_alloc.allocation.sparse_activations import (
+    PaddedActivations,
+    SparseActivations,
+)
 
 
 @pytest.fixture
@@ -102,15 +105,21 @@ def test_to_coo_accepts_a_torch_size(pairs: SparseActivations):
     assert pairs.to_coo(torch.Size([2, 3])).shape == (2, 3, 4)
 
 
-def padded_pairs() -> SparseActivations:
+def padded_pairs() -> PaddedActivations:
     """(0, 1) and (2, 0) of 3 tokens and 2 features, and two places that repeat (2, 1)."""
-    return SparseActivations(
+    places = SparseActivations(
         torch.tensor([0, 2, 2, 2]),
         torch.tensor([1, 0, 1, 1]),
         torch.tensor([5.0, 3.0, 0.0, 0.0]),
         (3, 2),
-        real=torch.tensor([True, True, False, False]),
     )
+    return PaddedActivations(places, torch.tensor([True, True, False, False]))
+
+
+def test_padding_cannot_be_read_as_pairs():
+    """Whoever takes it for pairs fails, rather than count 4 of them."""
+    for name in ("values", "token_indices", "feature_indices", "shape"):
+        assert not hasattr(padded_pairs(), name)
 
 
 def test_padding_does_not_count():
@@ -126,13 +135,6 @@ def test_padding_does_not_count():
 
 
 def test_smallest_value_of_padding_alone_is_infinite():
-    pairs = padded_pairs()
-    alone = SparseActivations(
-        pairs.token_indices[2:],
-        pairs.feature_indices[2:],
-        pairs.values[2:],
-        (3, 2),
-        real=torch.tensor([False, False]),
-    )
+    alone = padded_pairs().at(torch.tensor([2, 3]))
     assert alone.smallest_value() == float("inf")
     assert alone.feature_counts().tolist() == [0, 0]

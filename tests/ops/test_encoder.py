@@ -244,7 +244,7 @@ def test_encode_mutual_choice_does_not_depend_on_the_guess(
         cut = torch.tensor(guess)
         selection = encode_mutual_choice(encoder, x, budget, cut)
         assert stored_pairs(selection) == expected
-        assert selection.shape == (12, 150)
+        assert selection.places.shape == (12, 150)
 
 
 @pytest.mark.parametrize("budget", [3, 40, 700])

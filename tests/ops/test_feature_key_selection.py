@@ -58,7 +58,7 @@ def assert_is_exact(
     max_pairs: int,
 ):
     affinities = affinities_of(encoder.x, encoder.W_enc, encoder.b_enc, encoder.scale)
-    assert len(selection.pairs.values) == min(max_pairs, affinities.numel())
+    assert len(selection.pairs.places.values) == min(max_pairs, affinities.numel())
     assert_is_selection(selection.pairs, select_feature_choice(affinities, quotas))
     positive = affinities.clamp(min=0)
     assert torch.equal(selection.demand, (positive > encoder.cut).sum(0))
@@ -301,9 +301,13 @@ def test_the_selection_is_the_same_bit_for_bit_twice_and_for_any_guess(
         again = select_by_feature_keys(
             make_encoder(*tensors), quotas, 900, share * first.bounds
         )
-        assert torch.equal(first.pairs.token_indices, again.pairs.token_indices)
-        assert torch.equal(first.pairs.feature_indices, again.pairs.feature_indices)
-        assert torch.equal(first.pairs.values, again.pairs.values)
+        assert torch.equal(
+            first.pairs.places.token_indices, again.pairs.places.token_indices
+        )
+        assert torch.equal(
+            first.pairs.places.feature_indices, again.pairs.places.feature_indices
+        )
+        assert torch.equal(first.pairs.places.values, again.pairs.places.values)
 
 
 # -- Where it is used
@@ -322,7 +326,7 @@ def test_feature_choice_by_triton_is_feature_choice_by_torch(
     monkeypatch.setenv("SAE_LENS_ALLOC_BACKEND", "torch")
     expected = encode_feature_choice(encoder, *arguments)
     assert expected.pairs.real is None
-    assert len(actual.pairs.values) == 1500
+    assert len(actual.pairs.places.values) == 1500
     assert_is_selection(actual.pairs, expected.pairs)
     assert torch.equal(actual.demand, expected.demand)
     assert torch.equal(actual.above, expected.above)

@@ -70,9 +70,9 @@ def test_pairs_of_keys_are_those_that_made_them_and_padding_comes_last():
     keys = pair_keys(torch.tensor([2.0, 0.25, 7.0]), torch.tensor([14, 3, 5]))
     keys = torch.cat([keys[:2], torch.zeros(1, dtype=torch.int64), keys[2:]])
     pairs = pairs_of_keys(keys, (3, 5))
-    assert pairs.token_indices.tolist() == [0, 1, 2, 2]
-    assert pairs.feature_indices.tolist() == [3, 0, 4, 4]
-    assert pairs.values.tolist() == [0.25, 7.0, 2.0, 0.0]
+    assert pairs.places.token_indices.tolist() == [0, 1, 2, 2]
+    assert pairs.places.feature_indices.tolist() == [3, 0, 4, 4]
+    assert pairs.places.values.tolist() == [0.25, 7.0, 2.0, 0.0]
     assert pairs.real is not None
     assert pairs.real.tolist() == [True, True, True, False]
 
@@ -112,8 +112,8 @@ def test_collect_counts_what_does_not_fit(make_key_encoder: MakeKeyEncoder):
     # those that were stored are among the pairs, each once
     pairs = pairs_of_keys(keys, (150, 200))
     assert len(keys.unique()) == 70
-    found = affinities[pairs.token_indices, pairs.feature_indices]
-    assert torch.equal(found, pairs.values)
+    found = affinities[pairs.places.token_indices, pairs.places.feature_indices]
+    assert torch.equal(found, pairs.places.values)
 
 
 def test_nothing_is_collected_or_counted_where_the_work_is_done(
@@ -186,8 +186,8 @@ def test_the_selection_is_exact_for_any_guess(
         guess = None if share is None else torch.tensor(share * smallest)
         if guess is not None:
             guess = guess.to(encoder.x.device)
-        selection = select_by_keys(encoder, budget, guess)
-        assert len(selection.values) == min(budget, 3000)
+        selection = select_by_keys(encoder, budget, guess)[0]
+        assert len(selection.places.values) == min(budget, 3000)
         assert_is_selection(selection, expected)
 
 
@@ -206,8 +206,8 @@ def test_too_few_positive_affinities_leave_padding(
     assert len(expected.values) == n_positive
     for guess in (None, 0.5, 1.0, 2.0):
         guess = None if guess is None else torch.tensor(guess).to(x.device)
-        selection = select_by_keys(encoder, 30, guess)
-        assert len(selection.values) == 30
+        selection = select_by_keys(encoder, 30, guess)[0]
+        assert len(selection.places.values) == 30
         assert_is_selection(selection, expected)
 
 
@@ -219,10 +219,10 @@ def test_equal_affinities_that_overflow_every_buffer_go_in_row_order(
     x, W_enc = torch.ones(60, 1), torch.ones(1, 150)
     encoder = make_key_encoder(x, W_enc, torch.zeros(150), None)
     for guess in (None, torch.ones((), device=x.device)):
-        selection = select_by_keys(encoder, 100, guess)
-        assert selection.token_indices.tolist() == [0] * 100
-        assert selection.feature_indices.tolist() == list(range(100))
-        assert selection.values.tolist() == [1.0] * 100
+        selection = select_by_keys(encoder, 100, guess)[0]
+        assert selection.places.token_indices.tolist() == [0] * 100
+        assert selection.places.feature_indices.tolist() == list(range(100))
+        assert selection.places.values.tolist() == [1.0] * 100
 
 
 @pytest.mark.usefixtures("small_capacity")
@@ -235,11 +235,11 @@ def test_the_selection_follows_data_that_shift(make_key_encoder: MakeKeyEncoder)
         x = size * torch.randn(n_tokens, 8)
         selection = select_by_keys(
             make_key_encoder(x, W_enc, b_enc, None), 5 * n_tokens, guess
-        )
+        )[0]
         expected = select_mutual_choice(x @ W_enc + b_enc, 5 * n_tokens)
-        assert torch.equal(selection.token_indices, expected.token_indices)
-        assert torch.equal(selection.feature_indices, expected.feature_indices)
-        assert torch.allclose(selection.values, expected.values, rtol=1e-4)
+        assert torch.equal(selection.places.token_indices, expected.token_indices)
+        assert torch.equal(selection.places.feature_indices, expected.feature_indices)
+        assert torch.allclose(selection.places.values, expected.values, rtol=1e-4)
         guess = 0.9 * selection.smallest_value()
 
 
@@ -248,13 +248,29 @@ def test_the_selection_is_the_same_bit_for_bit_twice_and_for_any_guess(
 ):
     torch.manual_seed(6)
     tensors = (torch.randn(140, 40), torch.randn(40, 300), torch.randn(300), None)
-    first = select_by_keys(make_key_encoder(*tensors), 600, None)
+    first = select_by_keys(make_key_encoder(*tensors), 600, None)[0]
     for share in (0.0, 0.9, 1.0, 1.1):
         guess = share * first.smallest_value()
-        again = select_by_keys(make_key_encoder(*tensors), 600, guess)
-        assert torch.equal(first.token_indices, again.token_indices)
-        assert torch.equal(first.feature_indices, again.feature_indices)
-        assert torch.equal(first.values, again.values)
+        again = select_by_keys(make_key_encoder(*tensors), 600, guess)[0]
+        assert torch.equal(first.places.token_indices, again.places.token_indices)
+        assert torch.equal(first.places.feature_indices, again.places.feature_indices)
+        assert torch.equal(first.places.values, again.places.values)
+
+
+def test_what_exceeds_its_threshold_is_counted_in_the_same_pass(
+    make_key_encoder: MakeKeyEncoder,
+):
+    torch.manual_seed(7)
+    tensors = exact_tensors(150, 200)
+    affinities = affinities_of(*tensors)
+    thresholds = torch.randint(0, 7, (200,)) / 2.0
+    thresholds[:2] = torch.tensor([float("inf"), 0.0])
+    expected = ((affinities > thresholds) & (affinities > 0)).sum(0)
+    # a good guess, one that collects nothing and one that overflows: counted once
+    for guess in (None, torch.tensor(3.0), torch.tensor(1e6), torch.tensor(0.0)):
+        pairs, above = select_by_keys(make_key_encoder(*tensors), 60, guess, thresholds)
+        assert above is not None and torch.equal(above, expected)
+        assert_is_selection(pairs, select_mutual_choice(affinities, 60))
 
 
 # -- Where it is used
@@ -280,5 +296,5 @@ def test_tensors_that_keys_cannot_hold_take_the_other_way():
     x, W_enc, b_enc, scale = (t.double() for t in exact_tensors(5, 30))
     assert key_encoder(W_enc, b_enc, scale, x) is None
     pairs = encode_mutual_choice(Encoder(W_enc, b_enc, scale), x, 20, None)
-    assert pairs.values.dtype == torch.float64
+    assert pairs.places.values.dtype == torch.float64
     assert pairs.real is None

@@ -21,7 +21,7 @@ TYPES = {"x": "*bf16", "W_enc": "*bf16", "b_enc": "*bf16", "scale": "*fp32",
          "offsets": "*i64", "rows": "*i64", "columns": "*i64", "values": "*fp32",
          "chosen": "*i8", "tiles": "*i64", "n_tiles": "*i64", "bounds": "*i64",
          "thresholds": "*fp32", "cut": "*fp32", "keys": "*i64", "counts": "*i64",
-         "fewest": "*i64", "most": "*i64",
+         "fewest": "*i64", "most": "*i64", "above": "*i64",
          "dense": "*bf16", "left": "*fp32", "right": "*bf16"}
 
 def compile(kernel, out_type, options, **constants):
@@ -48,8 +48,8 @@ def compile_encoding(kernel, **constants):
         INPUTS=affinities.STEP_BYTES // 2, **constants,
     )
 
-for shift in (-1, 48, 0):
-    compile_encoding(select.encode_keys_kernel, SHIFT=shift)
+for shift, counts in ((-1, True), (-1, False), (48, False), (0, False)):
+    compile_encoding(select.encode_keys_kernel, SHIFT=shift, COUNTS=counts)
 for all_features in (True, False):
     compile_encoding(
         feature_select.collect_feature_keys_kernel, VALUE_BITS=31, ALL=all_features

@@ -396,3 +396,34 @@ def test_aux_zipf_takes_the_place_of_aux_k():
     x = tokens(16, 8, dtype=torch.float64)
     losses = training_step(sae, x, dead=dead_mask()).losses
     assert set(losses) == {"mse_loss", LOSS}
+
+
+@pytest.mark.parametrize(
+    ("base", "normalize_activations"),
+    [
+        *((base, "none") for base in BASES),
+        # SAELens' matryoshka decodes several times, which its layer_norm cannot
+        *((base, "layer_norm") for base in BASES if "matryoshka" not in base),
+    ],
+)
+def test_hooks_on_the_inputs_fire_once_a_step_and_count_in_the_loss(
+    base: str, normalize_activations: str
+):
+    x, shift = tokens(16, 8, dtype=torch.float64), torch.linspace(-1, 1, 8).double()
+    hooked, plain = (
+        make(base, normalize_activations=normalize_activations) for _ in "12"
+    )
+    calls: list[int] = []
+
+    def add(tensor: torch.Tensor, *, hook: Any) -> torch.Tensor:
+        calls.append(1)
+        return tensor + shift
+
+    hooked.hook_sae_input.add_hook(add)
+    found = training_step(hooked, x, dead=dead_mask())
+    assert len(calls) == 1
+    assert len(hooked.hook_sae_input.fwd_hooks) == 1
+    # the loss of the same features for the error that is left of the bare activations
+    expected = training_step(plain, x + shift, dead=dead_mask())
+    assert torch.equal(found.feature_acts.to_dense(), expected.feature_acts.to_dense())
+    assert found.losses[LOSS] > 0
