@@ -21,7 +21,7 @@ class Shape:
         k: Active features per token.
         batch: Tokens per step, B.
         aux: A tenth of the features counts as dead and learns from the auxiliary loss;
-            otherwise the auxiliary loss is off.
+            otherwise none does, and there is nothing for it to do.
     """
 
     d_in: int = 768

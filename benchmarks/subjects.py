@@ -30,6 +30,10 @@ from sae_lens_alloc import (
 )
 
 MANY_STEPS = 10**6
+# In the first phase of the recipe the budget falls from 2 k to k. It is measured half-way, where
+# it falls by a few pairs a step.
+HALF_WAY = 1.5
+DECAY_STEPS = 10**4
 
 
 @dataclass(frozen=True)
@@ -92,8 +96,19 @@ class SubjectKind:
 def mutual_choice_config(
     shape: Shape, machine: Machine
 ) -> MutualChoiceTrainingSAEConfig:
+    """The recipe once Mutual Choice allocates, as it does for three quarters of a training."""
     return MutualChoiceTrainingSAEConfig(
         **_our_fields(shape, machine), feature_choice_steps=0
+    )
+
+
+def first_phase_config(shape: Shape, machine: Machine) -> MutualChoiceTrainingSAEConfig:
+    """The recipe while Feature Choice allocates a budget that falls."""
+    return MutualChoiceTrainingSAEConfig(
+        **_our_fields(shape, machine),
+        feature_choice_steps=MANY_STEPS,
+        k_start=HALF_WAY * shape.k,
+        k_decay_steps=DECAY_STEPS,
     )
 
 
@@ -107,9 +122,6 @@ def _our_fields(shape: Shape, machine: Machine) -> dict[str, Any]:
     return {
         **_size(shape, machine),
         "k": shape.k,
-        "aux_loss": "aux_zipf" if shape.aux else "none",
-        # what the committed figures were measured with
-        "selection_margin": 0.0,
         # Random activations follow no Zipf law: only the dead features are to be flagged.
         "underuse_fraction": 1e-6,
     }
@@ -126,6 +138,11 @@ def mutual_choice(
 ) -> Subject:
     sae = MutualChoiceTrainingSAE(mutual_choice_config(shape, machine))
     return _with_sae_lens_trainer(trainer_class, sae, shape, machine)
+
+
+def mutual_choice_first_phase(shape: Shape, machine: Machine) -> Subject:
+    sae = MutualChoiceTrainingSAE(first_phase_config(shape, machine))
+    return _with_sae_lens_trainer(AllocSAETrainer, sae, shape, machine)
 
 
 def mutual_choice_in_stock_trainer(shape: Shape, machine: Machine) -> Subject:
@@ -344,6 +361,9 @@ def _n_bytes(tensors: list[torch.Tensor]) -> int:
 SUBJECTS = {
     "mutual_choice": SubjectKind(
         mutual_choice, swept=True, config=mutual_choice_config
+    ),
+    "mutual_choice, first quarter": SubjectKind(
+        mutual_choice_first_phase, swept=True, config=first_phase_config
     ),
     "mutual_choice, stock trainer": SubjectKind(
         mutual_choice_in_stock_trainer, has_aux=False

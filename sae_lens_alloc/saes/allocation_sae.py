@@ -76,6 +76,11 @@ class AllocationTrainingSAE(TrainingSAE[T_CONFIG]):
     def rule_at(self, step: int) -> Rule:
         """The rule that allocates the batch of a training step."""
 
+    @property
+    def times_itself(self) -> bool:
+        """Whether the end of Feature Choice is decided by the losses of the training."""
+        return False
+
     @override
     def initialize_weights(self) -> None:
         super().initialize_weights()
@@ -226,6 +231,8 @@ class AllocationTrainingSAE(TrainingSAE[T_CONFIG]):
         self.checks.report()
         _require_finite(self.checks, encoder, x, step_input.n_training_steps)
         step = self.allocation.begin_step(step_input.n_training_steps)
+        if self.times_itself and not self.allocation.continues_step:
+            self.allocation.begin_timed_step(step)
         acts_are_hooked = _has_hooks(self.hook_sae_acts_pre) or _has_hooks(
             self.hook_sae_acts_post
         )
@@ -281,6 +288,8 @@ class AllocationTrainingSAE(TrainingSAE[T_CONFIG]):
             f"The reconstruction loss became NaN or Inf at training step {step}: the "
             "weights have diverged; lower the learning rate or add warm-up steps.",
         )
+        if self.times_itself:
+            self.allocation.note_loss(mse_losses[0].detach())
         names = ["mse_loss", *(f"inner_mse_loss_{width}" for width in inner_widths)]
         losses = dict(zip(names, mse_losses, strict=True))
         residuals = [(sae_in - out).detach() for out in level_outs]

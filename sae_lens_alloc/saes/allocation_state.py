@@ -19,7 +19,7 @@ from sae_lens_alloc.ops.encode_select import (
     encode_feature_choice,
     encode_mutual_choice,
 )
-from sae_lens_alloc.saes.density_state import DensityState
+from sae_lens_alloc.saes.settling_state import SettlingState
 
 Rule = Literal["mutual", "feature"]
 
@@ -40,7 +40,7 @@ LOWEST_THRESHOLD = 0.01
 MIN_EVENTS = 10
 
 
-class AllocationState(DensityState):
+class AllocationState(SettlingState):
     """
     Thresholds, densities and quota remainders: everything that a checkpoint needs besides
     the weights. The densities are those of the demand: the rate at which an affinity exceeds
@@ -54,7 +54,7 @@ class AllocationState(DensityState):
         device: Device of the buffers.
     """
 
-    tracked: ClassVar[tuple[str, ...]] = (*DensityState.tracked, "threshold", "cut")
+    tracked: ClassVar[tuple[str, ...]] = (*SettlingState.tracked, "threshold", "cut")
 
     threshold: torch.Tensor  # (F,) inference threshold of each feature
     cut: torch.Tensor  # () running cut of Mutual Choice, 0 before the first batch

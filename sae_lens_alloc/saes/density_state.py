@@ -53,6 +53,8 @@ class DensityState(nn.Module):
 
     # the buffers that every call of a step moves anew from where the step began
     tracked: ClassVar[tuple[str, ...]] = ("density", "density_tokens")
+    # those that checkpoints of earlier versions do not have
+    added_later: ClassVar[tuple[str, ...]] = ()
     continues_step: bool = False
 
     density: torch.Tensor  # (F,) running rate per token at which each feature fires
@@ -236,6 +238,8 @@ class DensityState(nn.Module):
         for name, buffer in self.named_buffers():
             key = prefix + name
             if key not in state_dict:
+                if name in self.added_later:
+                    state_dict[key] = buffer
                 continue
             if buffer.is_floating_point():
                 state_dict[key] = state_dict[key].to(buffer.dtype).sum(0)

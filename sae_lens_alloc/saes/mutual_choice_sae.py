@@ -3,7 +3,6 @@
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, TypeVar
 
-from sae_lens import logger
 from sae_lens.saes.sae import TrainingSAEConfig
 from typing_extensions import override
 
@@ -28,11 +27,12 @@ class MutualChoiceTrainingSAEConfig(AllocationTrainingSAEConfig):
     Args:
         feature_choice_steps (int | None): Number of first training steps that allocate by
             Feature Choice instead, so that features get their share before they have to
-            compete. 0 uses Mutual Choice from the start. None is the recipe: a quarter of
-            the training, over which the budget falls from 2 k to k unless `k_start` says
-            otherwise; AllocSAETrainingRunner and the command line, which know how long the
-            training is, put in the steps, and other trainers take it as 0. A YAML config
-            may give a share of the training steps.
+            compete. 0 uses Mutual Choice from the start. None is the recipe. Our trainer,
+            which knows how long the training is, makes it a quarter of the steps, over which
+            the budget falls from 2 k to k unless `k_start` says otherwise. SAELens' own
+            trainers do not tell the SAE: there Feature Choice ends by itself, once it has
+            brought most of what it brings. A YAML config may give a share of the training
+            steps.
         k (float): Average number of active features per token. The other fields are
             described in AllocationTrainingSAEConfig.
     """
@@ -67,19 +67,17 @@ class MutualChoiceTrainingSAE(AllocationTrainingSAE[MutualChoiceTrainingSAEConfi
     fire, and the SAE is saved as a JumpReLU SAE.
     """
 
-    def __init__(self, cfg: Any, use_error_term: bool = False):
-        super().__init__(cfg, use_error_term)
-        if cfg.feature_choice_steps is None:
-            logger.warning(
-                "feature_choice_steps is None, and only AllocSAETrainingRunner and "
-                "`sae-lens-alloc train` know how many steps that is: other trainers use Mutual "
-                f"Choice from the start. Set it to {cfg.feature_choice_share:.0%} of the "
-                "training steps, and k_start and k_decay_steps too, for better features."
-            )
+    @property
+    @override
+    def times_itself(self) -> bool:
+        return self.cfg.feature_choice_steps is None
 
     @override
     def rule_at(self, step: int) -> Rule:
-        return "feature" if step < (self.cfg.feature_choice_steps or 0) else "mutual"
+        steps = self.cfg.feature_choice_steps
+        if steps is None:
+            steps = self.allocation.settled_step
+        return "feature" if step < steps else "mutual"
 
 
 def with_schedule(cfg: T_SAE_CONFIG, training_steps: int) -> T_SAE_CONFIG:

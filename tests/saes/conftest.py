@@ -34,7 +34,8 @@ def make_sae(
         architecture: One of this package's.
         seed: Seed of the weights and of the quota remainders.
         b_enc: Encoder bias of every feature; random and small by default.
-        overrides: Config fields; 8 inputs, 32 features, k 3, no auxiliary loss and no margin otherwise.
+        overrides: Config fields; 8 inputs, 32 features, k 3, no auxiliary loss, no margin and
+            no Feature Choice before Mutual Choice otherwise.
     """
     settings: dict[str, Any] = {
         "d_in": 8,
@@ -42,6 +43,7 @@ def make_sae(
         "k": 3,
         "aux_loss": "none",
         "selection_margin": 0.0,
+        **({"feature_choice_steps": 0} if "mutual_choice" in architecture else {}),
         **overrides,
     }
     generator = torch.Generator().manual_seed(seed)

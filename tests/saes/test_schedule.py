@@ -177,14 +177,13 @@ def test_other_architectures_keep_their_config():
     assert with_schedule(cfg, 100) is cfg
 
 
-def test_a_schedule_that_nobody_puts_in_is_said(caplog: pytest.LogCaptureFixture):
+def test_without_steps_feature_choice_comes_first_and_nobody_is_warned(
+    caplog: pytest.LogCaptureFixture,
+):
     cfg = MutualChoiceTrainingSAEConfig(d_in=8, d_sae=32, k=3)
     with caplog.at_level(logging.WARNING, logger="sae_lens"):
         sae = MutualChoiceTrainingSAE(cfg)
-        assert "Mutual Choice from the start" in caplog.text
-        assert sae.rule_at(0) == "mutual"
-        caplog.clear()
-        MutualChoiceTrainingSAE(with_schedule(cfg, 100))
+    assert sae.rule_at(0) == sae.rule_at(10**6) == "feature"
     assert caplog.text == ""
 
 
