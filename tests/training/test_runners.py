@@ -1,5 +1,6 @@
 """SAELens' runners, unchanged, and ours, on the shipped language model."""
 
+import dataclasses
 import json
 import warnings
 from pathlib import Path
@@ -260,7 +261,7 @@ def test_our_runner_puts_in_the_schedule(
         assert schedule.feature_choice_steps == schedule.k_decay_steps == 5
         assert schedule.k_start == 2 * K
 
-    started = MutualChoiceTrainingSAE(sae_config())
+    started = MutualChoiceTrainingSAE(dataclasses.replace(cfg.sae))
     runner = AllocSAETrainingRunner(cfg, demo_text, demo_model, override_sae=started)
     assert runner.sae.cfg.feature_choice_steps == 5
 

@@ -1,0 +1,148 @@
+"""
+The recipe where nobody tells how long the training is: SAELens' own runner and trainer, whose
+switch of rules times itself, beside ours, which puts in the schedule. On the demo's language
+model and where the features are known, both at equal features per token. docs/experiments.md has
+the table.
+
+    python -m benchmarks.timed_switch docs/results/timed_switch.json --work output/timed_switch
+"""
+
+import argparse
+import tempfile
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import sae_lens
+import torch
+from sae_lens import SAE, LanguageModelSAETrainingRunner, SAETrainer
+from sae_lens.saes.sae import TrainingSAE
+
+import sae_lens_alloc
+from benchmarks.results import load_results, write_results
+from sae_lens_alloc.demo.methods import demo_configs
+from sae_lens_alloc.demo.run import CONTEXTS, evaluate
+from sae_lens_alloc.demo.methods import Trained
+from sae_lens_alloc.evaluation.activations import take_tokens
+from sae_lens_alloc.evaluation.comparison.config import load_comparison
+from sae_lens_alloc.evaluation.comparison.operating_point import at_l0
+from sae_lens_alloc.evaluation.comparison.run import make_subject
+from sae_lens_alloc.evaluation.comparison.stream import stored_stream
+from sae_lens_alloc.evaluation.usage import as_user, measure_usage
+from sae_lens_alloc.saes.allocation_sae import AllocationTrainingSAE
+from sae_lens_alloc.training.runner import CALIBRATION_TOKENS, AllocSAETrainingRunner
+from sae_lens_alloc.training.trainer import AllocSAETrainer
+
+SYNTHETIC = Path(__file__).parent.parent / "configs" / "experiments_synthetic.yaml"
+# Nothing but the architecture is said.
+OPEN = {"feature_choice_steps": None, "k_start": None, "k_decay_steps": 0}
+# Training tokens of the runs on the language model: the demo's, and those of its experiments.
+LANGUAGE_MODEL_TOKENS = (800_000, 2_000_000)
+HOW = ("schedule", "timed")
+
+
+def language_model(how: str, n_tokens: int, work: Path) -> dict[str, Any]:
+    """Trains on the demo's language model by our runner or by SAELens', and evaluates."""
+    folder = work / f"language-model-{n_tokens}-{how}"
+    cfg = demo_configs(folder, f"training_tokens={n_tokens}")["mutual_choice"]
+    cfg.sae = replace(cfg.sae, **OPEN)
+    torch.manual_seed(cfg.seed)
+    start = time.perf_counter()
+    runner: LanguageModelSAETrainingRunner
+    if how == "schedule":
+        runner = AllocSAETrainingRunner(cfg, overwrite=True)
+    else:
+        runner = LanguageModelSAETrainingRunner(cfg)
+    sae = runner.run()
+    seconds = time.perf_counter() - start
+    saved = Path(cfg.output_path or "")
+    taken = take_tokens(runner.activations_store, CALIBRATION_TOKENS)
+    at_l0(SAE.load_from_disk(saved), taken, cfg.sae.k).save_model(saved)
+    runs, _ = evaluate(
+        [Trained("mutual_choice", cfg, saved, seconds, None)]
+        if how == "schedule"
+        else [_without_history(Trained("mutual_choice", cfg, saved, seconds, None))],
+        CONTEXTS,
+    )
+    return {
+        **runs[0].evaluation.to_dict(),
+        "steps": cfg.total_training_steps,
+        "switch": _switch(sae),
+    }
+
+
+def _without_history(trained: Trained) -> Trained:
+    """SAELens' runner writes no metrics, where the report looks for them."""
+    (trained.folder / "metrics.jsonl").touch()
+    return trained
+
+
+def known_features(how: str, work: Path) -> dict[str, Any]:
+    """Trains on SynthSAEBench-2k by our trainer or by SAELens', and evaluates."""
+    config, _ = load_comparison(SYNTHETIC)
+    subject = make_subject(config)
+    stream = stored_stream(work / "activations") or subject.write(work / "activations")
+    cell = next(cell for cell in config.cells() if cell.row == "mutual_choice")
+    cfg = cell.runner_config()
+    cfg.sae = replace(cfg.sae, **OPEN)
+    torch.manual_seed(cell.seed)
+    sae: Any = TrainingSAE.from_dict(cfg.sae.to_dict())
+    trainer_class = AllocSAETrainer if how == "schedule" else SAETrainer
+    trainer_class(
+        cfg.to_sae_trainer_config(),
+        sae,
+        stream.training_batches(cfg.train_batch_size_tokens),
+    ).fit()
+    validation = stream.split("validation")
+    with tempfile.TemporaryDirectory() as folder:
+        sae.save_inference_model(folder)
+        saved = at_l0(SAE.load_from_disk(folder).eval(), validation, cfg.sae.k)
+    usage = measure_usage(as_user(saved), validation)
+    return {
+        **usage.to_dict(),
+        "steps": cfg.total_training_steps,
+        "switch": _switch(sae),
+    }
+
+
+def _switch(sae: AllocationTrainingSAE[Any]) -> int:
+    """The first step of Mutual Choice."""
+    steps = range(sae.allocation.last_step + 1)
+    return next((step for step in steps if sae.rule_at(step) == "mutual"), len(steps))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="The switch that times itself.")
+    parser.add_argument("json", type=Path, help="results file, continued if it exists")
+    parser.add_argument("--work", type=Path, default=Path("output/timed_switch"))
+    args = parser.parse_args()
+    about = {
+        "versions": {
+            "sae_lens_alloc": sae_lens_alloc.__version__,
+            "sae_lens": sae_lens.__version__,
+            "torch": torch.__version__,
+        }
+    }
+    report = load_results(args.json, about) or {**about, "subjects": {}}
+    subjects = {
+        **{
+            f"language model, {n:,} tokens": lambda how, n=n: language_model(
+                how, n, args.work
+            )
+            for n in LANGUAGE_MODEL_TOKENS
+        },
+        "SynthSAEBench-2k, 4,000,000 samples": lambda how: known_features(
+            how, args.work
+        ),
+    }
+    for name, run in subjects.items():
+        results = report["subjects"].setdefault(name, {})
+        for how in HOW:
+            if how not in results:
+                results[how] = run(how)
+                write_results(args.json, report)
+
+
+if __name__ == "__main__":
+    main()
