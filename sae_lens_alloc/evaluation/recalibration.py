@@ -1,14 +1,13 @@
 """Thresholds of a saved SAE set anew, to a wanted L0 on text of one's choice."""
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from sae_lens import SAE
-from sae_lens.constants import SAE_CFG_FILENAME
 from sae_lens.saes.jumprelu_sae import JumpReLUSAE
+from sae_lens.saes.sae import TrainingSAE
 from sae_lens.saes.topk_sae import TopKSAE
 
 from sae_lens_alloc.allocation.mutual_choice import budget_for
@@ -16,6 +15,7 @@ from sae_lens_alloc.allocation.zipf import proportional_quotas
 from sae_lens_alloc.evaluation.calibration import require_activations
 from sae_lens_alloc.evaluation.equal_l0 import set_l0
 from sae_lens_alloc.evaluation.jumprelu_form import jumprelu_form
+from sae_lens_alloc.evaluation.saved_sae import load_sae
 from sae_lens_alloc.evaluation.usage import Usage, as_user, measure_usage
 from sae_lens_alloc.ops.encode_select import Encoder, encode_feature_choice
 
@@ -70,23 +70,16 @@ def load_saved_sae(folder: str | Path) -> JumpReLUSAE | TopKSAE:
         folder: What SAELens saved for inference.
 
     Raises:
-        ValueError: if the folder holds no SAE, or one that has no thresholds.
+        ValueError: as `load_sae`, or if the SAE has no thresholds.
     """
-    cfg_path = Path(folder) / SAE_CFG_FILENAME
-    if not cfg_path.is_file():
+    sae = load_sae(folder)
+    if not isinstance(sae, JumpReLUSAE | TopKSAE):
+        kind = " in training" if isinstance(sae, TrainingSAE) else ""
         raise ValueError(
-            f"{str(folder)!r} holds no SAE as SAELens saves it: there is no "
-            f"{SAE_CFG_FILENAME}."
-        )
-    architecture = json.loads(cfg_path.read_text()).get("architecture")
-    if architecture not in ("jumprelu", "topk"):
-        raise ValueError(
-            f"{str(folder)!r} is of the architecture {architecture!r}, whose thresholds "
-            "cannot be set: give the folder of a saved jumprelu or topk SAE, as "
+            f"{str(folder)!r} is of the architecture {sae.cfg.architecture()!r}{kind}, whose "
+            "thresholds cannot be set: give the folder of a saved jumprelu or topk SAE, as "
             "mutual_choice, feature_choice and batchtopk are after training."
         )
-    sae = SAE.load_from_disk(folder)
-    assert isinstance(sae, JumpReLUSAE | TopKSAE)
     # activations come flat, one vector a token
     sae.turn_off_forward_pass_hook_z_reshaping()
     return sae
