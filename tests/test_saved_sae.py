@@ -6,17 +6,17 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 from sae_lens.saes.batchtopk_sae import BatchTopKTrainingSAE, BatchTopKTrainingSAEConfig
 from sae_lens.saes.gated_sae import GatedSAE, GatedSAEConfig
 from sae_lens.saes.jumprelu_sae import JumpReLUSAE, JumpReLUSAEConfig
 from sae_lens.saes.topk_sae import TopKSAE, TopKSAEConfig
+from safetensors.torch import load_file, save_file
 
 from sae_lens_alloc import MutualChoiceTrainingSAE, MutualChoiceTrainingSAEConfig
 from sae_lens_alloc.evaluation.saved_sae import load_sae, trained_k
 from sae_lens_alloc.training.source_sae import load_source_sae
 
-SIZES = {"d_in": 4, "d_sae": 6}
+SIZES: dict[str, Any] = {"d_in": 4, "d_sae": 6}
 CFG, WEIGHTS = "cfg.json", "sae_weights.safetensors"
 
 
@@ -112,7 +112,10 @@ def test_a_config_that_is_no_mapping_is_named(folder: Path, text: str):
         ({"b_enc": torch.zeros(6, dtype=torch.int64)}, "b_enc is of type I64."),
         ({"b_enc": torch.full((6,), torch.nan)}, "b_enc holds 6 values that are NaN"),
         ({"b_dec": torch.tensor([0.0, 1, torch.inf, 2])}, "b_dec holds 1 values"),
-        ({"threshold": torch.tensor([0.0, 1, 1, 1, 1, torch.nan])}, "threshold holds 1"),
+        (
+            {"threshold": torch.tensor([0.0, 1, 1, 1, 1, torch.nan])},
+            "threshold holds 1",
+        ),
         ({"threshold": torch.full((6,), -torch.inf)}, "threshold holds 6 values"),
     ],
 )

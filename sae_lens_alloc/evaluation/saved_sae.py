@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any, get_type_hints
 
 import torch
-from safetensors import safe_open
 from sae_lens.constants import SAE_CFG_FILENAME, SAE_WEIGHTS_FILENAME
 from sae_lens.loading.pretrained_sae_loaders import (
     handle_config_defaulting,
@@ -16,6 +15,7 @@ from sae_lens.loading.pretrained_sae_loaders import (
 from sae_lens.registry import SAE_CLASS_REGISTRY, SAE_TRAINING_CLASS_REGISTRY
 from sae_lens.saes.sae import SAE, SAEConfig, TrainingSAE
 from sae_lens.util import str_to_dtype
+from safetensors import safe_open
 
 from sae_lens_alloc.typed_values import convert, in_words
 
@@ -176,10 +176,10 @@ def _checked_weights(
         _, weights = read_sae_components_from_disk(cfg, path, device)
     except torch.OutOfMemoryError:
         raise
-    except Exception as error:  # safetensors' own, and what SAELens does with odd tensors
-        raise ValueError(
-            f"{str(path)!r} is damaged: {one_line(error)}."
-        ) from error
+    except (
+        Exception
+    ) as error:  # safetensors' own, and what SAELens does with odd tensors
+        raise ValueError(f"{str(path)!r} is damaged: {one_line(error)}.") from error
     try:
         sae_class = _registry(cfg)[cfg["architecture"]][0]
         expected, found = _expected_weights(sae_class, config, weights)
