@@ -14,12 +14,15 @@ from torch.nn.functional import cross_entropy
 from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
 from sae_lens_alloc.demo.methods import HERE
+from sae_lens_alloc.evaluation.activations import take_tokens
 from sae_lens_alloc.evaluation.baseline import measure_baseline
 from sae_lens_alloc.evaluation.contexts import held_out_contexts
-from sae_lens_alloc.evaluation.equal_l0 import set_l0
+from sae_lens_alloc.evaluation.equal_l0 import set_l0, threshold_factor
 from sae_lens_alloc.evaluation.metrics import evaluate_sae
 from sae_lens_alloc.evaluation.snippets import take_snippets
 from sae_lens_alloc.evaluation.usage import Usage, as_user, measure_usage
+from sae_lens_alloc.ops.backend import BACKEND_VARIABLE
+from sae_lens_alloc.ops.encode_select import Encoder
 
 HOOK = "transformer.h.0"
 D_IN, D_SAE, VOCAB, BOS = 8, 24, 20, 0
@@ -346,6 +349,35 @@ def test_negative_thresholds_are_not_moved_by_a_factor(sae: JumpReLUSAE):
         sae.threshold[3] = -0.1
     with pytest.raises(ValueError, match="no threshold may be negative"):
         set_l0(sae, torch.randn(50, D_IN, dtype=torch.float64), 2.0)
+
+
+def test_thresholds_of_nan_are_not_moved_by_a_factor(sae: JumpReLUSAE):
+    with torch.no_grad():
+        sae.threshold[3] = torch.nan
+    with pytest.raises(ValueError, match="1 of 24 thresholds are NaN"):
+        set_l0(sae, torch.randn(50, D_IN, dtype=torch.float64), 2.0)
+
+
+@pytest.mark.parametrize("backend", ["torch", "reference"])
+def test_padding_is_not_counted_as_pairs(backend: str, monkeypatch: pytest.MonkeyPatch):
+    """7 affinities are positive, 1 to 7; the backend of keys pads what is missing."""
+    monkeypatch.setenv(BACKEND_VARIABLE, backend)
+    W_enc = -torch.rand(10, 6)
+    W_enc[range(7), [0, 1, 2, 3, 4, 5, 0]] = torch.arange(1.0, 8)
+    encoder = Encoder(W_enc, torch.zeros(6), None)
+    thresholds = torch.full((6,), 2.0)
+    # of 10 tokens, the 4 largest are 4 to 7: the last is twice its threshold
+    factor = threshold_factor(encoder, torch.eye(10), thresholds, 0.4)
+    assert factor.item() == pytest.approx(2.0, rel=1e-5)
+    with pytest.raises(ValueError, match="0.7 affinities per token are positive"):
+        threshold_factor(encoder, torch.eye(10), thresholds, 0.8)
+
+
+def test_batches_that_end_say_how_many_there_were():
+    batches = [torch.ones(4, 2), torch.zeros(4, 2)]
+    assert torch.equal(take_tokens(iter(batches), 5), torch.cat(batches))
+    with pytest.raises(ValueError, match="of 9 tokens are wanted, .* end after 8"):
+        take_tokens(iter(batches), 9)
 
 
 def test_contexts_are_laid_out_as_in_training():

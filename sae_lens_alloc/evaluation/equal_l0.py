@@ -24,11 +24,17 @@ def threshold_factor(
         x: Encoder inputs of shape (T, d_in).
         thresholds: Thresholds of shape (F,), none negative. One of 0, as training leaves it
             in JumpReLU SAEs, stays 0: its feature is active wherever its affinity is positive.
+            An infinite one stays so: its feature is silenced.
         target_l0: Wanted features per token.
 
     Raises:
-        ValueError: if a threshold is negative, or no factor gives the wanted L0.
+        ValueError: if a threshold is negative or NaN, or no factor gives the wanted L0.
     """
+    if thresholds.isnan().any():
+        raise ValueError(
+            f"{int(thresholds.isnan().sum())} of {len(thresholds)} thresholds are NaN: the SAE "
+            "is damaged, or its training has diverged."
+        )
     if not (thresholds >= 0).all():
         raise ValueError(
             "no threshold may be negative if all are to be moved by one factor: set them one "

@@ -92,7 +92,8 @@ def convert_sae(
     inputs it computes the same affinities, and from the same pairs the same reconstruction.
 
     A gated SAE is carried as the JumpReLU SAE that it equals, see `gate_as_thresholds`.
-    Thresholds below 0 count as 0, as they do in a JumpReLU SAE at inference. Of a Matryoshka
+    Thresholds below 0 count as 0, as they do in a JumpReLU SAE at inference, and features of
+    an infinite threshold stay silenced at the start. Of a Matryoshka
     SAE the nesting of the losses is not carried, and hyperparameters of the source's training
     are not either. A topk SAE has no thresholds: its evaluation mode needs `activations` or a
     training step. A standard SAE activates all positive affinities, so at its own L0 the
@@ -118,8 +119,8 @@ def convert_sae(
             trained feature has its share; the rest as in training from scratch.
 
     Raises:
-        ValueError: if the SAE cannot be converted, there is nothing to take k from, or an
-            override does not fit the weights.
+        ValueError: if the SAE cannot be converted, a threshold is NaN, there is nothing to
+            take k from, or an override does not fit the weights.
     """
     require_convertible(sae, architecture)
     target_class, config_class = _target_classes()[architecture]
@@ -316,17 +317,28 @@ def _thresholds(source: SAE[Any]) -> torch.Tensor | None:
         return None
     else:  # standard
         thresholds = source.W_enc.new_zeros(())
+    if thresholds.isnan().any():
+        raise ValueError(
+            f"{int(thresholds.isnan().sum())} thresholds of the SAE are NaN: it is damaged, or "
+            "its training has diverged."
+        )
     return _precise(thresholds).clamp(min=0.0)
 
 
 def _carried_thresholds(
     source: SAE[Any], converted: AllocationTrainingSAE[Any]
 ) -> torch.Tensor | None:
-    """The source's thresholds in units of the converted SAE's affinities."""
+    """
+    The source's thresholds in units of the converted SAE's affinities, infinite of features
+    that are silenced, or have a decoder row of 0.
+    """
     thresholds = _thresholds(source)
     if thresholds is None:
         return None
-    return thresholds.to(converted.device) * _units(source, converted)
+    units = _units(source, converted)
+    return (thresholds.to(converted.device) * units).nan_to_num(
+        nan=torch.inf, posinf=torch.inf
+    )
 
 
 def _units(
