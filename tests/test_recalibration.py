@@ -211,7 +211,7 @@ def test_folder_without_thresholds_is_refused(tmp_path: Path):
         ValueError, match="holds no SAE of SAELens: cfg.json is missing"
     ):
         load_saved_sae(tmp_path)
-    sizes = {"d_in": D_IN, "d_sae": D_SAE}
+    sizes: dict[str, Any] = {"d_in": D_IN, "d_sae": D_SAE}
     StandardSAE(StandardSAEConfig(**sizes)).save_model(tmp_path)
     with pytest.raises(ValueError, match="'standard', whose thresholds cannot be set"):
         load_saved_sae(tmp_path)
