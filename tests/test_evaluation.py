@@ -359,6 +359,21 @@ def test_thresholds_of_nan_are_not_moved_by_a_factor(sae: JumpReLUSAE):
 
 
 @pytest.mark.parametrize("backend", ["torch", "reference"])
+def test_silenced_features_are_not_counted(
+    backend: str, monkeypatch: pytest.MonkeyPatch
+):
+    """Of 10 tokens with affinities 1, 2 and 3 of three features, two of them silenced."""
+    monkeypatch.setenv(BACKEND_VARIABLE, backend)
+    encoder = Encoder(torch.zeros(4, 3), torch.tensor([1.0, 2.0, 3.0]), None)
+    x, inf = torch.zeros(10, 4), torch.inf
+    factor = threshold_factor(encoder, x, torch.tensor([2.0, inf, inf]), 1.0)
+    assert factor.item() == pytest.approx(0.5, rel=1e-5)
+    for thresholds in ([2.0, inf, inf], [inf] * 3):
+        with pytest.raises(ValueError, match="those of silenced features left out"):
+            threshold_factor(encoder, x, torch.tensor(thresholds), 1.1)
+
+
+@pytest.mark.parametrize("backend", ["torch", "reference"])
 def test_padding_is_not_counted_as_pairs(backend: str, monkeypatch: pytest.MonkeyPatch):
     """7 affinities are positive, 1 to 7; the backend of keys pads what is missing."""
     monkeypatch.setenv(BACKEND_VARIABLE, backend)

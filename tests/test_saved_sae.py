@@ -76,10 +76,12 @@ def test_a_silenced_feature_is_no_damage(folder: Path):
         ({"d_in": "four"}, "d_in must be an integer, not 'four'."),
         ({"d_in": 4.5}, "d_in must be an integer, not 4.5."),
         ({"d_sae": None}, "d_sae must be an integer, not None."),
-        ({"d_sae": -6}, "d_sae must be above 0, not -6."),
+        ({"d_sae": -6}, "d_sae must be above 0 and below 2^31, not -6."),
         ({"dtype": "float33"}, "float33"),
         ({"apply_b_dec_to_input": "yes"}, "must be true or false, not 'yes'."),
-        ({"architecture": "topk", "k": 0}, "k must be above 0, not 0."),
+        ({"architecture": "topk", "k": 0}, "k must be above 0 and below 2^31, not 0."),
+        ({"d_in": 10**400}, "d_in must be above 0 and below 2^31, not 1000"),
+        ({"architecture": "topk"}, "k is 100, but there are only 6 features."),
         ({"architecture": "topk", "k": 7}, "k is 7, but there are only 6 features."),
     ],
 )
@@ -92,6 +94,17 @@ def test_settings_that_are_wrong_are_named(
     assert str(folder / CFG) in str(error.value)
     assert said in str(error.value)
     assert "\n" not in str(error.value)
+
+
+def test_settings_that_are_missing_are_named(folder: Path):
+    for name in ("dtype", "d_in"):
+        cfg = json.loads((folder / CFG).read_text())
+        del cfg[name]
+        (folder / CFG).write_text(json.dumps(cfg))
+        with pytest.raises(
+            ValueError, match=f": ({name}|d_in, dtype) (is|are) missing"
+        ):
+            load_sae(folder)
 
 
 @pytest.mark.parametrize("text", ["", "[]", "null", "7", '{"d_in": ', "[" * 10**5])
@@ -109,7 +122,7 @@ def test_a_config_that_is_no_mapping_is_named(folder: Path, text: str):
         ({"W_skip": torch.zeros(2)}, "W_skip is unknown to it."),
         ({"W_enc": torch.zeros(6, 4)}, "W_enc is of shape (6, 4), not (4, 6)."),
         ({"b_enc": torch.zeros(7)}, "b_enc is of shape (7,), not (6,)."),
-        ({"b_enc": torch.zeros(6, dtype=torch.int64)}, "b_enc is of type I64."),
+        ({"b_enc": torch.zeros(6, dtype=torch.int64)}, "b_enc is of type I64, no flo"),
         ({"b_enc": torch.full((6,), torch.nan)}, "b_enc holds 6 values that are NaN"),
         ({"b_dec": torch.tensor([0.0, 1, torch.inf, 2])}, "b_dec holds 1 values"),
         (

@@ -48,7 +48,7 @@ def text_of_sae(
         "hook_name": metadata.hook_name,
         "context_size": metadata.context_size,
     }
-    missing = [name for name, value in recorded.items() if value is None]
+    missing = [name for name, value in recorded.items() if value is None or value == ""]
     if missing:
         raise ValueError(
             f"the SAE's metadata does not say its {' and '.join(missing)}: give the config "
@@ -104,7 +104,7 @@ def text_of_sae(
 def _tokens_per_context(context_size: int, seqpos_slice: tuple[int | None, ...]) -> int:
     try:
         return len(range(context_size)[slice(*seqpos_slice)])
-    except (TypeError, ValueError):  # four numbers, or a step of 0
+    except (OverflowError, TypeError, ValueError):  # four numbers, a step of 0
         return 0
 
 

@@ -47,10 +47,13 @@ def threshold_factor(
     budget = budget_for(target_l0, len(x))
     guess = torch.ones((), dtype=scale.dtype, device=scale.device)
     pairs = encode_mutual_choice(relative, x, budget, guess).without_padding()
-    if budget == 0 or len(pairs.values) < budget:
+    # affinities of silenced features are 0 relative to their threshold
+    n_positive = int((pairs.values > 0).sum())
+    if budget == 0 or n_positive < budget:
         raise ValueError(
             f"no thresholds give an L0 of {target_l0} on these {len(x)} tokens: "
-            f"{len(pairs.values) / len(x):.3g} affinities per token are positive."
+            f"{n_positive / len(x):.3g} affinities per token are positive, those of silenced "
+            "features left out."
         )
     last = pairs.values.argmin()
     if thresholds[pairs.feature_indices[last]] == 0:

@@ -3,6 +3,7 @@
 import json
 import math
 from collections.abc import Mapping
+from dataclasses import MISSING, Field, fields
 from pathlib import Path
 from typing import Any, get_type_hints
 
@@ -22,6 +23,9 @@ from sae_lens_alloc.typed_values import convert, in_words
 # Every training config has this field and no inference config does, while some names, such as
 # topk, stand for one architecture of each kind.
 TRAINING_ONLY_FIELD = "decoder_init_norm"
+LONGEST = 300
+# Sizes of which a tensor can be made.
+LARGEST_SIZE = 2**31
 
 
 def load_sae(folder: str | Path, device: str = "cpu") -> SAE[Any]:
@@ -103,9 +107,9 @@ def read_json_mapping(path: Path) -> dict[str, Any]:
 
 
 def one_line(error: BaseException) -> str:
-    """The message of an error on one line, without its full stop."""
+    """The message of an error on one line, without its full stop, cut where it is long."""
     text = " ".join(str(error).split()) or type(error).__name__
-    return text.rstrip(".")
+    return text[:LONGEST].rstrip(".")
 
 
 def in_short(value: Any) -> str:
@@ -141,6 +145,9 @@ def _checked_cfg(path: Path) -> tuple[dict[str, Any], SAEConfig]:
             f"{wrong}: there is no {kind} architecture {in_short(architecture)}."
         )
     config_class = _registry(cfg)[architecture][1]
+    required = {f.name for f in fields(config_class) if _has_no_default(f)} | {"dtype"}
+    if missing := required - cfg.keys():
+        raise ValueError(f"{wrong}: {_names(missing)} missing.")
     hints = get_type_hints(config_class)
     for name, hint in hints.items():
         if name in cfg and name != "metadata":
@@ -155,14 +162,21 @@ def _checked_cfg(path: Path) -> tuple[dict[str, Any], SAEConfig]:
         config = config_class.from_dict({**cfg, "device": "cpu"})
     except (TypeError, ValueError) as error:
         raise ValueError(f"{wrong}: {one_line(error)}.") from error
-    for name in ("d_in", "d_sae", "k"):
-        if name in cfg and not 0 < cfg[name] < math.inf:
-            raise ValueError(f"{wrong}: {name} must be above 0, not {cfg[name]}.")
-    if cfg.get("k", 0) > cfg["d_sae"]:
+    k = getattr(config, "k", 1)
+    for name, size in {"d_in": config.d_in, "d_sae": config.d_sae, "k": k}.items():
+        if not 0 < size < LARGEST_SIZE:
+            raise ValueError(
+                f"{wrong}: {name} must be above 0 and below 2^31, not {in_short(size)}."
+            )
+    if k > config.d_sae:
         raise ValueError(
-            f"{wrong}: k is {cfg['k']}, but there are only {cfg['d_sae']} features."
+            f"{wrong}: k is {k}, but there are only {config.d_sae} features."
         )
     return cfg, config
+
+
+def _has_no_default(field: Field[Any]) -> bool:
+    return field.default is MISSING and field.default_factory is MISSING
 
 
 def _checked_weights(
@@ -197,7 +211,9 @@ def _checked_weights(
             )
         dtype = dtypes.get(name, "F32")
         if expected[name].is_floating_point() and "F" not in dtype:
-            raise ValueError(f"{wrong} of its cfg.json: {name} is of type {dtype}.")
+            raise ValueError(
+                f"{wrong} of its cfg.json: {name} is of type {dtype}, no floating-point one."
+            )
         allowed = tensor.isfinite()
         if "threshold" in name:  # infinite of a feature that is silenced
             allowed = allowed | (tensor == math.inf)

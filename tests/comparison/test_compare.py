@@ -292,64 +292,39 @@ def test_a_folder_of_something_else_is_left_alone(config: Path, tmp_path: Path):
     assert [path.name for path in tmp_path.iterdir()] == ["notes"]
 
 
-@pytest.fixture(scope="module")
-def with_failures(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """A learning rate of 1e35 that one row tries and another has alone; a bfloat16 row."""
+def test_a_cell_that_fails_leaves_the_others_and_is_tried_again(tmp_path: Path):
+    """A learning rate of 1e35 diverges; a bfloat16 row is measured as any other."""
     settings = small_settings()
-    settings["compare"]["k"] = [2]
-    settings["compare"]["seeds"] = [0]
-    settings["compare"]["lr"] = [1e-2, 1e35]
-    settings["compare"]["rows"] = {
-        "stock": {"architecture": "batchtopk"},
-        "bad": {"architecture": "mutual_choice", "lr": [1e35, 1e36]},
-        "bf16": {
-            "architecture": "mutual_choice",
-            "dtype": "bfloat16",
-            "lr": [1e-2, 2e-2],
+    settings["compare"] |= {
+        "k": [2],
+        "seeds": [0],
+        "rows": {
+            "bad": {"architecture": "batchtopk", "lr": [1e35]},
+            "bf16": {"architecture": "mutual_choice", "dtype": "bfloat16"},
         },
     }
-    folder = tmp_path_factory.mktemp("failures")
-    return write_config(settings, folder), folder / "output"
-
-
-def test_a_cell_that_fails_leaves_the_others(with_failures: tuple[Path, Path]):
-    config, output = with_failures
+    config, output = write_config(settings, tmp_path), tmp_path / "output"
     result = compare(config, output, "--jobs", "2")
     assert result.exit_code == 1
-    last = result.stderr.splitlines()[-1]
-    assert last.startswith(
-        "error: 3 of 6 SAEs failed, which the same command tries again"
-    )
     results = json.loads((output / "results.json").read_text())
     jsonschema.validate(results, json.loads(SCHEMA.read_text()))
-    failed = {key.rsplit("-", 1)[0]: why for key, why in results["failed"].items()}
-    assert failed.keys() == {
-        "stock-k2-lr1e+35-seed0",
-        "bad-k2-lr1e+35-seed0",
-        "bad-k2-lr1e+36-seed0",
-    }
-    assert all("\n" not in why and len(why) > 20 for why in failed.values())
-    assert all(key in last for key in results["failed"])
-    stock, bad, bf16 = results["points"]
-    assert (stock["chosen"]["lr"], len(stock["runs"])) == (1e-2, 1)
-    assert [("failed" in tried) for tried in stock["tried"]] == [False, True]
-    assert (bad["chosen"], bad["runs"]) == (None, [])
-    # measured on the test split, with the known features, too
-    assert bf16["over_seeds"]["mcc"]["mean"] > 0
-    page = (output / "report.html").read_text()
-    assert "What failed" in page
+    ((key, why),) = results["failed"].items()
+    assert key.startswith("bad-k2-lr1e+35-seed0")
+    assert result.stderr.splitlines()[-1].startswith(
+        "error: 1 of 2 SAEs failed, which the same command tries again "
+    )
+    assert result.stderr.endswith(f"says more): {key}: {why}.\n")
     assert not results["complete"]
+    bad, bf16 = results["points"]
+    assert (bad["chosen"], bad["runs"], bad["tried"][0]["failed"]) == (None, [], why)
+    assert bf16["over_seeds"]["mcc"]["mean"] > 0
+    assert "What failed" in (output / "report.html").read_text()
 
-
-def test_what_failed_is_tried_again_and_nothing_else(with_failures: tuple[Path, Path]):
-    config, output = with_failures
     logs = {path: path.stat().st_mtime_ns for path in output.glob("cells/*/log.txt")}
-    before = json.loads((output / "results.json").read_text())
     result = compare(config, output)
     assert result.exit_code == 1
-    again = {path for path, time in logs.items() if path.stat().st_mtime_ns != time}
-    assert {path.parent.name for path in again} == before["failed"].keys()
-    assert json.loads((output / "results.json").read_text())["cells"] == before["cells"]
+    again = [path for path, time in logs.items() if path.stat().st_mtime_ns != time]
+    assert [path.parent.name for path in again] == [key]
 
 
 def test_figures_that_are_no_numbers_are_had_again(
@@ -417,10 +392,9 @@ def test_activations_that_have_changed_are_not_trained_on(
     assert result.stderr.startswith("error: the stored activations are damaged, since ")
     assert f"remove the folder {str(train.parent)!r}, and the same" in result.stderr
     assert not lost.exists()
-    # and what the sentence says to do is what helps
-    shutil.rmtree(train.parent)
-    result = compare(config, partial)
-    assert result.exit_code == 0, result.output
+    if harm == "cut":  # what the sentence says to do is what helps
+        shutil.rmtree(train.parent)
+        assert compare(config, partial).exit_code == 0
 
 
 def test_a_damaged_cell_is_named(config: Path, output: Path, tmp_path: Path):
