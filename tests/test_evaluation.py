@@ -373,21 +373,6 @@ def test_silenced_features_are_not_counted(
             threshold_factor(encoder, x, torch.tensor(thresholds), 1.1)
 
 
-@pytest.mark.parametrize("backend", ["torch", "reference"])
-def test_padding_is_not_counted_as_pairs(backend: str, monkeypatch: pytest.MonkeyPatch):
-    """7 affinities are positive, 1 to 7; the backend of keys pads what is missing."""
-    monkeypatch.setenv(BACKEND_VARIABLE, backend)
-    W_enc = -torch.rand(10, 6)
-    W_enc[range(7), [0, 1, 2, 3, 4, 5, 0]] = torch.arange(1.0, 8)
-    encoder = Encoder(W_enc, torch.zeros(6), None)
-    thresholds = torch.full((6,), 2.0)
-    # of 10 tokens, the 4 largest are 4 to 7: the last is twice its threshold
-    factor = threshold_factor(encoder, torch.eye(10), thresholds, 0.4)
-    assert factor.item() == pytest.approx(2.0, rel=1e-5)
-    with pytest.raises(ValueError, match="0.7 affinities per token are positive"):
-        threshold_factor(encoder, torch.eye(10), thresholds, 0.8)
-
-
 def test_batches_that_end_say_how_many_there_were():
     batches = [torch.ones(4, 2), torch.zeros(4, 2)]
     assert torch.equal(take_tokens(iter(batches), 5), torch.cat(batches))
