@@ -237,6 +237,12 @@ def test_what_is_special_can_be_told(
     assert without_7.n_tokens == int(((tokens != BOS) & (tokens != 7)).sum())
 
 
+def test_contexts_of_special_tokens_only_are_an_error(model: HookedProxyLM):
+    tokens = torch.tensor([[1, 2, 1], [2, 3, 1]])
+    with pytest.raises(ValueError, match="no two ordinary tokens in a row"):
+        measure_baseline(model, tokens, HOOK, special_token_ids=[1, 2])
+
+
 def test_a_baseline_can_be_shared(
     model: HookedProxyLM, tokens: torch.Tensor, sae: JumpReLUSAE
 ):

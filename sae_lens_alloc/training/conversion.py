@@ -1,6 +1,7 @@
 """SAEs of other architectures as Mutual Choice or Feature Choice SAEs, to be fine-tuned."""
 
 import copy
+import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -173,8 +174,9 @@ def warm_start(
             tokens, features denser than 1 in 6500 tokens take part in the law.
 
     Raises:
-        ValueError: if activations are not of the SAE's d_in or not finite, or too few
-            affinities are positive for k features per token.
+        ValueError: if activations are not of the SAE's d_in or not finite, their
+            reconstruction by the source is not, or too few affinities are positive for k
+            features per token.
     """
     activations = activations.to(sae.device)
     source_l0, source_ev = _source_quality(source, sae, activations)
@@ -402,6 +404,11 @@ def _source_quality(
         by_pairs(partial(converted.autoencode_selected, select=select)),
         activations.to(converted.device),
     )
+    if not math.isfinite(usage.explained_variance):
+        raise ValueError(
+            f"the SAE explains {usage.explained_variance} of the variance of these "
+            "activations: its weights are damaged, or it belongs to another model or hook."
+        )
     return usage.l0, usage.explained_variance
 
 

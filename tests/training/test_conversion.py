@@ -571,6 +571,28 @@ def test_a_feature_without_a_decoder_row_is_silenced():
     assert report["l0"] == pytest.approx(report["source_l0"], abs=1 / len(x))
 
 
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_a_silenced_feature_does_not_harm_the_training(architecture: str):
+    source, x = make_source("jumprelu"), tokens(500, D_IN)
+    with torch.no_grad():
+        source.get_parameter("threshold")[:8] = torch.inf
+    converted = convert_sae(source, architecture, activations=x)
+    for step in range(20):
+        training_step(converted, x, step)
+    assert not converted.allocation.threshold.isnan().any()
+    calibrate_thresholds(converted, x)
+    l0 = (converted.eval().encode(x).to_dense() > 0).sum().item() / len(x)
+    assert l0 == pytest.approx(converted.cfg.k, abs=1 / len(x))
+
+
+def test_a_reconstruction_that_is_not_finite_is_refused():
+    source = make_source("topk")
+    with torch.no_grad():
+        source.W_dec.fill_(3e38)
+    with pytest.raises(ValueError, match="explains .* of the variance"):
+        convert_sae(source, "mutual_choice", activations=tokens(500, D_IN))
+
+
 def test_thresholds_of_nan_are_refused():
     source = make_source("jumprelu", training=False)
     with torch.no_grad():
