@@ -27,11 +27,15 @@ from sae_lens_alloc.config import (
 )
 from sae_lens_alloc.evaluation.activations import gather_activations, text_of_sae
 from sae_lens_alloc.evaluation.recalibration import (
+    MIN_TOKENS,
     Recalibration,
     load_saved_sae,
     recalibrate,
+    require_target_l0,
 )
 from sae_lens_alloc.evaluation.results_table import results_table
+from sae_lens_alloc.evaluation.sae_output import made_if_used, save_sae
+from sae_lens_alloc.evaluation.saved_sae import trained_k
 from sae_lens_alloc.training.conversion import require_convertible
 from sae_lens_alloc.training.fine_tuning_run import fine_tune
 from sae_lens_alloc.training.runner import (
@@ -241,9 +245,7 @@ def calibrate(
     ] = False,
     tokens: Annotated[
         int,
-        typer.Option(
-            min=2, help="Tokens of text: half set the thresholds, half check them."
-        ),
+        typer.Option(help="Tokens of text: half set the thresholds, half check them."),
     ] = 2 * CALIBRATION_TOKENS,
     model: Annotated[
         str | None,
@@ -276,6 +278,11 @@ def calibrate(
         check_device("--device", device)
         given = load_saved_sae(sae)
         target_l0 = _trained_l0(given) if l0 is None else l0
+        require_target_l0(given, target_l0)
+        if tokens < MIN_TOKENS:
+            raise ValueError(
+                f"--tokens must be at least {MIN_TOKENS}, two for each half, got {tokens}."
+            )
         if config is None:
             cfg = text_of_sae(given, model, dataset, device)
         else:
@@ -288,19 +295,19 @@ def calibrate(
                 f"--output {str(output)!r} is the folder of the SAE itself, which is left as "
                 "it is: give another folder."
             )
-        _claim_folder(output, "--output", overwrite)
-        given.to(device)
-        report = recalibrate(
-            given, gather_activations(cfg, tokens), target_l0, per_feature
-        )
-        report.sae.save_model(output)
+        with made_if_used(output):
+            _claim_folder(output, "--output", overwrite)
+            given.to(device)
+            report = recalibrate(
+                given, gather_activations(cfg, tokens), target_l0, per_feature
+            )
+            save_sae(report.sae, output)
     Console().print(_calibration_table(report))
     typer.echo(f"saved in {output}")
 
 
 def _trained_l0(sae: JumpReLUSAE | TopKSAE) -> float:
-    details = sae.cfg.metadata.training_architecture_details or {}
-    k = sae.cfg.k if isinstance(sae, TopKSAE) else details.get("k")
+    k = trained_k(sae)
     if k is None:
         raise ValueError(
             "the SAE was not trained with a fixed number of features per token: give --l0."

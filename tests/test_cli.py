@@ -1,17 +1,23 @@
 import json
+import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet as pq
 import pytest
 import torch
 import yaml
 from sae_lens import SAE, JumpReLUSAE, JumpReLUSAEConfig, TopKSAE, TopKSAEConfig
+from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 import sae_lens_alloc
 from sae_lens_alloc.cli import app
+from sae_lens_alloc.evaluation.activations import gather_activations, text_of_sae
+from sae_lens_alloc.evaluation.recalibration import load_saved_sae
 
 DEMO = Path(sae_lens_alloc.__file__).parent / "demo"
 CONFIG = str(DEMO / "mutual_choice.yaml")
@@ -345,6 +351,108 @@ def test_calibrate_that_cannot_work_is_one_sentence(
     assert result.stderr.startswith("error: ")
     assert sentence in result.stderr
     assert len(result.stderr.strip().splitlines()) == 1
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("saved") / "sae"
+    assert train(folder).exit_code == 0
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        (("--l0", "-1"), "no thresholds give an L0 of -1: it must be above 0 and at"),
+        (("--l0", "inf"), "no thresholds give an L0 of inf: it must be above 0 and at"),
+        (("--tokens", "2"), "--tokens must be at least 4, two for each half, got 2."),
+    ],
+)
+def test_calibrate_refuses_what_makes_no_sense(
+    saved: Path, tmp_path: Path, options: tuple[str, ...], sentence: str
+):
+    before = contents(saved)
+    output = tmp_path / "deep" / "output"
+    model = ("--model", "no/such/model")  # which is not looked for
+    result = invoke("calibrate", str(saved), "--output", str(output), *model, *options)
+    assert result.exit_code == 1
+    assert result.stderr.startswith("error: ")
+    assert sentence in result.stderr
+    assert list(tmp_path.iterdir()) == []
+    assert contents(saved) == before
+
+
+def text_of(folder: Path, n_characters: int) -> Path:
+    """A dataset of the beginning of the demo's text."""
+    texts = pq.read_table(DEMO / "corpus" / "train.parquet")["text"].to_pylist()
+    folder.mkdir()
+    row = json.dumps({"text": "".join(texts)[:n_characters]})
+    (folder / "text.jsonl").write_text(row)
+    return folder
+
+
+def test_calibrate_takes_no_context_twice(saved: Path, tmp_path: Path):
+    """The text is read once; where it is too short, the sentence says by how much."""
+    text = text_of(tmp_path / "text", 30_000)
+    options = ("--dataset", str(text), "--l0", "4")
+    output = tmp_path / "output"
+    result = invoke(
+        "calibrate", str(saved), "--output", str(output), *options, "--tokens", "40000"
+    )
+    assert result.exit_code == 1
+    said = re.search(
+        r"error: 40,000 tokens are wanted, .* has only ([\d,]+) ", result.stderr
+    )
+    assert said is not None, result.stderr
+    assert not output.exists()
+    # as many as it says there are, and not one more
+    given = int(said[1].replace(",", ""))
+    cfg = text_of_sae(load_saved_sae(saved), dataset_path=str(text))
+    activations = gather_activations(cfg, given)
+    assert activations.shape == (given, 192)
+    halves = [half.unique(dim=0) for half in activations.chunk(2)]
+    shared = sum(map(len, halves)) - len(torch.cat(halves).unique(dim=0))
+    assert shared < 20  # two contexts may begin with the same word
+    with pytest.raises(ValueError, match="has only"):
+        gather_activations(cfg, given + 2)
+
+
+@pytest.mark.parametrize(
+    ("tensor", "value", "sentence"),
+    [
+        ("W_enc", torch.nan, "W_enc holds 12,288 values that are NaN or infinite."),
+        ("W_dec", 1e3, "of the variance of these activations"),
+    ],
+)
+def test_calibrate_writes_nothing_of_weights_that_are_absurd(
+    saved: Path, tmp_path: Path, tensor: str, value: float, sentence: str
+):
+    source, output = tmp_path / "source", tmp_path / "output"
+    shutil.copytree(saved, source)
+    weights = load_file(source / "sae_weights.safetensors")
+    weights[tensor] *= value
+    save_file(weights, source / "sae_weights.safetensors")
+    options = ("--tokens", "2048", "--l0", "4")
+    result = invoke("calibrate", str(source), "--output", str(output), *options)
+    assert result.exit_code == 1
+    assert result.stdout == ""
+    assert sentence in result.stderr
+    assert result.stderr.splitlines()[-1].startswith("error: ")
+    assert not output.exists()
+
+
+def test_calibrate_of_a_hook_that_is_not_there(saved: Path, tmp_path: Path):
+    source, output = tmp_path / "source", tmp_path / "output"
+    shutil.copytree(saved, source)
+    cfg = json.loads((source / "cfg.json").read_text())
+    cfg["metadata"]["hook_name"] = "transformer.h.9"
+    (source / "cfg.json").write_text(json.dumps(cfg))
+    result = invoke("calibrate", str(source), "--output", str(output), "--l0", "4")
+    assert result.exit_code == 1
+    last = result.stderr.splitlines()[-1]
+    assert last.startswith("error: ")
+    assert "transformer.h.9" in last
+    assert not output.exists()
 
 
 # demo

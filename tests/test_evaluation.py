@@ -14,12 +14,15 @@ from torch.nn.functional import cross_entropy
 from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
 from sae_lens_alloc.demo.methods import HERE
+from sae_lens_alloc.evaluation.activations import take_tokens
 from sae_lens_alloc.evaluation.baseline import measure_baseline
 from sae_lens_alloc.evaluation.contexts import held_out_contexts
-from sae_lens_alloc.evaluation.equal_l0 import set_l0
+from sae_lens_alloc.evaluation.equal_l0 import set_l0, threshold_factor
 from sae_lens_alloc.evaluation.metrics import evaluate_sae
 from sae_lens_alloc.evaluation.snippets import take_snippets
 from sae_lens_alloc.evaluation.usage import Usage, as_user, measure_usage
+from sae_lens_alloc.ops.backend import BACKEND_VARIABLE
+from sae_lens_alloc.ops.encode_select import Encoder
 
 HOOK = "transformer.h.0"
 D_IN, D_SAE, VOCAB, BOS = 8, 24, 20, 0
@@ -234,6 +237,12 @@ def test_what_is_special_can_be_told(
     assert without_7.n_tokens == int(((tokens != BOS) & (tokens != 7)).sum())
 
 
+def test_contexts_of_special_tokens_only_are_an_error(model: HookedProxyLM):
+    tokens = torch.tensor([[1, 2, 1], [2, 3, 1]])
+    with pytest.raises(ValueError, match="no two ordinary tokens in a row"):
+        measure_baseline(model, tokens, HOOK, special_token_ids=[1, 2])
+
+
 def test_a_baseline_can_be_shared(
     model: HookedProxyLM, tokens: torch.Tensor, sae: JumpReLUSAE
 ):
@@ -346,6 +355,35 @@ def test_negative_thresholds_are_not_moved_by_a_factor(sae: JumpReLUSAE):
         sae.threshold[3] = -0.1
     with pytest.raises(ValueError, match="no threshold may be negative"):
         set_l0(sae, torch.randn(50, D_IN, dtype=torch.float64), 2.0)
+
+
+def test_thresholds_of_nan_are_not_moved_by_a_factor(sae: JumpReLUSAE):
+    with torch.no_grad():
+        sae.threshold[3] = torch.nan
+    with pytest.raises(ValueError, match="1 of 24 thresholds are NaN"):
+        set_l0(sae, torch.randn(50, D_IN, dtype=torch.float64), 2.0)
+
+
+@pytest.mark.parametrize("backend", ["torch", "reference"])
+def test_silenced_features_are_not_counted(
+    backend: str, monkeypatch: pytest.MonkeyPatch
+):
+    """Of 10 tokens with affinities 1, 2 and 3 of three features, two of them silenced."""
+    monkeypatch.setenv(BACKEND_VARIABLE, backend)
+    encoder = Encoder(torch.zeros(4, 3), torch.tensor([1.0, 2.0, 3.0]), None)
+    x, inf = torch.zeros(10, 4), torch.inf
+    factor = threshold_factor(encoder, x, torch.tensor([2.0, inf, inf]), 1.0)
+    assert factor.item() == pytest.approx(0.5, rel=1e-5)
+    for thresholds in ([2.0, inf, inf], [inf] * 3):
+        with pytest.raises(ValueError, match="those of silenced features left out"):
+            threshold_factor(encoder, x, torch.tensor(thresholds), 1.1)
+
+
+def test_batches_that_end_say_how_many_there_were():
+    batches = [torch.ones(4, 2), torch.zeros(4, 2)]
+    assert torch.equal(take_tokens(iter(batches), 5), torch.cat(batches))
+    with pytest.raises(ValueError, match="of 9 tokens are wanted, .* end after 8"):
+        take_tokens(iter(batches), 9)
 
 
 def test_contexts_are_laid_out_as_in_training():

@@ -1,6 +1,7 @@
 """Thresholds of a saved SAE set anew: global and per feature, from jumprelu and topk."""
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,13 @@ import torch
 from sae_lens import SAE
 from sae_lens.saes.jumprelu_sae import JumpReLUSAE, JumpReLUSAEConfig
 from sae_lens.saes.sae import SAEMetadata
-from sae_lens.saes.topk_sae import TopKSAE, TopKSAEConfig
+from sae_lens.saes.standard_sae import StandardSAE, StandardSAEConfig
+from sae_lens.saes.topk_sae import (
+    TopKSAE,
+    TopKSAEConfig,
+    TopKTrainingSAE,
+    TopKTrainingSAEConfig,
+)
 
 from sae_lens_alloc.evaluation.activations import text_of_sae
 from sae_lens_alloc.evaluation.recalibration import load_saved_sae, recalibrate
@@ -18,11 +25,12 @@ D_IN, D_SAE = 8, 48
 
 
 def with_weights(sae: Any) -> Any:
-    """Random weights; decoder norms of 1 unless the SAE rescales by them."""
+    """Random weights."""
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in (sae.W_enc, sae.W_dec, sae.b_enc, sae.b_dec):
             parameter.copy_(0.4 * torch.randn(parameter.shape, generator=generator))
+        sae.W_dec *= 0.1  # or the reconstruction would be far worse than none
     return sae
 
 
@@ -157,7 +165,7 @@ def test_saved_sae_says_how_it_was_calibrated(
 
 
 @pytest.mark.parametrize("per_feature", [False, True])
-@pytest.mark.parametrize("target_l0", [40, 0.0])
+@pytest.mark.parametrize("target_l0", [40, 1e-4])
 def test_l0_out_of_reach_is_refused(
     jumprelu: JumpReLUSAE,
     activations: torch.Tensor,
@@ -172,7 +180,12 @@ def test_l0_out_of_reach_is_refused(
     ("shape", "sentence"),
     [
         ((10, 9), "activations must have shape (tokens, 8), got (10, 9)."),
-        ((1, 8), "activations of at least 2 tokens are needed, one for each half."),
+        ((3, 8), "activations of at least 4 tokens are needed, two for each half."),
+        (
+            (4, 8),
+            "the activations of these 2 tokens are all the same, so there is no variance to "
+            "explain: give other or more text.",
+        ),
     ],
 )
 def test_wrong_activations_are_refused(
@@ -194,8 +207,74 @@ def test_text_of_an_sae_that_does_not_know_it(jumprelu: JumpReLUSAE):
 
 
 def test_folder_without_thresholds_is_refused(tmp_path: Path):
-    with pytest.raises(ValueError, match="holds no SAE as SAELens saves it"):
+    with pytest.raises(
+        ValueError, match="holds no SAE of SAELens: cfg.json is missing"
+    ):
         load_saved_sae(tmp_path)
-    (tmp_path / "cfg.json").write_text('{"architecture": "standard"}')
+    sizes: dict[str, Any] = {"d_in": D_IN, "d_sae": D_SAE}
+    StandardSAE(StandardSAEConfig(**sizes)).save_model(tmp_path)
     with pytest.raises(ValueError, match="'standard', whose thresholds cannot be set"):
         load_saved_sae(tmp_path)
+    TopKTrainingSAE(TopKTrainingSAEConfig(**sizes, k=5)).save_model(tmp_path)
+    with pytest.raises(ValueError, match="'topk' in training, whose thresholds"):
+        load_saved_sae(tmp_path)
+
+
+@pytest.mark.parametrize("target_l0", [-1, 0, 49, math.inf, math.nan])
+def test_an_l0_that_makes_no_sense_is_refused(
+    jumprelu: JumpReLUSAE, activations: torch.Tensor, target_l0: float
+):
+    with pytest.raises(ValueError, match=r"it must be above 0 and at most 48, the num"):
+        recalibrate(jumprelu, activations, target_l0)
+
+
+@pytest.mark.parametrize("factor", [100.0, 1e25])
+def test_an_sae_that_reconstructs_nothing_is_refused(
+    jumprelu: JumpReLUSAE, activations: torch.Tensor, factor: float
+):
+    with torch.no_grad():
+        jumprelu.W_dec.mul_(factor)
+    with pytest.raises(
+        ValueError, match="explains -.* of the variance.*are damaged, or"
+    ):
+        recalibrate(jumprelu, activations, 3)
+
+
+@pytest.mark.parametrize("per_feature", [False, True])
+def test_a_silenced_feature_stays_silenced(
+    jumprelu: JumpReLUSAE, activations: torch.Tensor, per_feature: bool
+):
+    with torch.no_grad():
+        jumprelu.threshold[:9] = torch.inf
+    report = recalibrate(jumprelu, activations, 3, per_feature)
+    assert report.after.l0 == 3
+    assert torch.isinf(report.sae.threshold).tolist() == [i < 9 for i in range(D_SAE)]
+    assert counts(report.sae, activations)[:9].sum() == 0
+
+
+@pytest.mark.parametrize(
+    ("metadata", "said"),
+    [
+        ({"context_size": "64"}, "context_size is '64', but it must be an integer"),
+        ({"context_size": 0}, "which leave no token of a context"),
+        ({"hook_name": ["a"]}, "hook_name is ['a'], but it must be a string"),
+        ({"model_name": 3}, "model_name is 3, but it must be a string"),
+        ({"prepend_bos": "no"}, "prepend_bos is 'no', but it must be true or false"),
+        ({"seqpos_slice": 3}, "seqpos_slice is 3, but it must be a list"),
+        ({"seqpos_slice": [1, 2, 3, 4]}, "which leave no token of a context"),
+        ({"seqpos_slice": [0, 8, 0]}, "which leave no token of a context"),
+    ],
+)
+def test_metadata_of_the_wrong_type_is_named(
+    jumprelu: JumpReLUSAE, metadata: dict[str, Any], said: str
+):
+    whole = {
+        "model_name": "gpt2",
+        "dataset_path": "text",
+        "hook_name": "somewhere",
+        "context_size": 64,
+    }
+    jumprelu.cfg.metadata = SAEMetadata(**{**whole, **metadata})
+    with pytest.raises(ValueError) as error:
+        text_of_sae(jumprelu)
+    assert said in str(error.value)

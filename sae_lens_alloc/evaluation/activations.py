@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import torch
 from sae_lens.config import LanguageModelSAERunnerConfig, LoggingConfig
@@ -10,6 +10,9 @@ from sae_lens.load_model import load_model
 from sae_lens.saes.sae import SAE
 from sae_lens.saes.standard_sae import StandardTrainingSAEConfig
 from sae_lens.training.activations_store import ActivationsStore
+
+from sae_lens_alloc.evaluation.saved_sae import in_short
+from sae_lens_alloc.typed_values import convert, in_words
 
 CONTEXTS_PER_BATCH = 8
 # SAELens mixes the activations of so many contexts.
@@ -35,7 +38,8 @@ def text_of_sae(
         A config of which only the model, the hook and the text matter.
 
     Raises:
-        ValueError: if something that is needed was not recorded, or is not there any more.
+        ValueError: if something that is needed was not recorded, is not there any more, or
+            is not what it has to be.
     """
     metadata = sae.cfg.metadata
     recorded: dict[str, Any] = {
@@ -44,21 +48,12 @@ def text_of_sae(
         "hook_name": metadata.hook_name,
         "context_size": metadata.context_size,
     }
-    missing = [name for name, value in recorded.items() if value is None]
+    missing = [name for name, value in recorded.items() if value is None or value == ""]
     if missing:
         raise ValueError(
             f"the SAE's metadata does not say its {' and '.join(missing)}: give the config "
             "of a run that has them."
         )
-    for name in ("model_name", "dataset_path"):
-        path = Path(recorded[name])
-        if (
-            path.is_absolute() and not path.exists()
-        ):  # recorded on another machine, perhaps
-            raise ValueError(f"{name} is {str(path)!r}, but there is no such folder.")
-    context_size = recorded["context_size"]
-    seqpos_slice = tuple(metadata.seqpos_slice or (None,))
-    tokens_per_context = len(range(context_size)[slice(*seqpos_slice)])
     optional = {
         name: metadata[name]
         for name in (
@@ -72,11 +67,27 @@ def text_of_sae(
         )
         if name in metadata
     }
+    optional["seqpos_slice"] = metadata.seqpos_slice or [None]
+    _require_types({**recorded, **optional})
+    for name in ("model_name", "dataset_path"):
+        path = Path(recorded[name])
+        if (
+            path.is_absolute() and not path.exists()
+        ):  # recorded on another machine, perhaps
+            raise ValueError(f"{name} is {str(path)!r}, but there is no such folder.")
+    context_size = recorded["context_size"]
+    optional["seqpos_slice"] = seqpos_slice = tuple(optional["seqpos_slice"])
+    tokens_per_context = _tokens_per_context(context_size, seqpos_slice)
+    if tokens_per_context == 0:
+        raise ValueError(
+            f"the SAE's metadata says a context_size of {context_size} and a seqpos_slice of "
+            f"{metadata.seqpos_slice}, which leave no token of a context: give the config of "
+            "a run."
+        )
     return LanguageModelSAERunnerConfig(
         sae=StandardTrainingSAEConfig(d_in=sae.cfg.d_in, d_sae=sae.cfg.d_sae),
         **recorded,
         **optional,
-        seqpos_slice=seqpos_slice,
         streaming=not Path(recorded["dataset_path"]).exists(),
         dataset_trust_remote_code=False,
         is_dataset_tokenized=False,
@@ -90,18 +101,42 @@ def text_of_sae(
     )
 
 
+def _tokens_per_context(context_size: int, seqpos_slice: tuple[int | None, ...]) -> int:
+    try:
+        return len(range(context_size)[slice(*seqpos_slice)])
+    except (OverflowError, TypeError, ValueError):  # four numbers, a step of 0
+        return 0
+
+
+def _require_types(settings: dict[str, Any]) -> None:
+    """Raises ValueError if a setting of a run, by its name, is not of its type."""
+    hints = get_type_hints(LanguageModelSAERunnerConfig)
+    for name, value in settings.items():
+        try:
+            convert(value, hints[name])
+        except TypeError:
+            raise ValueError(
+                f"the SAE's metadata says that its {name} is {in_short(value)}, but it must "
+                f"be {in_words(hints[name])}: give the config of a run."
+            ) from None
+
+
 @torch.no_grad()
 def gather_activations(
     cfg: LanguageModelSAERunnerConfig[Any], n_tokens: int
 ) -> torch.Tensor:
     """
-    The first activations that a run would train on, shape (n_tokens, d_in), on `cfg.device`.
+    Activations on the text of a run, of shape (n_tokens, d_in), on `cfg.device`. Each context
+    is taken once, and none is in both the first n_tokens // 2 rows and the others: the
+    contexts are dealt to the halves in turn, since L0 differs by document.
 
     Args:
         cfg: A run.
-        n_tokens: Number of tokens.
+        n_tokens: Number of tokens, special ones that training excludes not counted.
+
+    Raises:
+        ValueError: if the model has no such hook, or the text is too short.
     """
-    torch.manual_seed(cfg.seed)  # SAELens shuffles
     model = load_model(
         cfg.model_class_name,
         cfg.model_name,
@@ -109,13 +144,45 @@ def gather_activations(
         model_from_pretrained_kwargs=cfg.model_from_pretrained_kwargs,
         hook_names=[cfg.hook_name],
     )
+    if cfg.hook_name not in model.hook_dict:
+        raise ValueError(f"the model {cfg.model_name!r} has no hook {cfg.hook_name!r}.")
     store = ActivationsStore.from_config(model, cfg)
-    return take_tokens(store, n_tokens).to(cfg.device)[:n_tokens]
+    store.store_batch_size_prompts = 1
+    wanted = (n_tokens // 2, n_tokens - n_tokens // 2)
+    halves: tuple[list[torch.Tensor], ...] = ([], [])
+    missing = list(wanted)
+    while max(missing) > 0:
+        try:
+            context = store.get_filtered_llm_batch(raise_on_epoch_end=True)
+        except StopIteration:
+            given = 2 * min(n - m for n, m in zip(wanted, missing, strict=True))
+            raise ValueError(
+                f"{n_tokens:,} tokens are wanted, half of them to check what the other half "
+                f"sets, but {cfg.dataset_path!r} has only {given:,} if no context is to be in "
+                "both halves: give more text, or ask for fewer tokens."
+            ) from None
+        half = int(missing[1] > missing[0])
+        halves[half].append(context)
+        missing[half] -= len(context)
+    return torch.cat(
+        [torch.cat(half)[:n] for n, half in zip(wanted, halves, strict=True)]
+    ).to(cfg.device)
 
 
 def take_tokens(batches: Iterator[torch.Tensor], n_tokens: int) -> torch.Tensor:
-    """The next batches together, of shape (n, d_in), so many that n is at least `n_tokens`."""
+    """
+    The next batches together, of shape (n, d_in), so many that n is at least `n_tokens`.
+
+    Raises:
+        ValueError: if the batches end before.
+    """
     taken: list[torch.Tensor] = []
-    while sum(map(len, taken)) < n_tokens:
-        taken.append(next(batches))
+    while (n := sum(map(len, taken))) < n_tokens:
+        batch = next(batches, None)
+        if batch is None:
+            raise ValueError(
+                f"activations of {n_tokens:,} tokens are wanted, but they end after {n:,}: "
+                "give more of them."
+            )
+        taken.append(batch)
     return torch.cat(taken)

@@ -108,16 +108,27 @@ def scale_thresholds(
 ) -> None:
     """
     Multiplies all thresholds of an SAE by one factor such that `target_l0` features per
-    token are active on activations of shape (T, d_in).
+    token are active on activations of shape (T, d_in). Silenced features, of infinite
+    threshold, stay silenced.
 
     Raises:
-        ValueError: if no thresholds give the wanted L0.
+        ValueError: if no thresholds give the wanted L0. They are then as they were.
     """
-    thresholds = sae.allocation.threshold
-    if not thresholds.any():  # an SAE that has not been trained yet, or was a ReLU
-        thresholds.fill_(1.0)
-    # no factor moves a threshold of 0, as features of a gated or JumpReLU SAE may have
-    thresholds.clamp_(min=SMALLEST_SHARE * float(thresholds.max()))
-    thresholds *= threshold_factor(
+    tracked = sae.allocation.threshold
+    thresholds = movable_thresholds(tracked)
+    factor = threshold_factor(
         sae.encoder(), sae.process_sae_in(activations), thresholds, target_l0
     )
+    tracked.copy_(thresholds * factor)
+
+
+def movable_thresholds(thresholds: torch.Tensor) -> torch.Tensor:
+    """
+    Thresholds of shape (F,) of which a factor moves all: those of 0, as features of a gated or
+    JumpReLU SAE may have, become very small ones. Silenced features, of infinite threshold,
+    stay silenced.
+    """
+    largest = thresholds.where(thresholds.isfinite(), 0.0).max()
+    if largest == 0:  # of an SAE that has not been trained yet, or was a ReLU
+        return thresholds.where(thresholds != 0, 1.0)
+    return thresholds.clamp(min=SMALLEST_SHARE * float(largest))

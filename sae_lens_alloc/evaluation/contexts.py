@@ -31,16 +31,17 @@ def held_out_contexts(
         for text in texts
         if text
     )
-    contexts = torch.stack(
-        list(
-            concat_and_batch_sequences(
-                sequences,  # type: ignore[arg-type]
-                context_size=context_size,
-                begin_batch_token_id=bos,  # type: ignore[arg-type]
-                sequence_separator_token_id=bos,  # type: ignore[arg-type]
-            )
+    batched = list(
+        concat_and_batch_sequences(
+            sequences,  # type: ignore[arg-type]
+            context_size=context_size,
+            begin_batch_token_id=bos,  # type: ignore[arg-type]
+            sequence_separator_token_id=bos,  # type: ignore[arg-type]
         )
     )
+    if not batched:
+        return torch.zeros(0, context_size, dtype=torch.long)
+    contexts = torch.stack(batched)
     if max_contexts is None or max_contexts >= len(contexts):
         return contexts
     return contexts[torch.linspace(0, len(contexts) - 1, max_contexts).long()]

@@ -24,11 +24,17 @@ def threshold_factor(
         x: Encoder inputs of shape (T, d_in).
         thresholds: Thresholds of shape (F,), none negative. One of 0, as training leaves it
             in JumpReLU SAEs, stays 0: its feature is active wherever its affinity is positive.
+            An infinite one stays so: its feature is silenced.
         target_l0: Wanted features per token.
 
     Raises:
-        ValueError: if a threshold is negative, or no factor gives the wanted L0.
+        ValueError: if a threshold is negative or NaN, or no factor gives the wanted L0.
     """
+    if thresholds.isnan().any():
+        raise ValueError(
+            f"{int(thresholds.isnan().sum())} of {len(thresholds)} thresholds are NaN: the SAE "
+            "is damaged, or its training has diverged."
+        )
     if not (thresholds >= 0).all():
         raise ValueError(
             "no threshold may be negative if all are to be moved by one factor: set them one "
@@ -41,10 +47,13 @@ def threshold_factor(
     budget = budget_for(target_l0, len(x))
     guess = torch.ones((), dtype=scale.dtype, device=scale.device)
     pairs = encode_mutual_choice(relative, x, budget, guess).without_padding()
-    if budget == 0 or len(pairs.values) < budget:
+    # affinities of silenced features are 0 relative to their threshold
+    n_positive = int((pairs.values > 0).sum())
+    if budget == 0 or n_positive < budget:
         raise ValueError(
             f"no thresholds give an L0 of {target_l0} on these {len(x)} tokens: "
-            f"{len(pairs.values) / len(x):.3g} affinities per token are positive."
+            f"{n_positive / len(x):.3g} affinities per token are positive, those of silenced "
+            "features left out."
         )
     last = pairs.values.argmin()
     if thresholds[pairs.feature_indices[last]] == 0:

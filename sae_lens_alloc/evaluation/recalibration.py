@@ -1,14 +1,14 @@
 """Thresholds of a saved SAE set anew, to a wanted L0 on text of one's choice."""
 
-import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from sae_lens import SAE
-from sae_lens.constants import SAE_CFG_FILENAME
 from sae_lens.saes.jumprelu_sae import JumpReLUSAE
+from sae_lens.saes.sae import TrainingSAE
 from sae_lens.saes.topk_sae import TopKSAE
 
 from sae_lens_alloc.allocation.mutual_choice import budget_for
@@ -16,11 +16,16 @@ from sae_lens_alloc.allocation.zipf import proportional_quotas
 from sae_lens_alloc.evaluation.calibration import require_activations
 from sae_lens_alloc.evaluation.equal_l0 import set_l0
 from sae_lens_alloc.evaluation.jumprelu_form import jumprelu_form
+from sae_lens_alloc.evaluation.saved_sae import load_sae
 from sae_lens_alloc.evaluation.usage import Usage, as_user, measure_usage
 from sae_lens_alloc.ops.encode_select import Encoder, encode_feature_choice
 
 # Relative distance of a threshold from the affinity that decides it.
 MARGIN = 1e-6
+# Two in each half, or there is no variance.
+MIN_TOKENS = 4
+# An SAE whose squared error is twice the variance is not one of these activations.
+MIN_EXPLAINED_VARIANCE = -1.0
 
 
 @dataclass(frozen=True)
@@ -70,23 +75,16 @@ def load_saved_sae(folder: str | Path) -> JumpReLUSAE | TopKSAE:
         folder: What SAELens saved for inference.
 
     Raises:
-        ValueError: if the folder holds no SAE, or one that has no thresholds.
+        ValueError: as `load_sae`, or if the SAE has no thresholds.
     """
-    cfg_path = Path(folder) / SAE_CFG_FILENAME
-    if not cfg_path.is_file():
+    sae = load_sae(folder)
+    if not isinstance(sae, JumpReLUSAE | TopKSAE):
+        kind = " in training" if isinstance(sae, TrainingSAE) else ""
         raise ValueError(
-            f"{str(folder)!r} holds no SAE as SAELens saves it: there is no "
-            f"{SAE_CFG_FILENAME}."
-        )
-    architecture = json.loads(cfg_path.read_text()).get("architecture")
-    if architecture not in ("jumprelu", "topk"):
-        raise ValueError(
-            f"{str(folder)!r} is of the architecture {architecture!r}, whose thresholds "
-            "cannot be set: give the folder of a saved jumprelu or topk SAE, as "
+            f"{str(folder)!r} is of the architecture {sae.cfg.architecture()!r}{kind}, whose "
+            "thresholds cannot be set: give the folder of a saved jumprelu or topk SAE, as "
             "mutual_choice, feature_choice and batchtopk are after training."
         )
-    sae = SAE.load_from_disk(folder)
-    assert isinstance(sae, JumpReLUSAE | TopKSAE)
     # activations come flat, one vector a token
     sae.turn_off_forward_pass_hook_z_reshaping()
     return sae
@@ -111,19 +109,20 @@ def recalibrate(
 
     Args:
         sae: A saved SAE, which is left as it is. A topk SAE gets a jumprelu form.
-        activations: Activations as the SAE takes them, shape (T, d_in), T at least 2.
+        activations: Activations as the SAE takes them, shape (T, d_in), T at least 4.
         target_l0: Wanted features per token.
         per_feature: Set each feature's threshold by its density. A feature that is
             active too rarely for one of the tokens is then silenced on them.
 
     Raises:
         ValueError: if the activations are not finite, not of the SAE's d_in or fewer than
-            2 tokens, or no thresholds give the wanted L0.
+            4 tokens, no thresholds give the wanted L0, or the SAE reconstructs nothing.
     """
+    require_target_l0(sae, target_l0)
     require_activations(sae, activations)
-    if len(activations) < 2:
+    if len(activations) < MIN_TOKENS:
         raise ValueError(
-            "activations of at least 2 tokens are needed, one for each half."
+            f"activations of at least {MIN_TOKENS} tokens are needed, two for each half."
         )
     half = len(activations) // 2
     used, held_out = activations[:half], activations[half:]
@@ -144,9 +143,36 @@ def recalibrate(
         held_out_before=held_out_before,
         held_out_after=_usage(calibrated, held_out),
     )
+    _require_sense(report)
     calibrated.cfg.metadata.calibration = report.to_dict()
     calibrated.cfg.metadata.l0 = report.after.l0
     return report
+
+
+def require_target_l0(sae: SAE[Any], target_l0: float) -> None:
+    """Raises ValueError if an L0 is not above 0 and at most the number of features."""
+    if not 0 < target_l0 <= sae.cfg.d_sae:
+        raise ValueError(
+            f"no thresholds give an L0 of {target_l0:g}: it must be above 0 and at most "
+            f"{sae.cfg.d_sae}, the number of features."
+        )
+
+
+def _require_sense(report: Recalibration) -> None:
+    """Raises ValueError if an SAE explains less than nothing, or what cannot be told."""
+    usages = (
+        report.before,
+        report.after,
+        report.held_out_before,
+        report.held_out_after,
+    )
+    found = [usage.explained_variance for usage in usages]
+    if not all(map(math.isfinite, found)) or max(found) < MIN_EXPLAINED_VARIANCE:
+        raise ValueError(
+            f"the SAE explains {max(found):,.3g} of the variance of these activations, where "
+            "the mean alone explains 0: its weights are damaged, or it belongs to another "
+            "model, hook or normalization of the activations."
+        )
 
 
 def _usage(sae: SAE[Any], activations: torch.Tensor) -> Usage:

@@ -35,6 +35,9 @@ def spliced_loss(
 
     Args:
         tokens: Token ids, shape (contexts, length).
+
+    Raises:
+        ValueError: if no prediction is left.
     """
     total, count = 0.0, 0
     for batch in tokens.split(contexts_per_batch):
@@ -44,7 +47,7 @@ def spliced_loss(
         losses = cross_entropy(logits, targets, reduction="none")
         total += losses.double().sum().item()
         count += len(targets)
-    return total / count
+    return total / _some(count)
 
 
 @torch.no_grad()
@@ -78,7 +81,16 @@ def loss_and_divergence(
         ).sum(-1)
         divergence += divergences.double().sum().item()
         count += len(targets)
-    return loss / count, divergence / count
+    return loss / _some(count), divergence / count
+
+
+def _some(count: int) -> int:
+    if count == 0:
+        raise ValueError(
+            "the contexts hold no two ordinary tokens in a row, so there is no prediction to "
+            "judge: give other text, or a larger context_size."
+        )
+    return count
 
 
 def _predictions(

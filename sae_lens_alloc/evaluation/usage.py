@@ -227,12 +227,20 @@ def measure_usage(
         autoencode: See `as_user` and `by_pairs`.
         activations: Activations as the SAE takes them, shape (T, d_in), of any float type.
         batch_size: Tokens per batch.
+
+    Raises:
+        ValueError: if the activations do not vary, so that no variance can be explained.
     """
     meter = UsageMeter(autoencode)
     for batch in activations.split(batch_size):
         meter.reconstruct(batch)
     centred = activations.float() - activations.float().mean(0)
     variance = float(centred.square().sum(dtype=torch.float64))
+    if variance == 0:
+        raise ValueError(
+            f"the activations of these {len(activations):,} tokens are all the same, so there "
+            "is no variance to explain: give other or more text."
+        )
     return Usage(
         explained_variance=1 - meter.squared_error / variance,
         features_per_token=meter.l0_counts,

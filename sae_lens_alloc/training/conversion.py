@@ -1,6 +1,7 @@
 """SAEs of other architectures as Mutual Choice or Feature Choice SAEs, to be fine-tuned."""
 
 import copy
+import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -92,7 +93,8 @@ def convert_sae(
     inputs it computes the same affinities, and from the same pairs the same reconstruction.
 
     A gated SAE is carried as the JumpReLU SAE that it equals, see `gate_as_thresholds`.
-    Thresholds below 0 count as 0, as they do in a JumpReLU SAE at inference. Of a Matryoshka
+    Thresholds below 0 count as 0, as they do in a JumpReLU SAE at inference, and features of
+    an infinite threshold stay silenced at the start. Of a Matryoshka
     SAE the nesting of the losses is not carried, and hyperparameters of the source's training
     are not either. A topk SAE has no thresholds: its evaluation mode needs `activations` or a
     training step. A standard SAE activates all positive affinities, so at its own L0 the
@@ -118,8 +120,8 @@ def convert_sae(
             trained feature has its share; the rest as in training from scratch.
 
     Raises:
-        ValueError: if the SAE cannot be converted, there is nothing to take k from, or an
-            override does not fit the weights.
+        ValueError: if the SAE cannot be converted, a threshold is NaN, there is nothing to
+            take k from, or an override does not fit the weights.
     """
     require_convertible(sae, architecture)
     target_class, config_class = _target_classes()[architecture]
@@ -172,8 +174,9 @@ def warm_start(
             tokens, features denser than 1 in 6500 tokens take part in the law.
 
     Raises:
-        ValueError: if activations are not of the SAE's d_in or not finite, or too few
-            affinities are positive for k features per token.
+        ValueError: if activations are not of the SAE's d_in or not finite, their
+            reconstruction by the source is not, or too few affinities are positive for k
+            features per token.
     """
     activations = activations.to(sae.device)
     source_l0, source_ev = _source_quality(source, sae, activations)
@@ -316,17 +319,28 @@ def _thresholds(source: SAE[Any]) -> torch.Tensor | None:
         return None
     else:  # standard
         thresholds = source.W_enc.new_zeros(())
+    if thresholds.isnan().any():
+        raise ValueError(
+            f"{int(thresholds.isnan().sum())} thresholds of the SAE are NaN: it is damaged, or "
+            "its training has diverged."
+        )
     return _precise(thresholds).clamp(min=0.0)
 
 
 def _carried_thresholds(
     source: SAE[Any], converted: AllocationTrainingSAE[Any]
 ) -> torch.Tensor | None:
-    """The source's thresholds in units of the converted SAE's affinities."""
+    """
+    The source's thresholds in units of the converted SAE's affinities, infinite of features
+    that are silenced, or have a decoder row of 0.
+    """
     thresholds = _thresholds(source)
     if thresholds is None:
         return None
-    return thresholds.to(converted.device) * _units(source, converted)
+    units = _units(source, converted)
+    return (thresholds.to(converted.device) * units).nan_to_num(
+        nan=torch.inf, posinf=torch.inf
+    )
 
 
 def _units(
@@ -390,6 +404,11 @@ def _source_quality(
         by_pairs(partial(converted.autoencode_selected, select=select)),
         activations.to(converted.device),
     )
+    if not math.isfinite(usage.explained_variance):
+        raise ValueError(
+            f"the SAE explains {usage.explained_variance} of the variance of these "
+            "activations: its weights are damaged, or it belongs to another model or hook."
+        )
     return usage.l0, usage.explained_variance
 
 

@@ -1,7 +1,6 @@
 """The SAE that a fine-tuning starts from: a folder, or a release of SAELens' directory."""
 
 import difflib
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,15 +9,15 @@ from sae_lens import SAE
 from sae_lens.constants import (
     ACTIVATION_SCALER_CFG_FILENAME,
     ACTIVATION_WHITENING_FILENAME,
-    SAE_CFG_FILENAME,
-    SAE_WEIGHTS_FILENAME,
 )
 from sae_lens.loading.pretrained_saes_directory import get_pretrained_saes_directory
-from sae_lens.saes.sae import TrainingSAE
 
-# Every training config has this field and no inference config does, while some names, such as
-# topk, stand for one architecture of each kind.
-TRAINING_ONLY_FIELD = "decoder_init_norm"
+from sae_lens_alloc.evaluation.saved_sae import (
+    load_sae,
+    number_or_none,
+    read_json_mapping,
+    trained_k,
+)
 
 
 @dataclass(frozen=True)
@@ -51,7 +50,8 @@ def load_source_sae(name: str, device: str) -> SourceSAE:
         device: Where to load it.
 
     Raises:
-        ValueError: if there is no such SAE, or it cannot be had without a network.
+        ValueError: if there is no such SAE, a file of it is damaged, or it cannot be had
+            without a network.
     """
     folder = Path(name)
     if folder.is_dir():
@@ -65,31 +65,26 @@ def load_source_sae(name: str, device: str) -> SourceSAE:
 
 
 def _from_folder(folder: Path, device: str) -> SourceSAE:
-    for filename in (SAE_CFG_FILENAME, SAE_WEIGHTS_FILENAME):
-        if not (folder / filename).is_file():
-            raise ValueError(
-                f"{str(folder)!r} holds no SAE of SAELens: {filename} is missing."
-            )
     if (folder / ACTIVATION_WHITENING_FILENAME).exists():
         raise ValueError(
             f"{str(folder)!r} is a checkpoint of a run on whitened activations, which cannot "
             "be carried over: give the SAE that the run saved at its end."
         )
-    settings: dict[str, Any] = json.loads((folder / SAE_CFG_FILENAME).read_text())
-    kind = TrainingSAE if TRAINING_ONLY_FIELD in settings else SAE
-    try:
-        sae = kind.load_from_disk(folder, device)
-    except (ValueError, KeyError, RuntimeError) as error:
-        raise ValueError(f"{str(folder)!r} cannot be loaded: {error}") from error
+    sae = load_sae(folder, device)
     scaler = folder / ACTIVATION_SCALER_CFG_FILENAME
-    factor = (
-        json.loads(scaler.read_text()).get("scaling_factor")
-        if scaler.exists()
-        else None
-    )
-    details = sae.cfg.metadata.training_architecture_details or {}
-    expected_l0 = sae.cfg.metadata.l0 or details.get("k") or getattr(sae.cfg, "k", None)
+    factor = _scaling_factor(scaler) if scaler.exists() else None
+    expected_l0 = number_or_none(sae.cfg.metadata.l0) or trained_k(sae)
     return SourceSAE(str(folder), sae, factor, expected_l0, None)
+
+
+def _scaling_factor(path: Path) -> float | None:
+    given = read_json_mapping(path).get("scaling_factor")
+    if given is not None and number_or_none(given) is None:
+        raise ValueError(
+            f"{str(path)!r} is damaged: scaling_factor must be a number above 0 or null, "
+            f"not {given!r}."
+        )
+    return given
 
 
 def _from_release(release: str, sae_id: str, device: str) -> SourceSAE:

@@ -1,6 +1,7 @@
 """The command, run for real on a tiny synthetic comparison."""
 
 import json
+import math
 import re
 import shutil
 from pathlib import Path
@@ -291,19 +292,120 @@ def test_a_folder_of_something_else_is_left_alone(config: Path, tmp_path: Path):
     assert [path.name for path in tmp_path.iterdir()] == ["notes"]
 
 
-def test_a_failed_cell_says_where_to_look(config: Path, output: Path):
-    (lost,) = output.glob("cells/ours-*-seed1-*/cell.json")
-    (train,) = output.glob("activations-*/train.bin")
-    lost.unlink()
-    (output / "results.json").unlink()
-    train.rename(train.with_suffix(".away"))
-    try:
-        result = compare(config, output)
-    finally:
-        train.with_suffix(".away").rename(train)
+def test_a_cell_that_fails_leaves_the_others_and_is_tried_again(tmp_path: Path):
+    """A learning rate of 1e35 diverges; a bfloat16 row is measured as any other."""
+    settings = small_settings()
+    settings["compare"] |= {
+        "k": [2],
+        "seeds": [0],
+        "rows": {
+            "bad": {"architecture": "batchtopk", "lr": [1e35]},
+            "bf16": {"architecture": "mutual_choice", "dtype": "bfloat16"},
+        },
+    }
+    config, output = write_config(settings, tmp_path), tmp_path / "output"
+    result = compare(config, output, "--jobs", "2")
     assert result.exit_code == 1
-    assert f"{lost.parent / 'log.txt'} says why" in result.stderr
-    assert "No such file" in (lost.parent / "log.txt").read_text()
+    results = json.loads((output / "results.json").read_text())
+    jsonschema.validate(results, json.loads(SCHEMA.read_text()))
+    ((key, why),) = results["failed"].items()
+    assert key.startswith("bad-k2-lr1e+35-seed0")
+    assert result.stderr.splitlines()[-1].startswith(
+        "error: 1 of 2 SAEs failed, which the same command tries again "
+    )
+    assert result.stderr.endswith(f"says more): {key}: {why}.\n")
+    assert not results["complete"]
+    bad, bf16 = results["points"]
+    assert (bad["chosen"], bad["runs"], bad["tried"][0]["failed"]) == (None, [], why)
+    assert bf16["over_seeds"]["mcc"]["mean"] > 0
+    assert "What failed" in (output / "report.html").read_text()
+
+    logs = {path: path.stat().st_mtime_ns for path in output.glob("cells/*/log.txt")}
+    result = compare(config, output)
+    assert result.exit_code == 1
+    again = [path for path, time in logs.items() if path.stat().st_mtime_ns != time]
+    assert [path.parent.name for path in again] == [key]
+
+
+def test_figures_that_are_no_numbers_are_had_again(
+    config: Path, output: Path, tmp_path: Path
+):
+    """As earlier versions wrote them for a training that had diverged."""
+    partial = tmp_path / "partial"
+    shutil.copytree(output, partial)
+    (partial / "results.json").unlink()
+    (path,) = partial.glob("cells/ours-*-seed0-*/cell.json")
+    facts = json.loads(path.read_text())
+    facts["validation"]["2"]["explained_variance"] = math.nan
+    path.write_text(json.dumps(facts))
+    result = compare(config, partial, "--finished")
+    assert result.exit_code == 1
+    assert f"{path.parent.name}: its explained variance on the" in result.stderr
+    result = compare(config, partial)
+    assert result.exit_code == 0, result.output
+    results = json.loads((partial / "results.json").read_text())
+    assert (results["complete"], results["failed"]) == (True, {})
+
+
+def test_an_sae_that_cannot_be_measured_leaves_the_others(
+    config: Path, output: Path, tmp_path: Path
+):
+    partial = tmp_path / "partial"
+    shutil.copytree(output, partial)
+    (partial / "results.json").unlink()
+    (folder,) = partial.glob("cells/ours-*-seed1-*/l0-2")
+    (folder / "test.json").unlink()
+    weights = folder / "sae_weights.safetensors"
+    whole = weights.read_bytes()
+    weights.write_bytes(whole[:100])
+    result = compare(config, partial)
+    assert result.exit_code == 1
+    assert f"{folder.parent.name}: l0-2 on the test split: " in result.stderr
+    assert f"{str(weights)!r} is damaged" in result.stderr
+    results = json.loads((partial / "results.json").read_text())
+    assert [len(point["runs"]) for point in results["points"]] == [1, 2]
+    weights.write_bytes(whole)
+    assert compare(config, partial).exit_code == 0
+    results = json.loads((partial / "results.json").read_text())
+    assert [len(point["runs"]) for point in results["points"]] == [2, 2]
+
+
+@pytest.mark.parametrize("harm", ["cut", "changed", "gone"])
+def test_activations_that_have_changed_are_not_trained_on(
+    harm: str, config: Path, output: Path, tmp_path: Path
+):
+    partial = tmp_path / "partial"
+    shutil.copytree(output, partial)
+    (lost,) = partial.glob("cells/ours-*-seed1-*/cell.json")
+    lost.unlink()
+    (partial / "results.json").unlink()
+    (train,) = partial.glob("activations-*/train.bin")
+    content = bytearray(train.read_bytes())
+    content[1000] ^= 1
+    {
+        "cut": lambda: train.write_bytes(content[:5000]),
+        "changed": lambda: train.write_bytes(content),
+        "gone": train.unlink,
+    }[harm]()
+    result = compare(config, partial)
+    assert result.exit_code == 1
+    assert result.stderr.startswith("error: the stored activations are damaged, since ")
+    assert f"remove the folder {str(train.parent)!r}, and the same" in result.stderr
+    assert not lost.exists()
+    if harm == "cut":  # what the sentence says to do is what helps
+        shutil.rmtree(train.parent)
+        assert compare(config, partial).exit_code == 0
+
+
+def test_a_damaged_cell_is_named(config: Path, output: Path, tmp_path: Path):
+    partial = tmp_path / "partial"
+    shutil.copytree(output, partial)
+    (path,) = partial.glob("cells/ours-*-seed1-*/cell.json")
+    for text, said in (("{", "holds no JSON"), ("{}", "does not say its seconds")):
+        path.write_text(text)
+        result = compare(config, partial)
+        assert result.exit_code == 1
+        assert f"error: {str(path)!r} is damaged, since it {said}" in result.stderr
 
 
 def test_a_summary_is_mean_and_range_over_the_seeds():

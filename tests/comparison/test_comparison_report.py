@@ -106,6 +106,7 @@ def results() -> dict[str, Any]:
         {"machine": "x86_64", "device": "cpu", "jobs": 1, "threads_per_job": 2},
         [make_point(row, k) for row in ROWS for k in KS],
         CELLS,
+        {},
         {
             "row": "mutual_choice",
             "k": 16,
@@ -240,3 +241,23 @@ def test_a_browser_draws_the_page_on_a_phone(
         assert "main-svg" in dom.split(f'id="plot-{plot}"')[1][:3000], plot
     (laid_out,) = re.findall(r'data-width="(\d+)"', dom)
     assert int(laid_out) <= PHONE_WIDTH
+
+
+def test_what_failed_is_said(results: dict[str, Any]):
+    failed = {"lr": 1.0, "sparsity": {"k": 8}, "validation_explained_variance": None}
+    point = {
+        **make_point("standard", 32),
+        "tried": [{**failed, "failed": "the training has diverged"}],
+    }
+    others = [p for p in results["points"] if (p["row"], p["k"]) != ("standard", 32)]
+    page = render_comparison_report(
+        {
+            **results,
+            "points": [*others, point],
+            "failed": {"standard-k32-lr1": "the training has diverged"},
+        }
+    )
+    assert "<td>the training has diverged</td>" in page
+    assert ">failed: the training has diverged</td>" in page
+    assert "no thresholds reach this L0" not in page
+    assert "What failed" not in render_comparison_report(results)

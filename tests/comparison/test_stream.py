@@ -1,3 +1,4 @@
+import json
 from pathlib import Path
 
 import pytest
@@ -53,3 +54,51 @@ def test_activations_beyond_float16_are_an_error(tmp_path: Path):
 def test_too_full_a_disk_is_found_before_writing(tmp_path: Path):
     with pytest.raises(ValueError, match="GB are free: lower training_tokens"):
         write_stream(tmp_path, {}, {"train": 10**15}, 3, "float16")
+
+
+def test_a_batch_larger_than_the_file_is_refused(tmp_path: Path):
+    write(tmp_path)
+    stream = stored_stream(tmp_path)
+    assert stream is not None
+    with pytest.raises(ValueError, match="holds 10 training .* one batch of 11"):
+        next(stream.training_batches(11))
+
+
+def test_a_file_that_is_cut_while_it_is_read_is_refused(tmp_path: Path):
+    write(tmp_path)
+    stream = stored_stream(tmp_path)
+    assert stream is not None
+    batches = stream.training_batches(4)
+    next(batches)
+    (tmp_path / "train.bin").write_bytes(b"")
+    with pytest.raises(ValueError, match="train.bin' ends early"):
+        [next(batches) for _ in range(3)]
+
+
+def test_what_has_changed_is_found(tmp_path: Path):
+    write(tmp_path)
+    stream = stored_stream(tmp_path)
+    assert stream is not None
+    stream.verify()
+    path = tmp_path / "test.bin"
+    path.write_bytes(path.read_bytes()[::-1])
+    with pytest.raises(ValueError, match="test.bin' is not what was written"):
+        stream.verify()
+    # earlier versions wrote no checksums: their sizes alone can be checked
+    manifest = json.loads((tmp_path / "stream.json").read_text())
+    del manifest["sha256"]
+    (tmp_path / "stream.json").write_text(json.dumps(manifest))
+    old = stored_stream(tmp_path)
+    assert old is not None
+    old.verify()
+    path.write_bytes(path.read_bytes()[1:])
+    with pytest.raises(ValueError, match="test.bin' has 5 bytes instead of 6"):
+        stored_stream(tmp_path)
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"d_in": 3, "dtype": "x"}'])
+def test_a_damaged_manifest_is_named(tmp_path: Path, text: str):
+    write(tmp_path)
+    (tmp_path / "stream.json").write_text(text)
+    with pytest.raises(ValueError, match="stream.json"):
+        stored_stream(tmp_path)

@@ -529,6 +529,86 @@ def test_features_with_a_threshold_of_0_do_not_keep_the_others_from_moving():
     assert report.l0 == pytest.approx(2.0, rel=1e-3)
 
 
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("others", ["positive", "zero"])
+def test_silenced_features_stay_silenced_and_keep_the_others_l0(
+    architecture: str, others: str
+):
+    """By hand: of a factor that gives the source's own L0, no threshold moves."""
+    source, x = make_source("jumprelu", training=False), tokens(500, D_IN)
+    threshold = torch.full((D_SAE,), torch.inf)
+    threshold[8:] = torch.linspace(0.2, 1.5, D_SAE - 8) if others == "positive" else 0.0
+    with torch.no_grad():
+        source.get_parameter("threshold").copy_(threshold)
+    converted = convert_sae(source, architecture, activations=x)
+    active = source.encode(x) > 0
+    l0 = active.sum().item() / len(x)
+    assert l0 > 1
+    assert active[:, :8].sum() == 0
+    report = converted.cfg.metadata.conversion
+    assert report["source_l0"] == pytest.approx(l0)
+    assert report["l0"] == pytest.approx(l0, abs=1 / len(x))
+    assert converted.allocation.threshold.isinf().tolist() == [
+        i < 8 for i in range(D_SAE)
+    ]
+    found = converted.eval().encode(x).to_dense() > 0
+    assert (found != active).sum() <= 1
+
+    # at another L0 all others move by one factor
+    half = convert_sae(source, architecture, activations=x, k=l0 / 2)
+    assert half.cfg.metadata.conversion["l0"] == pytest.approx(l0 / 2, abs=1 / len(x))
+    ratios = half.allocation.threshold[8:] / converted.allocation.threshold[8:]
+    torch.testing.assert_close(ratios, ratios[:1].expand_as(ratios))
+
+
+def test_a_feature_without_a_decoder_row_is_silenced():
+    source, x = make_source("jumprelu"), tokens(500, D_IN)
+    with torch.no_grad():
+        source.W_dec[3] = 0.0
+        source.get_parameter("threshold")[3] = torch.inf
+    converted = convert_sae(source, "mutual_choice", activations=x)
+    report = converted.cfg.metadata.conversion
+    assert report["l0"] == pytest.approx(report["source_l0"], abs=1 / len(x))
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_a_silenced_feature_does_not_harm_the_training(architecture: str):
+    source, x = make_source("jumprelu"), tokens(500, D_IN)
+    with torch.no_grad():
+        source.get_parameter("threshold")[:8] = torch.inf
+    converted = convert_sae(source, architecture, activations=x)
+    for step in range(20):
+        training_step(converted, x, step)
+    assert not converted.allocation.threshold.isnan().any()
+    calibrate_thresholds(converted, x)
+    l0 = (converted.eval().encode(x).to_dense() > 0).sum().item() / len(x)
+    assert l0 == pytest.approx(converted.cfg.k, abs=1 / len(x))
+
+
+def test_a_reconstruction_that_is_not_finite_is_refused():
+    source = make_source("topk")
+    with torch.no_grad():
+        source.W_dec.fill_(3e38)
+    with pytest.raises(ValueError, match="explains .* of the variance"):
+        convert_sae(source, "mutual_choice", activations=tokens(500, D_IN))
+
+
+def test_thresholds_of_nan_are_refused():
+    source = make_source("jumprelu", training=False)
+    with torch.no_grad():
+        source.get_parameter("threshold")[:2] = torch.nan
+    with pytest.raises(ValueError, match="2 thresholds of the SAE are NaN"):
+        convert_sae(source, "mutual_choice", k=K)
+
+
+def test_a_calibration_that_fails_leaves_the_thresholds():
+    converted = convert_sae(make_source("topk"), "mutual_choice")
+    assert not converted.allocation.threshold.any()
+    with pytest.raises(ValueError, match="no thresholds give an L0 of 31"):
+        calibrate_thresholds(converted, tokens(500, D_IN), 31.0)
+    assert not converted.allocation.threshold.any()
+
+
 def test_topk_starts_with_one_threshold_at_its_own_l0():
     source = make_source("topk", rescale=True)
     x = tokens(512, D_IN)

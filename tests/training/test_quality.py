@@ -256,7 +256,9 @@ def activations() -> torch.Tensor:
     """Of the demo's language model on the demo's text, shape (T, 192), in no order."""
     n_tokens = N_STEPS * BATCH_SIZE + HELD_OUT_TOKENS
     sae_cfg = MutualChoiceTrainingSAEConfig(d_in=D_MODEL, d_sae=D_SAE, k=K)
-    return gather_activations(lm_config(sae_cfg), n_tokens)
+    in_order = gather_activations(lm_config(sae_cfg), n_tokens)
+    order = torch.randperm(n_tokens, generator=torch.Generator().manual_seed(0))
+    return in_order[order]
 
 
 def new_trainer(

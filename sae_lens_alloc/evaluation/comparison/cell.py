@@ -13,6 +13,7 @@ from sae_lens.config import LanguageModelSAERunnerConfig
 from sae_lens_alloc.config import build_training_config
 
 RESULT_FILENAME = "cell.json"
+FAILURE_FILENAME = "failed.json"
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,6 @@
 """Which of the trained SAEs stands for its row, by the validation split alone."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -20,7 +21,7 @@ class Choice:
         k: Features per token.
         cell: The best cell of the first seed; None if no cell reaches this L0.
         tried: What was tried with the first seed, with explained variance on the validation
-            split, None where the L0 was out of reach.
+            split, None where the L0 was out of reach; or with why it failed.
     """
 
     row: str
@@ -29,20 +30,31 @@ class Choice:
     tried: Sequence[Mapping[str, Any]]
 
 
-def choose(cells: Sequence[Cell], results: Results) -> list[Choice]:
+def choose(
+    cells: Sequence[Cell], results: Results, failures: Mapping[str, str]
+) -> list[Choice]:
     """
     The best cell of each row at each k, by explained variance on the validation split.
 
     Args:
-        cells: Trained cells of one seed.
+        cells: Cells of one seed.
+        results: What the trained ones gave.
+        failures: Why others failed, by key. What has neither result nor failure is left out.
     """
-    points = dict.fromkeys((cell.row, k) for cell in cells for k in cell.target_l0s)
-    return [_choose(row, k, cells, results) for row, k in points]
+    tried = [cell for cell in cells if cell.key in results or cell.key in failures]
+    points = dict.fromkeys((cell.row, k) for cell in tried for k in cell.target_l0s)
+    return [_choose(row, k, tried, results, failures) for row, k in points]
 
 
-def _choose(row: str, k: float, cells: Sequence[Cell], results: Results) -> Choice:
+def _choose(
+    row: str,
+    k: float,
+    cells: Sequence[Cell],
+    results: Results,
+    failures: Mapping[str, str],
+) -> Choice:
     candidates = [cell for cell in cells if cell.row == row and k in cell.target_l0s]
-    scores = [validation_ev(results[cell.key], k) for cell in candidates]
+    scores = [validation_ev(results.get(cell.key), k) for cell in candidates]
     reached = [
         (score, -i) for i, score in enumerate(scores) if score is not None
     ]  # the first of equals
@@ -55,15 +67,26 @@ def _choose(row: str, k: float, cells: Sequence[Cell], results: Results) -> Choi
                 "lr": cell.lr,
                 "sparsity": {cell.sparsity_key: cell.sparsity},
                 "validation_explained_variance": score,
+                **(
+                    {"failed": failures[cell.key]}
+                    if cell.key in failures and cell.key not in results
+                    else {}
+                ),
             }
             for cell, score in zip(candidates, scores, strict=True)
         ],
     )
 
 
-def validation_ev(result: Mapping[str, Any], k: float) -> float | None:
-    """Explained variance at an L0 of k on the validation split, None if out of reach."""
-    return result["validation"][f"{k:g}"].get("explained_variance")
+def validation_ev(result: Mapping[str, Any] | None, k: float) -> float | None:
+    """
+    Explained variance at an L0 of k on the validation split; None if out of reach, not a
+    number, or if there is no result.
+    """
+    if result is None:
+        return None
+    score = result["validation"][f"{k:g}"].get("explained_variance")
+    return score if score is not None and math.isfinite(score) else None
 
 
 def other_seeds(cells: Sequence[Cell], choices: Sequence[Choice]) -> list[Cell]:

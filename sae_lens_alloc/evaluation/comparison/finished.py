@@ -1,11 +1,12 @@
 """What is known of the SAEs that have been trained: from their folders, and from a results.json."""
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from sae_lens_alloc.evaluation.comparison.cell import RESULT_FILENAME
+from sae_lens_alloc.evaluation.comparison.cell import FAILURE_FILENAME, RESULT_FILENAME
+from sae_lens_alloc.evaluation.comparison.json_files import finite_or_null
+from sae_lens_alloc.evaluation.saved_sae import read_json_mapping
 
 RESULTS_FILENAME = "results.json"
 SCHEMA_VERSION = 2
@@ -13,6 +14,9 @@ FIGURES_FILENAME = "{split}.json"
 SPLITS_MEASURED = ("validation", "test")
 # What is known of each cell, by its key.
 Cells = dict[str, dict[str, Any]]
+# Why a cell could not be trained or measured, by its key.
+Failures = dict[str, str]
+NOT_FINITE = "its explained variance on the validation split is not a number"
 
 
 def earlier_results(output: Path) -> dict[str, Any] | None:
@@ -26,10 +30,15 @@ def earlier_results(output: Path) -> dict[str, Any] | None:
     if not path.exists():
         return None
     try:
-        results = json.loads(path.read_text())
+        results = read_json_mapping(path)
     except ValueError:
-        results = None
-    if not isinstance(results, dict) or results.get("schema_version") != SCHEMA_VERSION:
+        results = {}
+    needed = {"subject", "machine", "cells", "allocation"}
+    if (
+        results.get("schema_version") != SCHEMA_VERSION
+        or not needed <= results.keys()
+        or not isinstance(results["cells"], dict)
+    ):
         raise ValueError(
             f"{str(path)!r} holds something that is not a comparison of this version, and "
             "would be overwritten: move it away, or give another folder."
@@ -40,11 +49,17 @@ def earlier_results(output: Path) -> dict[str, Any] | None:
 def known_cells(output: Path) -> Cells:
     """
     Every cell that has finished in this folder, or had when its results.json was written,
-    which may have been elsewhere: without the SAE itself, its figures still stand.
+    which may have been elsewhere: without the SAE itself, its figures still stand. One whose
+    figures are no numbers has not, and is trained again.
+
+    Raises:
+        ValueError: if a file is damaged.
     """
     cells: Cells = dict((earlier_results(output) or {"cells": {}})["cells"])
     for path in sorted(output.glob(f"cells/*/{RESULT_FILENAME}")):
-        facts = json.loads(path.read_text())
+        facts = _facts(path)
+        if _has_no_figures(facts):
+            continue
         del facts["settings"]  # the comparison's
         earlier = cells.get(path.parent.name, {})
         # of a training that was done again, the figures are no longer these
@@ -59,6 +74,36 @@ def known_cells(output: Path) -> Cells:
     return cells
 
 
+def known_failures(output: Path, known: Cells) -> Failures:
+    """Why cells failed, in this folder or by its results.json, that are not known since."""
+    failures: Failures = dict((earlier_results(output) or {}).get("failed", {}))
+    for path in output.glob(f"cells/*/{RESULT_FILENAME}"):
+        if _has_no_figures(_facts(path)):
+            failures[path.parent.name] = NOT_FINITE
+    for path in output.glob(f"cells/*/{FAILURE_FILENAME}"):
+        failures[path.parent.name] = str(read_json_mapping(path).get("reason"))
+    return {key: why for key, why in sorted(failures.items()) if key not in known}
+
+
+def _facts(path: Path) -> dict[str, Any]:
+    facts = finite_or_null(read_json_mapping(path))
+    missing = {"settings", "seconds", "validation"} - facts.keys()
+    if missing:
+        raise ValueError(
+            f"{str(path)!r} is damaged, since it does not say its {', '.join(sorted(missing))}: "
+            "remove it, and the same command trains this SAE again."
+        )
+    return facts
+
+
+def _has_no_figures(facts: Mapping[str, Any]) -> bool:
+    """Whether a training has diverged, as far as that was not noticed when it ended."""
+    return any(
+        point.get("explained_variance", 0.0) is None
+        for point in facts["validation"].values()
+    )
+
+
 def measured_at(
     facts: Mapping[str, Any], split: str, k: float
 ) -> dict[str, Any] | None:
@@ -68,8 +113,10 @@ def measured_at(
 
 def _figures(folder: Path, split: str) -> dict[str, Any]:
     """What the SAEs in a cell's folder were found to do on a split, by k."""
-    paths = sorted(folder.glob(f"l0-*/{FIGURES_FILENAME.format(split=split)}"))
-    return {
-        path.parent.name.removeprefix("l0-"): json.loads(path.read_text())
-        for path in paths
-    }
+    figures: dict[str, Any] = {}
+    for path in sorted(folder.glob(f"l0-*/{FIGURES_FILENAME.format(split=split)}")):
+        try:
+            figures[path.parent.name.removeprefix("l0-")] = read_json_mapping(path)
+        except ValueError:  # half-written by a run that was killed: measured again
+            continue
+    return figures

@@ -4,6 +4,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 from sae_lens import SAE
@@ -19,6 +20,7 @@ from sae_lens_alloc.evaluation.comparison.stream import StoredStream, write_stre
 from sae_lens_alloc.evaluation.comparison.subject import Subject
 from sae_lens_alloc.evaluation.contexts import held_out_contexts
 from sae_lens_alloc.evaluation.metrics import evaluate_sae
+from sae_lens_alloc.evaluation.saved_sae import one_line
 from sae_lens_alloc.evaluation.splicing import spliced_loss
 from sae_lens_alloc.evaluation.usage import Usage
 
@@ -40,6 +42,7 @@ class LanguageModelSubject(Subject):
 
     @override
     def write(self, folder: Path) -> StoredStream:
+        held_out_texts(self.heldout_path)  # before the model is loaded
         held_out = {
             split: self._held_out_activations(split) for split in ("validation", "test")
         }
@@ -104,12 +107,17 @@ class LanguageModelSubject(Subject):
     @cached_property
     def contexts(self) -> dict[str, torch.Tensor]:
         """Token ids of the held-out splits, each of shape (contexts, context_size)."""
-        texts = pq.read_table(self.heldout_path, columns=["text"])["text"]
         contexts = held_out_contexts(
-            texts.to_pylist(),
+            held_out_texts(self.heldout_path),
             self.model.tokenizer,  # type: ignore[arg-type]
             self.cfg.context_size,
         ).to(str(self.cfg.llm_device))
+        if len(contexts) < 2:
+            raise ValueError(
+                f"{str(self.heldout_path)!r} has text for {len(contexts)} contexts of "
+                f"{self.cfg.context_size} tokens, but each of two splits needs one: give more "
+                "text, or a smaller context_size."
+            )
         return {"validation": contexts[::2], "test": contexts[1::2]}
 
     def _baseline(self, split: str) -> Baseline:
@@ -139,3 +147,28 @@ class LanguageModelSubject(Subject):
             contexts_per_batch=8,
         )
         return taken
+
+
+def held_out_texts(path: Path) -> list[str]:
+    """
+    The texts of a parquet file with a column `text`, empty and missing ones left out.
+
+    Raises:
+        ValueError: in one sentence, if it is something else or holds no text.
+    """
+    try:
+        texts = pq.read_table(path, columns=["text"])["text"]
+    except (OSError, pa.ArrowException) as error:
+        raise ValueError(
+            f"compare.heldout_path {str(path)!r} is no parquet file with a column text: "
+            f"{one_line(error)}."
+        ) from error
+    if not pa.types.is_string(texts.type) and not pa.types.is_large_string(texts.type):
+        raise ValueError(
+            f"compare.heldout_path {str(path)!r} has a column text of {texts.type}, not of "
+            "strings."
+        )
+    given = [text for text in texts.to_pylist() if text]
+    if not given:
+        raise ValueError(f"compare.heldout_path {str(path)!r} holds no text.")
+    return given

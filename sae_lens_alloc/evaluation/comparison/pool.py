@@ -2,6 +2,7 @@
 
 import os
 import queue
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -11,10 +12,12 @@ from pathlib import Path
 import torch
 
 from sae_lens_alloc.evaluation.comparison.cell import (
+    FAILURE_FILENAME,
     RESULT_FILENAME,
     Cell,
     cell_folder,
 )
+from sae_lens_alloc.evaluation.comparison.json_files import write_json
 
 LOG_FILENAME = "log.txt"
 # glibc gives large blocks back after each use and gets them again, zeroed page by page: a sixth
@@ -42,26 +45,24 @@ def train_cells(
 ) -> None:
     """
     Trains cells. What SAELens prints goes to `log.txt` in the
-    cell's folder. On several GPUs each process sees one of them.
+    cell's folder, and why one fails to `failed.json`; the others go on. On several GPUs each
+    process sees one of them.
 
     Args:
         on_finished: Called after each cell.
-
-    Raises:
-        ValueError: if a cell fails. Cells that had started are finished, and kept.
     """
     slots: queue.SimpleQueue[int] = queue.SimpleQueue()
     for slot in range(jobs):
         slots.put(slot)
 
-    def train(cell: Cell) -> None:
+    def train(cell: Cell) -> str | None:
         slot = slots.get()
         try:
-            _train(cell, slot)
+            return _train(cell, slot)
         finally:
             slots.put(slot)
 
-    def _train(cell: Cell, slot: int) -> None:
+    def _train(cell: Cell, slot: int) -> str | None:
         folder = cell_folder(output, cell.key)
         folder.mkdir(parents=True, exist_ok=True)
         environment = KEEP_FREED_MEMORY | os.environ
@@ -83,20 +84,32 @@ def train_cells(
                 env=environment,
             )
         if done.returncode or not (folder / RESULT_FILENAME).exists():
-            raise ValueError(
-                f"training {cell.key} failed: {folder / LOG_FILENAME} says why. What has "
-                "finished is kept, and the same command goes on from there."
-            )
+            return _reason(done.returncode, folder / LOG_FILENAME)
+        return None
 
     with ThreadPoolExecutor(jobs) as pool:
-        futures = [pool.submit(train, cell) for cell in cells]
+        futures = {pool.submit(train, cell): cell for cell in cells}
         try:
             for future in as_completed(futures):
-                future.result()
+                reason = future.result()
+                if reason is not None:
+                    folder = cell_folder(output, futures[future].key)
+                    write_json(folder / FAILURE_FILENAME, {"reason": reason})
                 on_finished()
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise
+
+
+def _reason(returncode: int, log: Path) -> str:
+    """Why a process failed: the last line of its log, which has the rest."""
+    if returncode < 0:
+        name = signal.Signals(-returncode).name
+        memory = ", perhaps for want of memory" if name == "SIGKILL" else ""
+        return f"its process was ended by {name}{memory}"
+    lines = log.read_text(errors="replace").splitlines()
+    last = next((line for line in reversed(lines) if line.strip()), "it said nothing")
+    return last.strip().rstrip(".")
 
 
 def _gpu(slot: int) -> str:

@@ -143,7 +143,7 @@ def render_comparison_report(results: Mapping[str, Any]) -> str:
         undefined=StrictUndefined,
     )
     return environment.get_template("comparison/report.html.jinja").render(
-        results=results,
+        results={"failed": {}, **results},  # which earlier results have not
         split=split,
         rows=rows,
         seeds=numbers_of_seeds(results["settings"]["compare"]),
@@ -152,6 +152,7 @@ def render_comparison_report(results: Mapping[str, Any]) -> str:
         metrics=metrics,
         colours={row: colour(i) for i, row in enumerate(rows)},
         cell=_cell,
+        why_empty=_why_empty,
         plotly_js=Markup(get_plotlyjs()),
         pareto=[
             {
@@ -196,6 +197,16 @@ def _cell(point: Point, metric: Metric) -> Markup:
     if low == high:
         return Markup(mean)
     return Markup("{}<small>{}–{}</small>").format(mean, low, high)
+
+
+def _why_empty(point: Point) -> str:
+    """Why a row has no SAE at this k."""
+    whys = [tried["failed"] for tried in point["tried"] if "failed" in tried]
+    if whys and len(whys) == len(point["tried"]):
+        return f"failed: {whys[0]}"
+    if point["chosen"] is not None:
+        return "failed where it was measured"
+    return "no thresholds reach this L0"
 
 
 def _one_run(

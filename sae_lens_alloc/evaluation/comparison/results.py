@@ -18,8 +18,10 @@ from sae_lens_alloc.evaluation.comparison.choice import Choice
 from sae_lens_alloc.evaluation.comparison.finished import (
     SCHEMA_VERSION,
     Cells,
+    Failures,
     measured_at,
 )
+from sae_lens_alloc.evaluation.comparison.json_files import finite_or_null, write_whole
 from sae_lens_alloc.evaluation.usage import DensityCurve, Usage
 
 SCHEMA = Path(__file__).with_name("results.schema.json")
@@ -90,7 +92,8 @@ def summary(runs: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, float]]:
             "max": max(row[name] for row in flat),
         }
         for name in flat[0]
-        if all(name in row for row in flat)  # a law may be missing for a seed
+        # a law may be missing for a seed, or a figure that is no number
+        if all(name in row for row in flat)
     }
 
 
@@ -144,6 +147,7 @@ def comparison_results(
     machine: Mapping[str, Any],
     points: Sequence[Mapping[str, Any]],
     cells: Cells,
+    failures: Failures,
     allocation: Mapping[str, Any] | None,
     complete: bool,
 ) -> dict[str, Any]:
@@ -161,14 +165,13 @@ def comparison_results(
         },
         "points": points,
         "cells": cells,
+        "failed": failures,
         "allocation": allocation,
     }
 
 
 def write_results(path: Path, results: Mapping[str, Any]) -> None:
     """Writes `results.json`, a list of numbers on one line."""
-    text = json.dumps(results, indent=1, allow_nan=False)
+    text = json.dumps(finite_or_null(results), indent=1, allow_nan=False)
     text = re.sub(r"\[[\d\s.,e+-]*\]", lambda match: " ".join(match[0].split()), text)
-    partial = path.with_suffix(".partial")
-    partial.write_text(text + "\n")
-    partial.rename(path)
+    write_whole(path, text + "\n")

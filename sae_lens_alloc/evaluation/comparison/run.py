@@ -1,6 +1,6 @@
 """Runs a comparison: activations, training, choice, calibration, test, results, report."""
 
-import json
+import math
 import platform
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -17,11 +17,11 @@ from rich.progress import (
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
-from sae_lens import SAE
 
 from sae_lens_alloc.evaluation.comparison.allocation_picture import allocation_picture
 from sae_lens_alloc.evaluation.comparison.cell import Cell, cell_folder, sae_folder
 from sae_lens_alloc.evaluation.comparison.choice import (
+    Choice,
     choose,
     other_seeds,
     validation_ev,
@@ -35,12 +35,16 @@ from sae_lens_alloc.evaluation.comparison.finished import (
     FIGURES_FILENAME,
     RESULTS_FILENAME,
     Cells,
+    Failures,
     earlier_results,
     known_cells,
+    known_failures,
     measured_at,
 )
+from sae_lens_alloc.evaluation.comparison.json_files import write_json
 from sae_lens_alloc.evaluation.comparison.language_model import LanguageModelSubject
 from sae_lens_alloc.evaluation.comparison.pool import (
+    LOG_FILENAME,
     default_jobs,
     threads_per_job,
     train_cells,
@@ -56,6 +60,7 @@ from sae_lens_alloc.evaluation.comparison.results import (
 from sae_lens_alloc.evaluation.comparison.stream import StoredStream, stored_stream
 from sae_lens_alloc.evaluation.comparison.subject import Subject
 from sae_lens_alloc.evaluation.comparison.synthetic import SyntheticSubject
+from sae_lens_alloc.evaluation.saved_sae import load_sae, one_line
 
 CONFIG_FILENAME = "comparison.yaml"
 REPORT_FILENAME = "report.html"
@@ -72,7 +77,8 @@ def run_comparison(
     """
     Trains what is missing of a comparison, evaluates, and writes `results.json` and
     `report.html`. Whatever is in `output` already is kept and not done again, and so are the
-    cells that its `results.json` tells of, wherever they were trained.
+    cells that its `results.json` tells of, wherever they were trained. A cell that fails is
+    told of in the results, and tried again by the next command.
 
     Args:
         config_path: See `load_comparison`.
@@ -82,8 +88,8 @@ def run_comparison(
         finished: Compares what has finished so far, and trains nothing.
 
     Raises:
-        ValueError: if the config is wrong, the folder holds something else, a cell fails, or
-            nothing has finished that should have.
+        ValueError: if the config is wrong, the folder holds something else or a damaged file,
+            nothing has finished that should have, or, at the end, a cell has failed.
     """
     config, settings = load_comparison(config_path, overrides)
     device = config.stream_run().device
@@ -103,6 +109,10 @@ def run_comparison(
             stored = subject.write(folder)
         return stored
 
+    stored = stored_stream(folder)
+    if stored is not None and not finished:
+        stored.verify()
+
     def train(cells: Sequence[Cell], what: str, known: Cells) -> Cells:
         missing = [cell for cell in cells if cell.key not in known]
         if finished or not missing:
@@ -121,41 +131,50 @@ def run_comparison(
     cells = config.cells()
     first = [cell for cell in cells if cell.seed == config.seeds[0]]
     known = train(first, "Training, first seed", at_start)
-    choices = choose([cell for cell in first if cell.key in known], known)
+    choices = choose(first, known, known_failures(output, known))
     chosen = other_seeds(cells, choices)
     known = train(chosen, "Training, all seeds", known)
+    failures = known_failures(output, known)
     if not any(cell.key in known for cell in cells):
+        _report_failures(cells, failures, output)
         raise ValueError(
             f"no SAE of this comparison has finished in {str(output)!r}: train some without "
             "--finished, or give the output of a comparison with these settings."
         )
 
-    runs = {
-        (choice.row, choice.k): [
-            cell
-            for cell in other_seeds(cells, [choice])
-            if cell.key in known
-            and validation_ev(known[cell.key], choice.k) is not None
-        ]
-        for choice in choices
-    }
     split = config.measured_on
     unmeasured = [
-        (cell, k)
-        for (_, k), of_point in runs.items()
-        for cell in of_point
-        if measured_at(known[cell.key], split, k) is None
+        (cell, sae_folder(cell_folder(output, cell.key), choice.k))
+        for choice in choices
+        for cell in _runs(cells, choice, known)
+        if measured_at(known[cell.key], split, choice.k) is None
     ]
+    for _, path in unmeasured:
+        _require_sae(path, split)
     with _progress(console) as progress:
-        for cell, k in progress.track(
+        for cell, path in progress.track(
             unmeasured, description=f"Measuring on the {split} split"
         ):
-            path = sae_folder(cell_folder(output, cell.key), k)
-            _measure(path, device, subject, stream(), split)
+            activations = stream()
+            try:
+                _measure(path, device, subject, activations, split)
+            except Exception as error:  # of one SAE, which the others can do without
+                failures[cell.key] = (
+                    f"{path.name} on the {split} split: {one_line(error)}"
+                )
     known = known_cells(output)
 
     points = [
-        point_results(choice, runs[choice.row, choice.k], known, split)
+        point_results(
+            choice,
+            [
+                cell
+                for cell in _runs(cells, choice, known)
+                if measured_at(known[cell.key], split, choice.k) is not None
+            ],
+            known,
+            split,
+        )
         for choice in choices
     ]
     # without activations here, what they were is told by an earlier results.json alone
@@ -169,12 +188,34 @@ def run_comparison(
         else _machine(device, jobs),
         points,
         known,
+        failures,
         _allocation(config, points, output, stored, earlier),
         complete=all(cell.key in known for cell in [*first, *chosen]),
     )
     write_results(output / RESULTS_FILENAME, document)
     write_comparison_report(output / REPORT_FILENAME, document)
     console.print(f"Saved in {output}; open {output / REPORT_FILENAME} in a browser")
+    _report_failures(cells, failures, output)
+
+
+def _runs(cells: Sequence[Cell], choice: Choice, known: Cells) -> list[Cell]:
+    """The chosen settings' cells that have been trained, one a seed."""
+    return [
+        cell
+        for cell in other_seeds(cells, [choice])
+        if validation_ev(known.get(cell.key), choice.k) is not None
+    ]
+
+
+def _report_failures(cells: Sequence[Cell], failures: Failures, output: Path) -> None:
+    """Raises ValueError if one of the cells has failed."""
+    failed = [cell.key for cell in cells if cell.key in failures]
+    if failed:
+        whys = "; ".join(f"{key}: {failures[key]}" for key in failed)
+        raise ValueError(
+            f"{len(failed)} of {len(cells)} SAEs failed, which the same command tries again "
+            f"({LOG_FILENAME} in their folder in {str(output / 'cells')!r} says more): {whys}."
+        )
 
 
 def make_subject(config: ComparisonConfig) -> Subject:
@@ -229,16 +270,20 @@ def _machine(device: str, jobs: int) -> dict[str, Any]:
 def _measure(
     folder: Path, device: str, subject: Subject, stream: StoredStream, split: str
 ) -> None:
+    usage, figures = subject.evaluate(load_sae(folder, device).eval(), stream, split)
+    if not math.isfinite(usage.explained_variance):
+        raise ValueError(f"the explained variance is {usage.explained_variance}")
+    path = folder / FIGURES_FILENAME.format(split=split)
+    write_json(path, figures_of(usage, figures))
+
+
+def _require_sae(folder: Path, split: str) -> None:
     if not folder.exists():
         raise ValueError(
             f"the SAE of {str(folder)!r} is to be measured on the {split} split, but only "
             f"its figures are left: remove {RESULTS_FILENAME} and its folder in cells/ to "
             "train it again."
         )
-    sae = SAE.load_from_disk(folder, device=device).eval()
-    figures = figures_of(*subject.evaluate(sae, stream, split))
-    text = json.dumps(figures, allow_nan=False)
-    (folder / FIGURES_FILENAME.format(split=split)).write_text(text)
 
 
 def _allocation(
@@ -268,13 +313,12 @@ def _allocation(
     if stream is None or not here or (picture is not None and not ours):
         return picture
     row, folder = (ours or here)[0]
-    return {
-        "row": row,
-        "k": k,
-        "rules": allocation_picture(
-            SAE.load_from_disk(folder), stream.split(config.measured_on)
-        ),
-    }
+    try:
+        sae = load_sae(folder)
+    except ValueError:  # damaged since it was measured
+        return picture
+    activations = stream.split(config.measured_on)
+    return {"row": row, "k": k, "rules": allocation_picture(sae, activations)}
 
 
 def _progress(console: Console) -> Progress:

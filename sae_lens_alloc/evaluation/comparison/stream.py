@@ -1,12 +1,17 @@
 """The activations that all cells of a comparison share, on disk."""
 
-import json
+import hashlib
 import shutil
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
+
+from sae_lens_alloc.checksums import sha256_of
+from sae_lens_alloc.evaluation.comparison.json_files import write_json
+from sae_lens_alloc.evaluation.saved_sae import read_json_mapping
 
 MANIFEST_FILENAME = "stream.json"
 SPLITS = ("train", "validation", "test")
@@ -16,30 +21,86 @@ class StoredStream:
     """
     Activations in files of rows, one file a split, read in the order they were written. Read
     without mapping them into memory, so that a process's memory stays its own.
+
+    Args:
+        folder: What `write_stream` wrote.
+
+    Raises:
+        ValueError: if a file is missing or not of its size.
     """
 
     def __init__(self, folder: Path) -> None:
-        manifest = json.loads((folder / MANIFEST_FILENAME).read_text())
         self.folder = folder
-        self.d_in: int = manifest["d_in"]
-        self.dtype = np.dtype(manifest["dtype"])
-        self.counts: dict[str, int] = manifest["counts"]
+        manifest = read_json_mapping(folder / MANIFEST_FILENAME)
+        try:
+            self.d_in = int(manifest["d_in"])
+            self.dtype = np.dtype(manifest["dtype"])
+            self.counts = {split: int(manifest["counts"][split]) for split in SPLITS}
+            self.checksums: dict[str, str] = dict(manifest.get("sha256", {}))
+        except (KeyError, TypeError, ValueError) as error:
+            raise self._damage(MANIFEST_FILENAME, "does not describe them") from error
+        for split, count in self.counts.items():
+            path = self._path(split)
+            size = path.stat().st_size if path.is_file() else 0
+            if size != self._size(count):
+                raise self._damage(
+                    path.name, f"has {size:,} bytes instead of {self._size(count):,}"
+                )
+
+    def verify(self) -> None:
+        """
+        Reads all files, which takes a while.
+
+        Raises:
+            ValueError: if one has changed since it was written. Streams that earlier versions
+                wrote have no checksums, and pass.
+        """
+        for split, checksum in self.checksums.items():
+            if sha256_of(self._path(split)) != checksum:
+                raise self._damage(f"{split}.bin", "is not what was written")
 
     def training_batches(self, batch_size: int) -> Iterator[torch.Tensor]:
-        """Batches of shape (batch_size, d_in) in the order on disk, over and over."""
+        """
+        Batches of shape (batch_size, d_in) in the order on disk, over and over.
+
+        Raises:
+            ValueError: if there are too few activations for one, or the file ends early.
+        """
+        n_batches = self.counts["train"] // batch_size
+        if n_batches == 0:
+            raise ValueError(
+                f"{str(self.folder)!r} holds {self.counts['train']:,} training activations, "
+                f"fewer than one batch of {batch_size:,}: raise training_tokens, or lower "
+                "train_batch_size_tokens."
+            )
         while True:
-            with (self.folder / "train.bin").open("rb") as file:
-                while len(batch := self._read(file, batch_size)) == batch_size:
-                    yield batch
+            with self._path("train").open("rb") as file:
+                for _ in range(n_batches):
+                    yield self._read(file, batch_size)
 
     def split(self, name: str) -> torch.Tensor:
         """All activations of a split, float32 of shape (T, d_in)."""
-        with (self.folder / f"{name}.bin").open("rb") as file:
+        with self._path(name).open("rb") as file:
             return self._read(file, self.counts[name])
 
-    def _read(self, file: object, count: int) -> torch.Tensor:
-        values = np.fromfile(file, self.dtype, count * self.d_in)  # type: ignore[arg-type]
-        return torch.from_numpy(values.astype(np.float32)).view(-1, self.d_in)
+    def _path(self, split: str) -> Path:
+        return self.folder / f"{split}.bin"
+
+    def _size(self, count: int) -> int:
+        return count * self.d_in * self.dtype.itemsize
+
+    def _read(self, file: BinaryIO, count: int) -> torch.Tensor:
+        content = file.read(self._size(count))
+        if len(content) != self._size(count):
+            raise self._damage(Path(file.name).name, "ends early")
+        values = np.frombuffer(content, self.dtype).astype(np.float32)
+        return torch.from_numpy(values).view(-1, self.d_in)
+
+    def _damage(self, filename: str, what: str) -> ValueError:
+        return ValueError(
+            f"the stored activations are damaged, since {str(self.folder / filename)!r} {what}: "
+            f"remove the folder {str(self.folder)!r}, and the same command stores them again."
+        )
 
 
 def stored_stream(folder: Path) -> StoredStream | None:
@@ -76,7 +137,9 @@ def write_stream(
             f"the activations take {needed / 1e9:.1f} GB in {str(folder)!r}, where "
             f"{free / 1e9:.1f} GB are free: lower training_tokens, or give another output."
         )
+    checksums: dict[str, str] = {}
     for name, batches in splits.items():
+        digest = hashlib.sha256()
         with (folder / f"{name}.bin").open("wb") as file:
             missing = counts[name]
             for batch in batches:
@@ -92,6 +155,7 @@ def write_stream(
                         "compare.stored_dtype: float32 holds larger ones."
                     )
                 kept.tofile(file)
+                digest.update(kept.tobytes())
                 missing -= len(kept)
                 if not missing:
                     break
@@ -100,8 +164,7 @@ def write_stream(
                     f"{missing} activations of the {name} split are missing of the "
                     f"{counts[name]} asked for."
                 )
-    manifest = {"d_in": d_in, "dtype": dtype, "counts": counts}
-    partial = folder / f"{MANIFEST_FILENAME}.partial"
-    partial.write_text(json.dumps(manifest))
-    partial.rename(folder / MANIFEST_FILENAME)
+        checksums[name] = digest.hexdigest()
+    manifest: dict[str, Any] = {"d_in": d_in, "dtype": dtype, "counts": counts}
+    write_json(folder / MANIFEST_FILENAME, {**manifest, "sha256": checksums})
     return StoredStream(folder)

@@ -1,5 +1,6 @@
 """Synthetic activations with known features (SAELens' `sae_lens.synthetic`)."""
 
+import copy
 from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
@@ -71,9 +72,11 @@ class SyntheticSubject(Subject):
         self, sae: SAE[Any], stream: StoredStream, split: str
     ) -> tuple[Usage, dict[str, Any]]:
         usage = measure_usage(as_user(sae), stream.split(split).to(sae.device))
+        # SAELens compares what the SAE gives with float32, and cannot with other types
+        in_float32 = copy.deepcopy(sae).to(torch.float32)
         with temporary_seed(self._seed(len(SPLITS) + SPLITS.index(split))):
             result = eval_sae_on_synthetic_data(
-                sae,
+                in_float32,
                 self.model.feature_dict,
                 self.model.activation_generator,
                 self.n_evaluated,

@@ -1,12 +1,13 @@
 """Trains one cell, in a process of its own so that its memory can be told."""
 
 import argparse
-import json
+import math
 import resource
 import shutil
 import sys
 import tempfile
 import time
+import traceback
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +16,16 @@ from sae_lens import SAE
 from sae_lens.saes.sae import TrainingSAE
 
 from sae_lens_alloc.evaluation.comparison.cell import (
+    FAILURE_FILENAME,
     RESULT_FILENAME,
     Cell,
     sae_folder,
 )
 from sae_lens_alloc.evaluation.comparison.config import load_comparison
+from sae_lens_alloc.evaluation.comparison.json_files import write_json
 from sae_lens_alloc.evaluation.comparison.operating_point import at_l0
 from sae_lens_alloc.evaluation.comparison.stream import StoredStream
+from sae_lens_alloc.evaluation.saved_sae import load_sae, one_line
 from sae_lens_alloc.evaluation.usage import as_user, measure_usage
 from sae_lens_alloc.training.trainer import AllocSAETrainer
 
@@ -33,6 +37,9 @@ def train_cell(cell: Cell, stream: StoredStream, folder: Path) -> dict[str, Any]
 
     Args:
         folder: Where the SAEs and `cell.json` go; the latter is written last.
+
+    Raises:
+        ValueError: if the training diverges.
     """
     cfg = cell.runner_config()
     torch.manual_seed(cell.seed)
@@ -47,6 +54,12 @@ def train_cell(cell: Cell, stream: StoredStream, folder: Path) -> dict[str, Any]
     trainer.fit()
     seconds = time.perf_counter() - start
     memory = _peak_memory(cfg.device) - before
+    for name, parameter in sae.named_parameters():
+        if not parameter.isfinite().all():
+            raise ValueError(
+                f"the training has diverged, {name} is not finite: give compare.lr a smaller "
+                "learning rate."
+            )
 
     validation = stream.split("validation").to(cfg.device)
     points: dict[str, Any] = {}
@@ -60,6 +73,11 @@ def train_cell(cell: Cell, stream: StoredStream, folder: Path) -> dict[str, Any]
                 points[f"{target:g}"] = {"unreachable": str(error)}
                 continue
             usage = measure_usage(as_user(calibrated), validation)
+            if not math.isfinite(usage.explained_variance):
+                raise ValueError(
+                    f"at {target:g} features per token, the explained variance on the "
+                    f"validation split is {usage.explained_variance}."
+                )
             points[f"{target:g}"] = {
                 "l0": usage.l0,
                 "explained_variance": usage.explained_variance,
@@ -77,14 +95,12 @@ def train_cell(cell: Cell, stream: StoredStream, folder: Path) -> dict[str, Any]
         "validation": points,
         "settings": dict(cell.settings),
     }
-    partial = folder / f"{RESULT_FILENAME}.partial"
-    partial.write_text(json.dumps(result, indent=2) + "\n")
-    partial.rename(folder / RESULT_FILENAME)
+    write_json(folder / RESULT_FILENAME, result)
     return result
 
 
 def _load(folder: str, device: str) -> SAE[Any]:
-    return SAE.load_from_disk(folder, device=device).eval()
+    return load_sae(folder, device).eval()
 
 
 def _peak_memory(device: str) -> int:
@@ -114,10 +130,16 @@ def main() -> None:
         for cell in load_comparison(args.config)[0].cells()
         if cell.key == args.folder.name
     )
-    # what an interrupted training left
+    # what an interrupted or failed training left
     for path in args.folder.glob("l0-*"):
         shutil.rmtree(path)
-    train_cell(cell, StoredStream(args.stream), args.folder)
+    for filename in (RESULT_FILENAME, FAILURE_FILENAME):
+        (args.folder / filename).unlink(missing_ok=True)
+    try:
+        train_cell(cell, StoredStream(args.stream), args.folder)
+    except Exception as error:
+        traceback.print_exc()
+        sys.exit(one_line(error))  # the last line, which is shown
 
 
 if __name__ == "__main__":
