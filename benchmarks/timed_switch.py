@@ -21,17 +21,19 @@ from sae_lens.saes.sae import TrainingSAE
 
 import sae_lens_alloc
 from benchmarks.results import load_results, write_results
-from sae_lens_alloc.demo.methods import demo_configs
+from sae_lens_alloc.demo.methods import Trained, demo_configs
 from sae_lens_alloc.demo.run import CONTEXTS, evaluate
-from sae_lens_alloc.demo.methods import Trained
 from sae_lens_alloc.evaluation.activations import take_tokens
 from sae_lens_alloc.evaluation.comparison.config import load_comparison
 from sae_lens_alloc.evaluation.comparison.operating_point import at_l0
 from sae_lens_alloc.evaluation.comparison.run import make_subject
 from sae_lens_alloc.evaluation.comparison.stream import stored_stream
 from sae_lens_alloc.evaluation.usage import as_user, measure_usage
-from sae_lens_alloc.saes.allocation_sae import AllocationTrainingSAE
-from sae_lens_alloc.training.runner import CALIBRATION_TOKENS, AllocSAETrainingRunner
+from sae_lens_alloc.training.runner import (
+    CALIBRATION_TOKENS,
+    METRICS_FILENAME,
+    AllocSAETrainingRunner,
+)
 from sae_lens_alloc.training.trainer import AllocSAETrainer
 
 SYNTHETIC = Path(__file__).parent.parent / "configs" / "experiments_synthetic.yaml"
@@ -59,23 +61,14 @@ def language_model(how: str, n_tokens: int, work: Path) -> dict[str, Any]:
     saved = Path(cfg.output_path or "")
     taken = take_tokens(runner.activations_store, CALIBRATION_TOKENS)
     at_l0(SAE.load_from_disk(saved), taken, cfg.sae.k).save_model(saved)
-    runs, _ = evaluate(
-        [Trained("mutual_choice", cfg, saved, seconds, None)]
-        if how == "schedule"
-        else [_without_history(Trained("mutual_choice", cfg, saved, seconds, None))],
-        CONTEXTS,
-    )
+    # SAELens' runner writes no metrics, where the evaluation looks for them
+    (saved / METRICS_FILENAME).touch()
+    runs, _ = evaluate([Trained(how, cfg, saved, seconds, None)], CONTEXTS)
     return {
         **runs[0].evaluation.to_dict(),
         "steps": cfg.total_training_steps,
         "switch": _switch(sae),
     }
-
-
-def _without_history(trained: Trained) -> Trained:
-    """SAELens' runner writes no metrics, where the report looks for them."""
-    (trained.folder / "metrics.jsonl").touch()
-    return trained
 
 
 def known_features(how: str, work: Path) -> dict[str, Any]:
@@ -106,7 +99,7 @@ def known_features(how: str, work: Path) -> dict[str, Any]:
     }
 
 
-def _switch(sae: AllocationTrainingSAE[Any]) -> int:
+def _switch(sae: Any) -> int:
     """The first step of Mutual Choice."""
     steps = range(sae.allocation.last_step + 1)
     return next((step for step in steps if sae.rule_at(step) == "mutual"), len(steps))

@@ -1,6 +1,5 @@
 """The running statistics of an allocation, and the allocation of each training batch."""
 
-import math
 from typing import ClassVar, Literal
 
 import torch
@@ -190,8 +189,11 @@ class AllocationState(SettlingState):
         if not self._knows_cut():
             self.begin_totals()
             self._follow_cut(encode_mutual_choice(encoder, x, budget, None), len(x))
-        # never tracked from 0, which a factor would not leave
-        restart = self.threshold <= (math.inf if after_mutual else 0.0)
+        # never tracked from 0 or infinity, as a source's silenced features have: a factor
+        # would not leave them
+        restart = ~(self.threshold > 0) | self.threshold.isinf()
+        if after_mutual:
+            restart = torch.ones_like(restart)
         self.threshold.copy_(self.cut.where(restart, self.threshold))
 
     def _allocate_feature(

@@ -117,6 +117,8 @@ def test_every_feature_gets_its_best_tokens_in_any_state(
         )
         expected = select_feature_choice(affinities, owed)
         assert stored_pairs(pairs) == stored_pairs(expected)
+    # a factor would never leave them
+    assert not (state.threshold.isinf() & state.cut.isfinite()).any()
 
 
 @pytest.mark.parametrize("margin", [0.05, 0.25, 1.0])
