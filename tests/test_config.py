@@ -336,7 +336,10 @@ def test_key_given_twice_is_an_error(config_path: Path):
             "seqpos_slice=5",
             "seqpos_slice must be a list with each item an integer or null, got 5.",
         ),
-        ("model_kwargs=5", "model_kwargs must be a mapping, got 5."),
+        (
+            "model_kwargs=5",
+            "model_kwargs must be a mapping whose keys are strings, got 5.",
+        ),
         ("sae.k=many", "sae.k must be a number, got 'many'."),
         (
             "sae.aux_loss=aux_zip",
