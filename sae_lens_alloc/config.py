@@ -191,6 +191,9 @@ def build_runner_config(
     if metadata is not None:
         sae.metadata = SAEMetadata(**_typed_value("sae.metadata", metadata, dict))
 
+    for name in ("adam_beta1", "adam_beta2"):
+        if name in top:  # Adam refuses a pair of an integer and a float
+            top[name] = float(top[name])
     cfg = LanguageModelSAERunnerConfig(sae=sae, logger=logger, **top)
     check_run(cfg)
     return cfg

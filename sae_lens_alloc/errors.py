@@ -1,5 +1,8 @@
 """Errors in one sentence."""
 
+# Some libraries list all that would have been right.
+LONGEST_SENTENCE = 1000
+
 
 def in_one_sentence(error: BaseException) -> str:
     """
@@ -7,6 +10,8 @@ def in_one_sentence(error: BaseException) -> str:
     user's, and the reason that another error gave for it.
     """
     text = " ".join(str(error).split())
+    if len(text) > LONGEST_SENTENCE:
+        text = f"{text[:LONGEST_SENTENCE]} …"
     if not text or not isinstance(error, ValueError | OSError):
         text = f"{type(error).__name__}: {text}".removesuffix(": ")
     # a plain ValueError is a sentence already

@@ -72,8 +72,8 @@ def check_value(key: str, value: Any) -> None:
         raise ValueError(f"{key} must be at least 1, got {value}.")
     if key in AT_LEAST_ZERO and value < 0:
         raise ValueError(f"{key} must be at least 0, got {value}.")
-    if key == "lr" and value <= 0:
-        raise ValueError(f"lr must be greater than 0, got {value}.")
+    if key in ("lr", "sae.decoder_init_norm") and value <= 0:
+        raise ValueError(f"{key} must be greater than 0, got {value}.")
     if key in ("adam_beta1", "adam_beta2") and not 0 <= value < 1:
         raise ValueError(f"{key} must be in [0, 1), got {value}.")
     if key == "context_size" and value > LONGEST_CONTEXT:

@@ -10,11 +10,15 @@ from sae_lens.load_model import HookedProxyLM, load_model
 from sae_lens.util import extract_stop_at_layer_from_tlens_hook_name
 from transformer_lens import HookedTransformer
 from transformer_lens.HookedTransformer import HookedRootModule
-from transformer_lens.loading_from_pretrained import get_pretrained_model_config
+from transformer_lens.loading_from_pretrained import (
+    OFFICIAL_MODEL_NAMES,
+    get_official_model_name,
+    get_pretrained_model_config,
+)
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from sae_lens_alloc.errors import in_one_sentence
-from sae_lens_alloc.typed_values import nearest
+from sae_lens_alloc.typed_values import nearest, shown
 
 # A number of heads that no model has, so that positions and heads are told apart.
 N_PROBED_TOKENS = 7
@@ -27,6 +31,7 @@ def load_language_model(cfg: LanguageModelSAERunnerConfig[Any]) -> HookedRootMod
     Raises:
         ValueError: in one sentence that names the settings, if it cannot be loaded.
     """
+    _require_folder(cfg.model_name)
     try:
         return load_model(
             cfg.model_class_name,
@@ -142,6 +147,14 @@ def _hugging_face_config(cfg: LanguageModelSAERunnerConfig[Any]) -> Any:
 def _transformer_lens_config(cfg: LanguageModelSAERunnerConfig[Any]) -> dict[str, Any]:
     known = inspect.signature(get_pretrained_model_config).parameters.keys()
     given = cfg.model_from_pretrained_kwargs or {}
+    try:
+        get_official_model_name(cfg.model_name)
+    except ValueError:
+        near = nearest(cfg.model_name, OFFICIAL_MODEL_NAMES)
+        raise ValueError(
+            f"TransformerLens knows no such model, did you mean {near!r}? Others, and "
+            "folders, are loaded with model_class_name=AutoModelForCausalLM."
+        ) from None
     chosen = {name: given[name] for name in given if name in known - {"dtype"}}
     config = get_pretrained_model_config(cfg.model_name, **chosen)
     # a tokenizer would be looked for on the hub
@@ -217,7 +230,8 @@ def _shape_at_hook(
     except Exception as error:
         if device.type == "meta" and isinstance(error, RuntimeError):
             return None  # it looks at values, as routers of experts do
-        given = f" with model_kwargs {cfg.model_kwargs}" if cfg.model_kwargs else ""
+        kwargs = cfg.model_kwargs
+        given = f" with model_kwargs {shown(kwargs)}" if kwargs else ""
         raise ValueError(
             f"hook_name {cfg.hook_name!r} cannot be read from {cfg.model_name}{given}: "
             f"{in_one_sentence(error)}"
@@ -232,7 +246,7 @@ def _shape_at_hook(
 
 def _cannot_load(cfg: LanguageModelSAERunnerConfig[Any], error: Exception) -> str:
     kwargs = cfg.model_from_pretrained_kwargs
-    given = f" and model_from_pretrained_kwargs {kwargs}" if kwargs else ""
+    given = f" and model_from_pretrained_kwargs {shown(kwargs)}" if kwargs else ""
     return (
         f"the language model cannot be loaded with model_class_name "
         f"{cfg.model_class_name!r}, model_name {cfg.model_name!r}{given}: "

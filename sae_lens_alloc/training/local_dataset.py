@@ -25,8 +25,8 @@ def override_for_local_dataset(
     """
     The dataset of `cfg.dataset_path`, to be passed as `override_dataset`, where it is on this
     machine and SAELens cannot open it by its path: SAELens asks the hub for the tokenizer of
-    a tokenized one, and cannot read what `save_to_disk` wrote nor a single file. None where
-    SAELens can.
+    a tokenized one, cannot read what `save_to_disk` wrote nor a single file, and takes a
+    folder such as "parquet" for a file format. None where SAELens can.
 
     Raises:
         ValueError: if it cannot be read.
@@ -35,7 +35,11 @@ def override_for_local_dataset(
     if not cfg.dataset_path or not path.exists():
         return None
     dataset = open_local_dataset(cfg)
-    by_path = path.is_dir() and not _was_saved_to_disk(path)
+    by_path = (
+        path.is_dir()
+        and not _was_saved_to_disk(path)
+        and (path.is_absolute() or len(path.parts) > 1)
+    )
     return None if by_path and not _is_tokenized(cfg, dataset) else dataset
 
 
@@ -54,7 +58,10 @@ def open_local_dataset(cfg: LanguageModelSAERunnerConfig[Any]) -> HfDataset:
             return dataset["train"] if isinstance(dataset, DatasetDict) else dataset
         folder, files = (path, None) if path.is_dir() else (path.parent, path.name)
         return load_dataset(
-            str(folder), data_files=files, split="train", streaming=cfg.streaming
+            str(folder.resolve()),
+            data_files=files,
+            split="train",
+            streaming=cfg.streaming,
         )
     except (
         Exception

@@ -1,5 +1,6 @@
 """What a run needs of this machine and its files, checked before the model is loaded."""
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from sae_lens_alloc.training.language_model import find_language_model
 from sae_lens_alloc.training.local_dataset import check_local_dataset
 from sae_lens_alloc.training.pretrained import check_pretrained
 from sae_lens_alloc.training.summary import estimate_memory, in_bytes
+from sae_lens_alloc.typed_values import shown
 
 
 def check_training(cfg: LanguageModelSAERunnerConfig[Any]) -> None:
@@ -27,6 +29,8 @@ def check_training(cfg: LanguageModelSAERunnerConfig[Any]) -> None:
     """
     if not (cfg.output_path or "").strip():
         raise ValueError("output_path is missing: the result would be lost.")
+    for key in ("output_path", "checkpoint_path"):
+        _require_writable(key, getattr(cfg, key))
     check_devices(cfg)
     check_memory(cfg)
     if cfg.logger.log_to_wandb:
@@ -72,8 +76,6 @@ def check_output(path: str | None, overwrite: bool, resumed: bool) -> None:
     output = Path(path or "")
     if overwrite or resumed or not output.exists():
         return
-    if not output.is_dir():
-        raise ValueError(f"output_path {str(output)!r} is not a folder.")
     if any(output.iterdir()):
         raise ValueError(
             f"output_path {str(output)!r} is not empty: give --overwrite to write into it, "
@@ -155,6 +157,25 @@ def _check_dataset(cfg: LanguageModelSAERunnerConfig[Any]) -> None:
             f"dataset_path {name!r} is no folder of this machine, and cannot be had from "
             f"the Hugging Face hub: {in_one_sentence(error)}"
         ) from error
+
+
+def _require_writable(key: str, path: str | None) -> None:
+    """Nothing is created: what counts is the last folder on the way that there is."""
+    if path is None:
+        return
+    try:
+        there = next(
+            p for p in (Path(path), *Path(path).resolve().parents) if p.exists()
+        )
+        works = there.is_dir() and os.access(there, os.W_OK)
+    except (OSError, ValueError) as error:  # too long, or with a NUL in it
+        raise ValueError(
+            f"{key} {shown(path)} cannot be a folder: {in_one_sentence(error)}"
+        ) from error
+    if not works:
+        raise ValueError(
+            f"{key} is {path!r}, but {str(there)!r} is not a folder that can be written to."
+        )
 
 
 def _require_wandb() -> None:

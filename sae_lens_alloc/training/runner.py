@@ -93,6 +93,8 @@ class AllocSAETrainingRunner(LanguageModelSAETrainingRunner):
             cfg.resume_from_checkpoint = str(checkpoint)
         # SAELens seeds nothing, so the weights of two runs would differ
         seed_all(cfg.seed)
+        if override_sae is None:
+            override_sae = _pretrained_sae(cfg)
         with _no_warning_of_overrides(
             dataset=override_dataset is None, model=override_model is None
         ):
@@ -102,7 +104,7 @@ class AllocSAETrainingRunner(LanguageModelSAETrainingRunner):
                 if override_dataset is None
                 else override_dataset,
                 load_language_model(cfg) if override_model is None else override_model,
-                _pretrained_sae(cfg) if override_sae is None else override_sae,
+                override_sae,
             )
         check_language_model(self.model, cfg)
         n_tokens = min(HELD_OUT_TOKENS, math.ceil(cfg.training_tokens / 100))

@@ -84,7 +84,7 @@ COMBINATIONS: dict[str, dict[str, Any]] = {
     "seqpos_slice of no number": {"seqpos_slice": []},
     "seqpos_slice of four numbers": {"seqpos_slice": [0, 8, 2, 1]},
     "seqpos_slice with step 0": {"seqpos_slice": [0, 8, 0]},
-    "seqpos_slice of nothing": {"seqpos_slice": [16]},
+    "seqpos_slice of nothing": {"seqpos_slice": [16, None]},
     "metadata that is a list": {"sae": {"metadata": [1]}},
     "metadata that is a number": {"sae": {"metadata": 3}},
     "metadata with numbers as keys": {"sae": {"metadata": {1: 2}}},
@@ -165,7 +165,7 @@ COMBINATIONS: dict[str, dict[str, Any]] = {
     "unknown model of TransformerLens": {"model_class_name": "HookedTransformer"},
     "mamba without mamba-lens": {"model_class_name": "HookedMamba"},
     "missing dataset folder": {"dataset_path": "/no/such/dataset"},
-    "dataset folder without data": {"dataset_path": str(DEMO / "model" / "..")},
+    "dataset folder without data": {"dataset_path": str(DEMO.parent / "ops")},
     "dataset that is no dataset": {"dataset_path": str(DEMO / "model" / "config.json")},
     "missing checkpoint": {"resume_from_checkpoint": "/no/such"},
     "a checkpoint that is none": {"resume_from_checkpoint": str(DEMO / "model")},
@@ -185,18 +185,24 @@ FILES = {
     "empty file": "",
     "a list": "- a\n- b\n",
     "a word": "word",
-    "a key that is a list": "[a, b]: 1\n",
-    "a key that is a mapping": "{a: b}: 1\n",
-    "a key twice": "lr: 1\nlr: 2\n",
     "not YAML": "a: b: c",
     "a control character": "a: \x01",
     "a Python object": "a: !!python/object:os.system {}",
-    "a date that is none": "lr: 2020-13-45\n",
-    "a number of 10,000 digits": "lr: 1" + "0" * 10_000,
-    "a mapping in itself": "a: &a {b: *a}\n",
-    "an alias that is not there": "a: *b\n",
-    "mappings 5,000 deep": "{a: " * 5000 + "1" + "}" * 5000,
+}
+
+# What is added to a config that works.
+LINES = {
+    "a key that is a list": "[a, b]: 1\n",
+    "a key that is a mapping": "{a: b}: 1\n",
+    "a key twice": "seed: 1\nseed: 2\n",
+    "a date that is none": "model_kwargs: {a: 2020-13-45}\n",
+    "a number of 10,000 digits": "seed: 1" + "0" * 10_000,
+    "a mapping in itself": "model_kwargs: &a {b: *a}\n",
+    "an alias that is not there": "model_kwargs: *b\n",
+    "mappings 5,000 deep": "model_kwargs: " + "{a: " * 5000 + "1" + "}" * 5000,
     "a share of 10^9 digits": "lr_warm_up_steps: 1e999999999%\n",
+    "a date in a mapping": "model_kwargs: {a: 2020-01-02}\n",
+    "a set in a mapping": "model_kwargs: {a: !!set {b, c}}\n",
 }
 
 
@@ -242,18 +248,21 @@ def cases() -> Iterator[tuple[str, str]]:
         for kind, text in BAD_VALUES.items():
             yield f"{section} = {kind}", _with_text("", section, text)
     for name, overrides in COMBINATIONS.items():
-        yield name, yaml.safe_dump(_merged(BASE, overrides))
+        yield name, yaml.safe_dump(with_changes(BASE, overrides))
     yield from FILES.items()
+    for name, text in LINES.items():
+        yield name, yaml.safe_dump(BASE) + text
 
 
 def _with_text(section: str, key: str, text: str) -> str:
-    settings = _merged(BASE, {})
+    settings = with_changes(BASE, {})
     target = settings[section] if section else settings
     target[key] = "PLACE"
     return yaml.safe_dump(settings, width=10**6).replace("PLACE", text)
 
 
-def _merged(base: dict[str, Any], overrides: dict[str, Any]) -> dict[str, Any]:
+def with_changes(base: dict[str, Any], overrides: dict[str, Any]) -> dict[str, Any]:
+    """A copy of settings with others put in, those of a section beside what is there."""
     merged = {k: dict(v) if isinstance(v, dict) else v for k, v in base.items()}
     for key, value in overrides.items():
         nested = isinstance(value, dict) and key in base
