@@ -185,8 +185,10 @@ def _pretrained_sae(
     cfg: LanguageModelSAERunnerConfig[Any],
 ) -> TrainingSAE[Any] | None:
     """SAELens would train the SAE of the folder's config, not the one of the run's."""
-    if cfg.from_pretrained_path is None or cfg.resume_from_checkpoint is not None:
+    if cfg.from_pretrained_path is None:
         return None
+    if cfg.resume_from_checkpoint is not None:  # whose weights it gets
+        return TrainingSAE.from_dict(cfg.sae.to_dict())
     return load_pretrained(cfg.from_pretrained_path, cfg.sae, cfg.device)
 
 

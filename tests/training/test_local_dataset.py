@@ -40,7 +40,7 @@ def as_saved(dataset: Dataset, folder: Path) -> Path:
 
 
 def as_saved_splits(dataset: Dataset, folder: Path) -> Path:
-    splits = {"test": dataset.select([0]), "train": dataset}
+    splits: Any = {"test": dataset.select([0]), "train": dataset}
     DatasetDict(splits).save_to_disk(folder)
     return folder
 

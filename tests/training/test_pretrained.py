@@ -10,8 +10,8 @@ import torch
 from datasets import Dataset
 from sae_lens import SAE
 from sae_lens.saes.jumprelu_sae import JumpReLUTrainingSAE, JumpReLUTrainingSAEConfig
+from sae_lens.saes.sae import TrainingSAE
 from sae_lens.saes.topk_sae import TopKTrainingSAE, TopKTrainingSAEConfig
-from safetensors.torch import load_file
 from transformer_lens.HookedTransformer import HookedRootModule
 
 from sae_lens_alloc import (
@@ -45,7 +45,9 @@ def test_weights_are_the_folders_and_settings_the_runs(folder: Path):
     wanted = config(feature_choice_steps=3, k_start=8, k_decay_steps=3)
     sae = load_pretrained(folder, wanted, "cpu")
     assert sae.cfg == wanted
-    for name, weight in load_file(folder / WEIGHTS).items():
+    given = TrainingSAE.load_from_disk(folder).state_dict()
+    assert given.keys() == sae.state_dict().keys()
+    for name, weight in given.items():
         assert torch.equal(sae.state_dict()[name], weight), name
 
 
