@@ -1,6 +1,7 @@
 """Checks a value read from a file against a type hint, and says in words what a hint accepts."""
 
 import difflib
+import math
 from collections.abc import Iterable
 from reprlib import Repr
 from types import NoneType, UnionType
@@ -70,9 +71,8 @@ def in_words(hint: Any) -> str:
 def shown(value: Any) -> str:
     """`repr(value)` for a sentence: what is long or deep is cut short."""
     if isinstance(value, int) and abs(value) > LARGEST_NUMBER**2:
-        return (
-            f"an integer of {value.bit_length()} bits"  # Python may refuse to print it
-        )
+        # Python refuses to print the longest
+        return f"{'-' if value < 0 else ''}10^{int(value.bit_length() * math.log10(2))}"
     return _repr.repr(value)
 
 

@@ -79,7 +79,10 @@ def test_train_command_of_the_readme_is_accepted():
         r"sae-lens-alloc train (.*)", (ROOT / "README.md").read_text()
     )[:1]
     result = subprocess.run(
-        [sys.executable, "-m", "sae_lens_alloc", "train", *line.split(), "--dry-run"],
+        [
+            *(sys.executable, "-m", "sae_lens_alloc", "train", *line.split()),
+            *("device=cpu", "--dry-run"),
+        ],
         cwd=ROOT,
         capture_output=True,
         text=True,
