@@ -137,6 +137,7 @@ def build_training_config(
     """`build_runner_config` for a training from random weights, whose schedule is put in."""
     cfg = build_runner_config(settings)
     cfg.sae = with_schedule(cfg.sae, cfg.total_training_steps)
+    check_run(cfg)  # again, with the schedule
     return cfg
 
 

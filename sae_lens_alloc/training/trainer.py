@@ -23,6 +23,10 @@ from sae_lens_alloc.training.held_out import held_out_metrics
 from sae_lens_alloc.training.metrics_file import append_row
 
 
+class DataEndedError(ValueError):
+    """The data provider ended before the training."""
+
+
 class AllocSAETrainer(SAETrainer[Any, Any]):
     """
     SAELens' `SAETrainer` with fused Adam where the device has it. Trains any architecture.
@@ -78,7 +82,7 @@ class AllocSAETrainer(SAETrainer[Any, Any]):
         try:
             return super().fit()
         except StopIteration:
-            raise ValueError(
+            raise DataEndedError(
                 f"data_provider ended after {self.n_training_samples:,} of the "
                 f"{self.cfg.total_training_samples:,} tokens to train on: give an iterator "
                 "that goes on, or lower total_training_samples."

@@ -130,6 +130,10 @@ COMBINATIONS: dict[str, dict[str, Any]] = {
             "k_decay_steps": 4,
         },
     },
+    "quota above the budget of the recipe": {
+        "training_tokens": 640,
+        "sae": {"min_tokens_per_feature": 7.0},
+    },
     "quota above the budget of feature_choice": {
         "sae": {"architecture": "feature_choice", "min_tokens_per_feature": 5.0}
     },
