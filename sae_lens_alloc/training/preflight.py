@@ -15,14 +15,14 @@ from sae_lens_alloc.errors import in_one_sentence
 from sae_lens_alloc.training.checkpoint import find_checkpoint, require_same_sae
 from sae_lens_alloc.training.language_model import find_language_model
 from sae_lens_alloc.training.local_dataset import check_local_dataset
-from sae_lens_alloc.training.pretrained import check_pretrained
+from sae_lens_alloc.training.pretrained import load_pretrained
 from sae_lens_alloc.training.summary import estimate_memory, in_bytes
 from sae_lens_alloc.typed_values import shown
 
 
 def check_training(cfg: LanguageModelSAERunnerConfig[Any]) -> None:
     """
-    Checks all that a training needs. Nothing is written, and no weights are loaded.
+    Checks all that a training needs. Nothing is written, and no model is loaded.
 
     Raises:
         ValueError: in one sentence that names the setting.
@@ -43,7 +43,7 @@ def check_training(cfg: LanguageModelSAERunnerConfig[Any]) -> None:
             )
         require_same_sae(find_checkpoint(cfg.resume_from_checkpoint), cfg.sae)
     elif cfg.from_pretrained_path is not None:
-        check_pretrained(cfg.from_pretrained_path, cfg.sae)
+        load_pretrained(cfg.from_pretrained_path, cfg.sae, "cpu")
     check_activations(cfg)
 
 

@@ -19,7 +19,7 @@ from sae_lens_alloc import (
     MutualChoiceTrainingSAE,
     MutualChoiceTrainingSAEConfig,
 )
-from sae_lens_alloc.training.pretrained import check_pretrained, load_pretrained
+from sae_lens_alloc.training.pretrained import load_pretrained
 from tests.test_cli import CONFIG, TINY, invoke, train
 from tests.training.conftest import D_MODEL, lm_config
 
@@ -113,7 +113,7 @@ def test_the_command_says_the_same(folder: Path, tmp_path: Path):
 )
 def test_another_sae_is_refused(folder: Path, wanted: Any, sentence: str):
     with pytest.raises(ValueError) as error:
-        check_pretrained(folder, wanted)
+        load_pretrained(folder, wanted, "cpu")
     assert (
         str(error.value) == f"from_pretrained_path is {str(folder)!r}, but {sentence}"
     )
@@ -153,12 +153,12 @@ def test_an_inference_sae_points_to_finetune(tmp_path: Path, folder: Path):
 @pytest.mark.parametrize(
     ("name", "content", "sentence"),
     [
-        ("cfg.json", None, "cfg.json is missing there."),
-        (WEIGHTS, None, f"{WEIGHTS} is missing there."),
-        ("cfg.json", b"{", "cfg.json there is damaged: "),
-        ("cfg.json", b"[]", "cfg.json there holds no settings."),
-        (WEIGHTS, b"text", f"{WEIGHTS} there cannot be loaded: "),
-        (WEIGHTS, b"", f"{WEIGHTS} there cannot be loaded: "),
+        ("cfg.json", None, "cfg.json is missing."),
+        (WEIGHTS, None, f"{WEIGHTS} is missing."),
+        ("cfg.json", b"{", "cfg.json' is damaged"),
+        ("cfg.json", b"[]", "cfg.json' is damaged"),
+        (WEIGHTS, b"text", f"{WEIGHTS}' is damaged"),
+        (WEIGHTS, b"", f"{WEIGHTS}' is damaged"),
     ],
 )
 def test_a_damaged_folder_is_one_sentence(
