@@ -28,6 +28,7 @@ from sae_lens_alloc import (
     MutualChoiceTrainingSAE,
     MutualChoiceTrainingSAEConfig,
 )
+from sae_lens_alloc.training.trainer import DataEndedError
 
 MANY_STEPS = 10**6
 # In the first phase of the recipe the budget falls from 2 k to k. It is measured half-way, where
@@ -193,8 +194,8 @@ def _with_sae_lens_trainer(
 
     def train(batches: Iterator[torch.Tensor]) -> None:
         trainer.data_provider = _before_each(batches, kill) if shape.aux else batches
-        # how SAELens' loop reports that the data is exhausted
-        with suppress(StopIteration):
+        # how SAELens' loop, and ours, report that the data is exhausted
+        with suppress(StopIteration, DataEndedError):
             trainer.fit()
 
     return Subject(train, list(sae.parameters()), [trainer.optimizer])

@@ -139,7 +139,8 @@ def config_reference() -> str:
         "# Config reference\n",
         "Fields under `sae:` of a YAML config, or of the config classes in Python. Written by "
         "`python docs/render.py` from the docstrings. The keys outside `sae:` are those of "
-        "SAELens' `LanguageModelSAERunnerConfig`.\n",
+        "SAELens' `LanguageModelSAERunnerConfig`, "
+        "[with a few differences](checks.md).\n",
         "## All of ours\n",
         _field_table(AllocationTrainingSAEConfig, shared),
         "## `mutual_choice`\n",

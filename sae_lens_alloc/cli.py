@@ -3,6 +3,7 @@
 import importlib.util
 import os
 import runpy
+import shlex
 import sys
 import warnings
 from collections.abc import Generator
@@ -11,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
-import torch
+import click
 import typer
 from rich.console import Console
 from rich.table import Table
@@ -20,11 +21,8 @@ from sae_lens.saes.jumprelu_sae import JumpReLUSAE
 from sae_lens.saes.topk_sae import TopKSAE
 from sae_lens.training._interruption import InterruptedException
 
-from sae_lens_alloc.config import (
-    check_device,
-    load_fine_tuning_config,
-    load_runner_config,
-)
+from sae_lens_alloc.config import load_fine_tuning_config, load_runner_config
+from sae_lens_alloc.errors import in_one_sentence
 from sae_lens_alloc.evaluation.activations import gather_activations, text_of_sae
 from sae_lens_alloc.evaluation.recalibration import (
     MIN_TOKENS,
@@ -36,8 +34,15 @@ from sae_lens_alloc.evaluation.recalibration import (
 from sae_lens_alloc.evaluation.results_table import results_table
 from sae_lens_alloc.evaluation.sae_output import made_if_used, save_sae
 from sae_lens_alloc.evaluation.saved_sae import trained_k
+from sae_lens_alloc.run_checks import check_device
 from sae_lens_alloc.training.conversion import require_convertible
 from sae_lens_alloc.training.fine_tuning_run import fine_tune
+from sae_lens_alloc.training.preflight import (
+    check_activations,
+    check_devices,
+    check_output,
+    check_training,
+)
 from sae_lens_alloc.training.runner import (
     CALIBRATION_TOKENS,
     METRICS_FILENAME,
@@ -45,6 +50,9 @@ from sae_lens_alloc.training.runner import (
 )
 from sae_lens_alloc.training.source_sae import load_source_sae
 from sae_lens_alloc.training.summary import describe_run
+
+# For whoever has to mend an error that is not theirs.
+TRACEBACK_VARIABLE = "SAE_LENS_ALLOC_TRACEBACK"
 
 app = typer.Typer(
     name="sae-lens-alloc",
@@ -108,13 +116,13 @@ def train(
     with _one_sentence_errors():
         cfg = load_runner_config(config, overrides or [])
         typer.echo(describe_run(cfg))
+        check_training(cfg)
         if dry_run:
+            check_output(cfg.output_path, overwrite, bool(cfg.resume_from_checkpoint))
             return
-        _require_machine(cfg)
         _claim_output(cfg, overwrite)
-        runner = AllocSAETrainingRunner(cfg)
         with _interruptible(cfg):
-            runner.run()
+            AllocSAETrainingRunner(cfg).run()
     typer.echo(f"saved in {cfg.output_path}")
 
 
@@ -149,11 +157,15 @@ def finetune(
         typer.echo(describe_run(cfg))
         typer.echo(f"{'from':<12}{loaded.sae.cfg.architecture()}, {source}")
         require_convertible(loaded.sae, cfg.sae.architecture())
+        if cfg.from_pretrained_path is not None:
+            raise ValueError(
+                "from_pretrained_path has no effect here, where --from says which SAE to "
+                "start from: leave it out."
+            )
+        check_training(cfg)
         if dry_run:
+            check_output(cfg.output_path, overwrite, bool(cfg.resume_from_checkpoint))
             return
-        if cfg.output_path is None:
-            raise ValueError("output_path is missing: the result would be lost.")
-        _require_machine(cfg)
         _claim_output(cfg, overwrite)
         with _interruptible(cfg):
             result = fine_tune(cfg, loaded, sae_overrides)
@@ -209,7 +221,7 @@ def demo(
     """
     from sae_lens_alloc.demo.run import run_demo
 
-    with _one_sentence_errors(FileExistsError):
+    with _one_sentence_errors():
         run_demo(output, quick, overwrite)
 
 
@@ -348,7 +360,8 @@ def _interruptible(
         folder = cfg.checkpoint_path
         saved = folder is not None and Path(folder).is_dir()
         how = (
-            f"to go on, start again with resume_from_checkpoint={folder}"
+            "to go on, start again with "
+            + shlex.quote(f"resume_from_checkpoint={folder}")
             if saved
             else "no checkpoint was saved"
         )
@@ -404,36 +417,26 @@ def compare(
 
 
 @contextmanager
-def _one_sentence_errors(
-    *kinds: type[Exception],
-) -> Generator[None, None, None]:
-    """Turns a user's error (ValueError or OSError, or `kinds`) into its message and exit code 1."""
+def _one_sentence_errors() -> Generator[None, None, None]:
+    """Turns an error into one sentence and exit code 1."""
     try:
         yield
-    except kinds or (ValueError, OSError) as error:
-        typer.echo(f"error: {error}", err=True)
+    except (typer.Exit, click.ClickException):
+        raise
+    except Exception as error:
+        if TRACEBACK_VARIABLE in os.environ:
+            raise
+        hint = ""
+        if not isinstance(error, ValueError | OSError):
+            hint = f" (set {TRACEBACK_VARIABLE}=1 to see where)"
+        typer.echo(f"error: {in_one_sentence(error)}{hint}", err=True)
         raise typer.Exit(1) from None
 
 
 def _require_machine(cfg: LanguageModelSAERunnerConfig[Any]) -> None:
-    """What depends on this machine, checked before the model is loaded."""
-    for key in ("device", "llm_device", "act_store_device"):
-        device = torch.device(getattr(cfg, key))
-        available = {
-            "cuda": torch.cuda.is_available,
-            "mps": torch.backends.mps.is_available,
-        }
-        if device.type in available and not available[device.type]():
-            raise ValueError(
-                f"{key} is {str(device)!r}, but torch finds no such device on this "
-                "machine: give device=cpu to run without one."
-            )
-    if not cfg.dataset_path:
-        raise ValueError("dataset_path is missing.")
-    for key in ("resume_from_checkpoint", "from_pretrained_path"):
-        path = getattr(cfg, key)
-        if path is not None and not Path(path).is_dir():
-            raise ValueError(f"{key} is {path!r}, but there is no such folder.")
+    """What running the language model needs, checked before it is loaded."""
+    check_devices(cfg)
+    check_activations(cfg)
 
 
 def _claim_output(cfg: LanguageModelSAERunnerConfig[Any], overwrite: bool) -> None:

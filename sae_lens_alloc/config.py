@@ -1,23 +1,22 @@
 """Reads a YAML file with SAELens' own keys into a LanguageModelSAERunnerConfig, and refuses what cannot work."""
 
-import difflib
-from collections.abc import Generator, Iterable, Sequence
+import re
+from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import MISSING, fields
 from fractions import Fraction
 from pathlib import Path
 from typing import Any, get_type_hints
 
-import torch
 from sae_lens.config import LanguageModelSAERunnerConfig, LoggingConfig
-from sae_lens.constants import DTYPE_MAP
 from sae_lens.registry import SAE_TRAINING_CLASS_REGISTRY
 from sae_lens.saes.sae import SAEConfig, SAEMetadata
 
 from sae_lens_alloc.config_file import parse_value, read_mapping
+from sae_lens_alloc.run_checks import check_run, check_value
 from sae_lens_alloc.saes.allocation_sae_config import AllocationTrainingSAEConfig
 from sae_lens_alloc.saes.mutual_choice_sae import with_schedule
-from sae_lens_alloc.typed_values import convert, in_words
+from sae_lens_alloc.typed_values import check_choice, convert, in_words, nearest, shown
 
 # Step counts that may be given as a share of the training steps, such as "75%".
 SHARE_KEYS = (
@@ -33,29 +32,6 @@ SHARE_KEYS = (
 )
 # May be given as a share of k, such as "200%".
 BUDGET_SHARE_KEY = "sae.k_start"
-SAE_SCHEDULE_KEYS = (
-    "feature_choice_steps",
-    "mutual_choice_steps",
-    "aux_loss_decay_start",
-    "k_decay_steps",
-)
-# SAELens divides by these, or loops forever or never with less.
-AT_LEAST_ONE = (
-    "context_size",
-    "feature_sampling_window",
-    "n_batches_for_norm_estimate",
-    "n_batches_in_buffer",
-    "n_restart_cycles",
-    "store_batch_size_prompts",
-    "train_batch_size_tokens",
-    "training_tokens",
-    "logger.eval_every_n_wandb_logs",
-    "logger.wandb_log_frequency",
-    "sae.d_in",
-    "sae.d_sae",
-)
-MODEL_CLASSES = ("HookedTransformer", "HookedMamba", "AutoModelForCausalLM")
-LR_SCHEDULERS = ("constant", "cosineannealing", "cosineannealingwarmrestarts")
 
 
 def load_runner_config(
@@ -66,7 +42,7 @@ def load_runner_config(
 
     The file has the fields of SAELens' LanguageModelSAERunnerConfig at top level, those of
     LoggingConfig under `logger:` and those of a training SAE under `sae:`, together with
-    `architecture:`. Step counts may be shares of the training steps, such as "75%", and
+    `architecture:`. Without a `logger:` section nothing is logged to W&B. Step counts may be shares of the training steps, such as "75%", and
     `k_start` a share of k, such as "200%". The `runner_cfg.json` that SAELens saves beside an
     SAE is such a file too.
 
@@ -150,7 +126,7 @@ def _apply_override(settings: dict[str, Any], override: str) -> None:
         if not isinstance(settings, dict):
             raise ValueError(
                 f"the override {override!r} needs {section!r} to be a mapping, "
-                f"but it is {settings!r}."
+                f"but it is {shown(settings)}."
             )
     settings[key] = parse_value(text)
 
@@ -161,6 +137,7 @@ def build_training_config(
     """`build_runner_config` for a training from random weights, whose schedule is put in."""
     cfg = build_runner_config(settings)
     cfg.sae = with_schedule(cfg.sae, cfg.total_training_steps)
+    check_run(cfg)  # again, with the schedule
     return cfg
 
 
@@ -174,8 +151,17 @@ def build_runner_config(
         ValueError: in one sentence that names the setting, if a key is unknown, a value has
             the wrong type, or the run could not work.
     """
+    if "compare" in settings:
+        raise ValueError(
+            "this is the file of a comparison: give it to `sae-lens-alloc compare`."
+        )
     sae_settings = dict(_mapping(settings, "sae"))
-    logger_settings = _mapping(settings, "logger")
+    # SAELens' default is on, which fails after the model is loaded where nobody logged in
+    logger_settings = (
+        _mapping(settings, "logger")
+        if "logger" in settings
+        else {"log_to_wandb": False}
+    )
     sae_class = sae_config_class(sae_settings.pop("architecture", None))
     metadata = sae_settings.pop("metadata", None)
 
@@ -201,22 +187,23 @@ def build_runner_config(
             raise ValueError(f"sae.{name} is missing.")
     try:
         sae = sae_class(**sae_values)
-    except ValueError as error:
+    except (ValueError, TypeError, AssertionError, ArithmeticError) as error:
         raise ValueError(f"sae: {error}") from error
     if metadata is not None:
-        sae.metadata = SAEMetadata(**convert(metadata, dict))
+        sae.metadata = SAEMetadata(**_typed_value("sae.metadata", metadata, dict))
 
+    for name in ("adam_beta1", "adam_beta2"):
+        if name in top:  # Adam refuses a pair of an integer and a float
+            top[name] = float(top[name])
     cfg = LanguageModelSAERunnerConfig(sae=sae, logger=logger, **top)
-    _check_names(cfg)
-    _check_schedule(cfg)
-    _check_buffer(cfg)
+    check_run(cfg)
     return cfg
 
 
 def _mapping(settings: dict[str, Any], section: str) -> dict[str, Any]:
     value = settings.get(section, {})
     if not isinstance(value, dict):
-        raise ValueError(f"{section} must be a mapping, got {value!r}.")
+        raise ValueError(f"{section} must be a mapping, got {shown(value)}.")
     return value
 
 
@@ -254,18 +241,8 @@ def _check_keys(prefix: str, settings: dict[str, Any], valid_keys: list[str]) ->
         if key not in valid_keys:
             # the right name in the wrong section is a likelier slip than a misspelling
             same_name = [k for k in valid_keys if k.split(".")[-1] == str(name)]
-            nearest = same_name[0] if same_name else _nearest(key, valid_keys)
-            raise ValueError(f"unknown key {key!r}, did you mean {nearest!r}?")
-
-
-def _nearest(name: str, valid: Iterable[str]) -> str:
-    return difflib.get_close_matches(name, list(valid), n=1, cutoff=0)[0]
-
-
-def check_choice(key: str, value: Any, valid: Iterable[str]) -> None:
-    if value not in list(valid):
-        nearest = _nearest(str(value), valid)
-        raise ValueError(f"{key} {value!r} is unknown, did you mean {nearest!r}?")
+            near = same_name[0] if same_name else nearest(key, valid_keys)
+            raise ValueError(f"unknown key {shown(key)}, did you mean {near!r}?")
 
 
 def _training_steps(settings: dict[str, Any]) -> Fraction:
@@ -292,32 +269,35 @@ def _typed(
             value = _multiple_of_k(
                 settings.get("k", AllocationTrainingSAEConfig.k), key, value
             )
-        try:
-            values[name] = convert(value, hints[name])
-        except TypeError:
-            raise ValueError(
-                f"{key} must be {in_words(hints[name])}, got {value!r}."
-            ) from None
-        if key in AT_LEAST_ONE and values[name] < 1:
-            raise ValueError(f"{key} must be at least 1, got {value!r}.")
+        values[name] = _typed_value(key, value, hints[name])
     return values
+
+
+def _typed_value(key: str, value: Any, hint: Any) -> Any:
+    try:
+        converted = convert(value, hint)
+    except TypeError:
+        raise ValueError(
+            f"{key} must be {in_words(hint)}, got {shown(value)}."
+        ) from None
+    check_value(key, converted)
+    return converted
 
 
 def _percentage(text: str) -> Fraction | None:
     """What a text such as "75%" says, None if it is no percentage."""
-    try:
-        return Fraction(text.removesuffix("%").strip()) / 100 if "%" in text else None
-    except ValueError:
-        return None
+    number = re.fullmatch(r"\s*([-+]?\d{1,9}(\.\d{0,9})?)\s*%\s*", text, re.ASCII)
+    return None if number is None else Fraction(number[1]) / 100
 
 
 def _multiple_of_k(k: Any, key: str, text: str) -> float:
     share = _percentage(text)
     if share is None or share < 1:
         raise ValueError(
-            f"{key} must be a number of features or a share of k from '100%' on, got {text!r}."
+            f"{key} must be a number of features or a share of k from '100%' on, got "
+            f"{shown(text)}."
         )
-    return float(share * Fraction(str(k)))
+    return float(share * Fraction(str(_typed_value("sae.k", k, float))))
 
 
 def _share_of(steps: Fraction, key: str, text: str) -> int:
@@ -325,77 +305,6 @@ def _share_of(steps: Fraction, key: str, text: str) -> int:
     if share is None or not 0 <= share <= 1:
         raise ValueError(
             f"{key} must be a number of steps or a share of them from '0%' to '100%', "
-            f"got {text!r}."
+            f"got {shown(text)}."
         )
     return int(share * steps)
-
-
-def _check_names(cfg: LanguageModelSAERunnerConfig[Any]) -> None:
-    check_choice("model_class_name", cfg.model_class_name, MODEL_CLASSES)
-    check_choice("lr_scheduler_name", cfg.lr_scheduler_name.lower(), LR_SCHEDULERS)
-    check_choice("dtype", cfg.dtype, DTYPE_MAP)
-    check_choice("sae.dtype", cfg.sae.dtype, DTYPE_MAP)
-    for key, device in (
-        ("device", cfg.device),
-        ("llm_device", cfg.llm_device),
-        ("act_store_device", cfg.act_store_device),
-        ("sae.device", cfg.sae.device),
-    ):
-        check_device(key, device)
-
-
-def check_device(key: str, device: Any) -> None:
-    """Raises ValueError if `device`, the value of `key`, is not a torch device."""
-    try:
-        torch.device(str(device))
-    except RuntimeError:
-        raise ValueError(
-            f"{key} must be a torch device such as 'cpu' or 'cuda:0', got {device!r}."
-        ) from None
-
-
-def _check_schedule(cfg: LanguageModelSAERunnerConfig[Any]) -> None:
-    steps = cfg.total_training_steps
-    if steps == 0:
-        raise ValueError(
-            f"training_tokens ({cfg.training_tokens}) is less than train_batch_size_tokens "
-            f"({cfg.train_batch_size_tokens}), so there is not one training step."
-        )
-    if cfg.lr <= 0:
-        raise ValueError(f"lr must be greater than 0, got {cfg.lr}.")
-    for name in ("lr_warm_up_steps", "lr_decay_steps"):
-        if getattr(cfg, name) < 0:
-            raise ValueError(f"{name} must be at least 0, got {getattr(cfg, name)}.")
-    if cfg.lr_warm_up_steps + cfg.lr_decay_steps > steps:
-        raise ValueError(
-            f"lr_warm_up_steps ({cfg.lr_warm_up_steps}) and lr_decay_steps "
-            f"({cfg.lr_decay_steps}) together exceed the {steps} training steps."
-        )
-    if cfg.lr_decay_steps and cfg.lr_end == 0 and cfg.lr_scheduler_name != "constant":
-        raise ValueError(
-            f"lr_decay_steps ({cfg.lr_decay_steps}) would decay from lr_end = 0 to 0."
-        )
-    for name in SAE_SCHEDULE_KEYS:
-        value = getattr(cfg.sae, name, None)
-        if value is not None and value > steps:
-            raise ValueError(
-                f"sae.{name} ({value}) exceeds the {steps} training steps."
-            )
-
-
-def _check_buffer(cfg: LanguageModelSAERunnerConfig[Any]) -> None:
-    """SAELens finds both faults only once the language model has run."""
-    if not 0 <= cfg.activations_mixing_fraction <= 1:
-        raise ValueError(
-            "activations_mixing_fraction must be between 0 and 1, "
-            f"got {cfg.activations_mixing_fraction}."
-        )
-    tokens_per_context = len(range(cfg.context_size)[slice(*cfg.seqpos_slice)])
-    buffer_tokens = cfg.n_batches_in_buffer * tokens_per_context
-    if buffer_tokens < cfg.train_batch_size_tokens:
-        enough = -(-cfg.train_batch_size_tokens // tokens_per_context)
-        raise ValueError(
-            f"the activation buffer holds n_batches_in_buffer ({cfg.n_batches_in_buffer}) "
-            f"times {tokens_per_context} tokens, fewer than train_batch_size_tokens "
-            f"({cfg.train_batch_size_tokens}): n_batches_in_buffer must be at least {enough}."
-        )

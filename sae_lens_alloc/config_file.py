@@ -11,6 +11,11 @@ class _Loader(yaml.SafeLoader):
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> Any:
         seen: set[str] = set()
         for key_node, _ in node.value:
+            if not isinstance(key_node, yaml.ScalarNode):
+                raise yaml.constructor.ConstructorError(
+                    problem="a key is a list or a mapping",
+                    problem_mark=key_node.start_mark,
+                )
             if key_node.value in seen:
                 raise yaml.constructor.ConstructorError(
                     problem=f"the key {key_node.value!r} is given twice",
@@ -41,6 +46,10 @@ def parse_value(text: str) -> Any:
         line = error.problem_mark.line + 1 if error.problem_mark else 1
         raise ValueError(f"not valid YAML at line {line}: {error.problem}.") from error
     except yaml.YAMLError as error:
+        raise ValueError(f"not valid YAML: {' '.join(str(error).split())}.") from error
+    except RecursionError:
+        raise ValueError("not valid YAML: it is nested too deeply.") from None
+    except ValueError as error:  # a date that does not exist, a number of 10,000 digits
         raise ValueError(f"not valid YAML: {error}.") from error
 
 

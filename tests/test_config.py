@@ -28,6 +28,7 @@ sae:
 logger:
   log_to_wandb: false
 """
+BEYOND = "must be between -1e+15 and 1e+15"
 
 
 @pytest.fixture
@@ -85,6 +86,23 @@ def test_runner_cfg_json_of_a_finished_run_is_a_config(
     assert '"lr": 3e-05' in saved.read_text()
     again.checkpoint_path = cfg.checkpoint_path  # a new run gets a new folder
     assert again == cfg
+
+
+@pytest.mark.parametrize(
+    ("logger", "logs"),
+    [
+        ("", False),
+        ("logger: {log_to_wandb: true}", True),
+        ("logger: {wandb_project: mine}", True),
+    ],
+)
+def test_nothing_is_logged_to_wandb_without_a_logger_section(
+    config_path: Path, logger: str, logs: bool
+):
+    text = MINIMAL.replace("logger:\n  log_to_wandb: false\n", logger)
+    assert text != MINIMAL
+    config_path.write_text(text)
+    assert load(config_path).logger.log_to_wandb is logs
 
 
 # overrides
@@ -256,7 +274,9 @@ def test_share_is_taken_of_the_default_batch_size(config_path: Path):
     assert cfg.lr_decay_steps == 1000
 
 
-@pytest.mark.parametrize("text", ["101%", "-1%", "a%", "75", "seventy"])
+@pytest.mark.parametrize(
+    "text", ["101%", "-1%", "a%", "75", "seventy", "1/0%", "1/0", "1e999999999%", "%"]
+)
 def test_bad_share_is_one_sentence(config_path: Path, text: str):
     assert error_of(config_path, f"lr_decay_steps='{text}'") == (
         "lr_decay_steps must be a number of steps or a share of them from '0%' to '100%', "
@@ -336,12 +356,28 @@ def test_key_given_twice_is_an_error(config_path: Path):
             "seqpos_slice=5",
             "seqpos_slice must be a list with each item an integer or null, got 5.",
         ),
-        ("model_kwargs=5", "model_kwargs must be a mapping, got 5."),
+        (
+            "model_kwargs=5",
+            "model_kwargs must be a mapping whose keys are strings, got 5.",
+        ),
         ("sae.k=many", "sae.k must be a number, got 'many'."),
         (
             "sae.aux_loss=aux_zip",
             "sae.aux_loss must be 'aux_zipf' or 'aux_k' or 'none', got 'aux_zip'.",
         ),
+        (
+            "model_kwargs={1: 2}",
+            "model_kwargs must be a mapping whose keys are strings, got {1: 2}.",
+        ),
+        (
+            "sae.metadata=3",
+            "sae.metadata must be a mapping whose keys are strings, got 3.",
+        ),
+        ("training_tokens=1e30", f"training_tokens {BEYOND}, got 10^30."),
+        ("training_tokens=-1e30", f"training_tokens {BEYOND}, got -10^30."),
+        (f"lr={10**400}", f"lr {BEYOND}, got 10^400."),
+        ("lr=.nan", f"lr {BEYOND}, got nan."),
+        ("sae.k=.inf", f"sae.k {BEYOND}, got inf."),
         ("sae=3", "sae must be a mapping, got 3."),
         ("logger=false", "logger must be a mapping, got False."),
     ],
@@ -388,6 +424,25 @@ def test_every_option_of_a_union_is_accepted(
         ),
         (["sae.d_sae=0"], "sae.d_sae must be at least 1, got 0."),
         (["lr=0"], "lr must be greater than 0, got 0."),
+        (["lr=-1"], "lr must be greater than 0, got -1."),
+        (["adam_beta1=1"], "adam_beta1 must be in [0, 1), got 1."),
+        (
+            ["sae.decoder_init_norm=0"],
+            "sae.decoder_init_norm must be greater than 0, got 0.",
+        ),
+        (
+            ["context_size=1e8"],
+            "context_size must be at most 10,000,000, got 100,000,000.",
+        ),
+        (["n_checkpoints=-1"], "n_checkpoints must be at least 0, got -1."),
+        (
+            ["checkpoint_path=''"],
+            "checkpoint_path is empty: give a folder, or null for no checkpoints.",
+        ),
+        (
+            ["compare={}"],
+            "this is the file of a comparison: give it to `sae-lens-alloc compare`.",
+        ),
         (["lr_decay_steps=-1"], "lr_decay_steps must be at least 0, got -1."),
         (
             ["lr_warm_up_steps=50", "lr_decay_steps=51"],

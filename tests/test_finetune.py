@@ -71,8 +71,8 @@ def test_a_stock_topk_sae_is_trained_further(
 
 
 def test_a_dry_run_loads_no_model_and_writes_nothing(topk: Path, tmp_path: Path):
-    result = finetune(topk, tmp_path / "output", "--dry-run", "model_name=not/there")
-    assert result.exit_code == 0
+    result = finetune(topk, tmp_path / "output", "--dry-run")
+    assert result.exit_code == 0, result.stderr
     assert "mutual_choice, 192 -> 64 features" in result.stdout
     # features have their share already, unlike in a training from random weights
     assert "schedule    one rule throughout" in result.stdout

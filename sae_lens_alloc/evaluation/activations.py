@@ -6,12 +6,16 @@ from typing import Any, get_type_hints
 
 import torch
 from sae_lens.config import LanguageModelSAERunnerConfig, LoggingConfig
-from sae_lens.load_model import load_model
 from sae_lens.saes.sae import SAE
 from sae_lens.saes.standard_sae import StandardTrainingSAEConfig
 from sae_lens.training.activations_store import ActivationsStore
 
 from sae_lens_alloc.evaluation.saved_sae import in_short
+from sae_lens_alloc.training.language_model import (
+    check_language_model,
+    load_language_model,
+)
+from sae_lens_alloc.training.local_dataset import override_for_local_dataset
 from sae_lens_alloc.typed_values import convert, in_words
 
 CONTEXTS_PER_BATCH = 8
@@ -137,16 +141,9 @@ def gather_activations(
     Raises:
         ValueError: if the model has no such hook, or the text is too short.
     """
-    model = load_model(
-        cfg.model_class_name,
-        cfg.model_name,
-        device=cfg.llm_device,
-        model_from_pretrained_kwargs=cfg.model_from_pretrained_kwargs,
-        hook_names=[cfg.hook_name],
-    )
-    if cfg.hook_name not in model.hook_dict:
-        raise ValueError(f"the model {cfg.model_name!r} has no hook {cfg.hook_name!r}.")
-    store = ActivationsStore.from_config(model, cfg)
+    model = load_language_model(cfg)
+    check_language_model(model, cfg)
+    store = ActivationsStore.from_config(model, cfg, override_for_local_dataset(cfg))
     store.store_batch_size_prompts = 1
     wanted = (n_tokens // 2, n_tokens - n_tokens // 2)
     halves: tuple[list[torch.Tensor], ...] = ([], [])

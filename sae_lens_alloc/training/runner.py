@@ -1,6 +1,7 @@
 """SAELens' runner with runs that can be repeated, resumed and trusted."""
 
 import copy
+import logging
 import math
 import os
 import shutil
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from sae_lens import logger
 from sae_lens.config import HfDataset, LanguageModelSAERunnerConfig
 from sae_lens.llm_sae_training_runner import LanguageModelSAETrainingRunner
 from sae_lens.saes.sae import TrainingSAE
@@ -21,12 +23,20 @@ from typing_extensions import override
 
 from sae_lens_alloc.evaluation.activations import take_tokens
 from sae_lens_alloc.evaluation.calibration import calibrate_thresholds
+from sae_lens_alloc.run_checks import check_run
 from sae_lens_alloc.saes.allocation_sae import AllocationTrainingSAE
 from sae_lens_alloc.saes.mutual_choice_sae import with_schedule
 from sae_lens_alloc.training.activations_store import make_resumable
 from sae_lens_alloc.training.checkpoint import find_checkpoint, require_same_sae
 from sae_lens_alloc.training.held_out import held_out_metrics
+from sae_lens_alloc.training.language_model import (
+    check_language_model,
+    load_language_model,
+)
+from sae_lens_alloc.training.local_dataset import override_for_local_dataset
 from sae_lens_alloc.training.metrics_file import drop_rows_from
+from sae_lens_alloc.training.preflight import check_devices, check_memory
+from sae_lens_alloc.training.pretrained import load_pretrained
 from sae_lens_alloc.training.provenance import provenance
 from sae_lens_alloc.training.rng_state import rng_state, seed_all, set_rng_state
 from sae_lens_alloc.training.self_check import check_saved_sae
@@ -69,16 +79,34 @@ class AllocSAETrainingRunner(LanguageModelSAETrainingRunner):
     ) -> None:
         steps = cfg.total_training_steps
         cfg = copy.copy(cfg)
-        cfg.sae = with_schedule(cfg.sae, steps)
         if override_sae is not None:
+            # what is checked and recorded is the SAE that is trained
             override_sae.cfg = with_schedule(override_sae.cfg, steps)
+            cfg.sae = override_sae.cfg
+        cfg.sae = with_schedule(cfg.sae, steps)
+        check_run(cfg)
+        check_devices(cfg)
+        check_memory(cfg)
         if cfg.resume_from_checkpoint is not None:
             checkpoint = find_checkpoint(cfg.resume_from_checkpoint)
             require_same_sae(checkpoint, cfg.sae)
             cfg.resume_from_checkpoint = str(checkpoint)
         # SAELens seeds nothing, so the weights of two runs would differ
         seed_all(cfg.seed)
-        super().__init__(cfg, override_dataset, override_model, override_sae)
+        if override_sae is None:
+            override_sae = _pretrained_sae(cfg)
+        with _no_warning_of_overrides(
+            dataset=override_dataset is None, model=override_model is None
+        ):
+            super().__init__(
+                cfg,
+                override_for_local_dataset(cfg)
+                if override_dataset is None
+                else override_dataset,
+                load_language_model(cfg) if override_model is None else override_model,
+                override_sae,
+            )
+        check_language_model(self.model, cfg)
         n_tokens = min(HELD_OUT_TOKENS, math.ceil(cfg.training_tokens / 100))
         self.held_out = make_resumable(self.activations_store).hold_out(n_tokens)
 
@@ -151,6 +179,39 @@ class AllocSAETrainingRunner(LanguageModelSAETrainingRunner):
     def _calibration_activations(self, trainer: SAETrainer[Any, Any]) -> torch.Tensor:
         taken = take_tokens(trainer.data_provider, CALIBRATION_TOKENS)
         return taken.to(self.cfg.device)
+
+
+def _pretrained_sae(
+    cfg: LanguageModelSAERunnerConfig[Any],
+) -> TrainingSAE[Any] | None:
+    """SAELens would train the SAE of the folder's config, not the one of the run's."""
+    if cfg.from_pretrained_path is None:
+        return None
+    if cfg.resume_from_checkpoint is not None:  # whose weights it gets
+        return TrainingSAE.from_dict(cfg.sae.to_dict())
+    return load_pretrained(cfg.from_pretrained_path, cfg.sae, cfg.device)
+
+
+@contextmanager
+def _no_warning_of_overrides(dataset: bool, model: bool) -> Generator[None, None, None]:
+    """
+    SAELens warns that a run with overrides cannot be repeated from its config, which is not
+    so where they are what the config names.
+    """
+    untrue = tuple(
+        f"You just passed in a {what}"
+        for what, is_ours in (("dataset", dataset), ("model", model))
+        if is_ours
+    )
+
+    def is_true(record: logging.LogRecord) -> bool:
+        return not record.getMessage().startswith(untrue)
+
+    logger.addFilter(is_true)
+    try:
+        yield
+    finally:
+        logger.removeFilter(is_true)
 
 
 def _restore_rng_state(checkpoint: Path) -> None:

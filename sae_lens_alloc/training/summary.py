@@ -26,7 +26,7 @@ def describe_run(cfg: LanguageModelSAERunnerConfig[Any]) -> str:
     sae = cfg.sae
     steps = cfg.total_training_steps
     memory = estimate_memory(cfg)
-    parts = ", ".join(f"{name} {_bytes(size)}" for name, size in memory.items())
+    parts = ", ".join(f"{name} {in_bytes(size)}" for name, size in memory.items())
     lines = {
         "SAE": f"{sae.architecture()}, {sae.d_in} -> {sae.d_sae} features "
         f"({sae.d_sae / sae.d_in:g}x){_sparsity(sae)}, {sae.dtype} on {cfg.device}",
@@ -36,7 +36,7 @@ def describe_run(cfg: LanguageModelSAERunnerConfig[Any]) -> str:
         "dataset": cfg.dataset_path or "(none)",
         "training": f"{cfg.training_tokens:,} tokens = {steps:,} steps of "
         f"{cfg.train_batch_size_tokens:,}; {_learning_rate(cfg)}",
-        "memory": f"about {_bytes(sum(memory.values()))} ({parts}) "
+        "memory": f"about {in_bytes(sum(memory.values()))} ({parts}) "
         "beside the language model",
         "output": cfg.output_path or "not saved",
         "checkpoints": _checkpoints(cfg),
@@ -52,7 +52,7 @@ def estimate_memory(cfg: LanguageModelSAERunnerConfig[Any]) -> dict[str, int]:
 
     - parameters, gradients: P * s each; Adam: 2 * P * s;
     - activation buffer: 2 * (buffered tokens + one batch of contexts) * d_in * 4 bytes,
-      twice because shuffling copies it;
+      twice because shuffling copies it, and the prefetched batches;
     - step: for Mutual and Feature Choice, 16 matrices of B x d_in, 64 bytes for each of the
       k * B selected pairs, of the margin's and of the auxiliary ones, 4 blocks of
       affinities, and on a GPU the encoder's gradient once more, which is transposed; each
@@ -64,7 +64,10 @@ def estimate_memory(cfg: LanguageModelSAERunnerConfig[Any]) -> dict[str, int]:
     parameters *= str_to_dtype(sae.dtype).itemsize
     tokens_per_context = len(range(cfg.context_size)[slice(*cfg.seqpos_slice)])
     buffered_contexts = cfg.n_batches_in_buffer + cfg.store_batch_size_prompts
-    buffer = 2 * buffered_contexts * tokens_per_context * sae.d_in * BUFFER_ITEM_SIZE
+    # batches that a thread holds ready
+    waiting = int(cfg.prefetch_llm_batches) * n_tokens
+    buffer = 2 * buffered_contexts * tokens_per_context + waiting
+    buffer *= sae.d_in * BUFFER_ITEM_SIZE
     return {
         "parameters": parameters,
         "gradients": parameters,
@@ -138,6 +141,8 @@ def _learning_rate(cfg: LanguageModelSAERunnerConfig[Any]) -> str:
     text = f"lr {cfg.lr:g} {cfg.lr_scheduler_name}"
     if cfg.lr_warm_up_steps:
         text += f", warming up over {cfg.lr_warm_up_steps:,} steps"
+    if cfg.lr_scheduler_name.lower() != "constant":
+        text += f" to {cfg.lr_end:g}"
     if cfg.lr_decay_steps:
         text += f", falling to 0 over the last {cfg.lr_decay_steps:,}"
     return text
@@ -151,7 +156,8 @@ def _checkpoints(cfg: LanguageModelSAERunnerConfig[Any]) -> str:
     return f"{cfg.checkpoint_path}, {cfg.n_checkpoints} on the way"
 
 
-def _bytes(size: int) -> str:
+def in_bytes(size: int) -> str:
+    """A number of bytes in words, such as "3.1 MB"."""
     if size >= 1e9:
         return f"{size / 1e9:.1f} GB"
     return f"{size / 1e6:.0f} MB" if size >= 1e7 else f"{size / 1e6:.1f} MB"

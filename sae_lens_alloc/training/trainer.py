@@ -8,16 +8,23 @@ from typing import Any
 import torch
 import wandb
 from sae_lens import logger
-from sae_lens.saes.sae import TrainStepOutput
+from sae_lens.config import SAETrainerConfig
+from sae_lens.saes.sae import TrainingSAE, TrainStepOutput
 from sae_lens.training._interruption import InterruptedException
 from sae_lens.training.prefetch import PrefetchingIterator
-from sae_lens.training.sae_trainer import SAETrainer
+from sae_lens.training.sae_trainer import Evaluator, SAETrainer, SaveCheckpointFn
+from sae_lens.training.types import DataProvider
 from typing_extensions import override
 
+from sae_lens_alloc.run_checks import check_learning_rate
 from sae_lens_alloc.saes.allocation_sae import AllocationTrainingSAE
 from sae_lens_alloc.training.checkpoint import partial_path, publish_checkpoint
 from sae_lens_alloc.training.held_out import held_out_metrics
 from sae_lens_alloc.training.metrics_file import append_row
+
+
+class DataEndedError(ValueError):
+    """The data provider ended before the training."""
 
 
 class AllocSAETrainer(SAETrainer[Any, Any]):
@@ -37,23 +44,67 @@ class AllocSAETrainer(SAETrainer[Any, Any]):
 
     _optimizer_is_prepared = False
 
+    def __init__(
+        self,
+        cfg: SAETrainerConfig,
+        sae: TrainingSAE[Any],
+        data_provider: DataProvider,
+        evaluator: Evaluator[Any] | None = None,
+        save_checkpoint_fn: SaveCheckpointFn | None = None,
+    ) -> None:
+        """
+        Args:
+            cfg: The training; `lr_end` must be given.
+            sae: The SAE to train.
+            data_provider: Iterator of batches of activations, shape (B, d_in), that does not
+                end before the training.
+            evaluator: As for SAETrainer.
+            save_checkpoint_fn: As for SAETrainer.
+
+        Raises:
+            ValueError: if the learning-rate schedule cannot be made, or the data provider is
+                no iterator.
+        """
+        check_learning_rate(cfg)
+        if not hasattr(data_provider, "__next__"):
+            raise ValueError(
+                "data_provider must be an iterator of batches of shape (B, d_in), such as "
+                f"iter(batches), got {type(data_provider).__name__}."
+            )
+        super().__init__(cfg, sae, data_provider, evaluator, save_checkpoint_fn)
+
     @override
     def fit(self) -> Any:
         # a resumed trainer has passed some already, and would save once a step for each
         self.checkpoint_thresholds = [
             n for n in self.checkpoint_thresholds if n >= self.n_training_samples
         ]
-        return super().fit()
+        try:
+            return super().fit()
+        except StopIteration:
+            raise DataEndedError(
+                f"data_provider ended after {self.n_training_samples:,} of the "
+                f"{self.cfg.total_training_samples:,} tokens to train on: give an iterator "
+                "that goes on, or lower total_training_samples."
+            ) from None
 
     @override
     def step(self, batch: torch.Tensor) -> TrainStepOutput:
         if not self._optimizer_is_prepared:
+            self._require_width(batch)
             self._prepare_optimizer()
         output = super().step(batch)
         every = self.cfg.logger.wandb_log_frequency
         if (self.n_training_steps + 1) % every == 0:
             self._log(output)
         return output
+
+    def _require_width(self, batch: torch.Tensor) -> None:
+        if batch.ndim != 2 or batch.shape[1] != self.sae.cfg.d_in:
+            raise ValueError(
+                f"data_provider must yield batches of shape (B, d_in = {self.sae.cfg.d_in}), "
+                f"got {tuple(batch.shape)}."
+            )
 
     def _prepare_optimizer(self) -> None:
         if torch.device(self.cfg.device).type in ("cpu", "cuda"):

@@ -25,6 +25,7 @@ from sae_lens_alloc import (
 )
 from sae_lens_alloc.saes.allocation_sae import AllocationTrainingSAE
 from sae_lens_alloc.training.checkpoint import MANIFEST_FILENAME
+from sae_lens_alloc.training.trainer import DataEndedError
 from tests.saes.conftest import changed, make_sae, state_of, statistics, tokens
 from tests.training.conftest import D_MODEL, lm_config, make_trainer
 
@@ -104,7 +105,8 @@ def test_resumed_run_is_bit_identical(
 
     # the data ends after n_first steps, and the run with it
     first = make_trainer(new_sae(run), batches()[:n_first], N_STEPS, trainer_class)
-    with pytest.raises(StopIteration):
+    stopped = StopIteration if trainer_class is SAETrainer else DataEndedError
+    with pytest.raises(stopped):
         first.fit()
     first.save_checkpoint("here", base_path=tmp_path)
 

@@ -7,9 +7,15 @@ from typing import Any
 import pytest
 import torch
 from sae_lens import TopKTrainingSAE, TopKTrainingSAEConfig
+from sae_lens.config import SAETrainerConfig
 from sae_lens.training.sae_trainer import SAETrainer
 
-from sae_lens_alloc import AllocSAETrainer, calibrate_thresholds
+from sae_lens_alloc import (
+    AllocSAETrainer,
+    MutualChoiceTrainingSAE,
+    MutualChoiceTrainingSAEConfig,
+    calibrate_thresholds,
+)
 from sae_lens_alloc.saes.allocation_sae import AllocationTrainingSAE
 from tests.saes.conftest import (
     ARCHITECTURES,
@@ -226,3 +232,55 @@ def test_our_trainer_trains_stock_architectures(tmp_path: Path):
     (first, second) = trainer.metrics_path.read_text().splitlines()
     assert strict_json(first)["step"] == 9
     assert strict_json(second)["metrics/l0"] <= K
+
+
+# what our trainer is given
+
+
+def our_trainer(batches: Any, **overrides: Any) -> AllocSAETrainer:
+    settings: dict[str, Any] = {
+        "total_training_samples": 256,
+        "train_batch_size_samples": 64,
+        "lr_end": 1e-4,
+        **overrides,
+    }
+    sae = MutualChoiceTrainingSAE(
+        MutualChoiceTrainingSAEConfig(d_in=16, d_sae=64, k=4, feature_choice_steps=0)
+    )
+    return AllocSAETrainer(SAETrainerConfig(**settings), sae, batches)
+
+
+@pytest.mark.parametrize(
+    ("batches", "overrides", "sentence"),
+    [
+        (iter([]), {"lr_end": None}, "lr_end is None, and SAETrainerConfig does not"),
+        (iter([]), {"lr": -1.0}, "lr must be greater than 0, got -1.0."),
+        (iter([]), {"lr_decay_steps": 5}, "together exceed the 4 training steps"),
+        (torch.zeros(64, 16), {}, "such as iter(batches), got Tensor."),
+        ([torch.zeros(64, 16)], {}, "such as iter(batches), got list."),
+    ],
+)
+def test_a_wrong_argument_is_one_sentence(
+    batches: Any, overrides: dict[str, Any], sentence: str
+):
+    with pytest.raises(ValueError) as error:
+        our_trainer(batches, **overrides)
+    assert sentence in str(error.value)
+
+
+def test_batches_that_end_before_the_training_are_one_sentence():
+    trainer = our_trainer(iter(torch.randn(3, 64, 16)))
+    with pytest.raises(ValueError) as error:
+        trainer.fit()
+    assert str(error.value) == (
+        "data_provider ended after 192 of the 256 tokens to train on: give an iterator "
+        "that goes on, or lower total_training_samples."
+    )
+    our_trainer(iter(torch.randn(4, 64, 16))).fit()
+
+
+@pytest.mark.parametrize("shape", [(64, 15), (64, 1), (4, 16, 16), (16,)])
+def test_batches_of_another_shape_are_one_sentence(shape: tuple[int, ...]):
+    trainer = our_trainer(iter([torch.randn(shape)] * 4))
+    with pytest.raises(ValueError, match=r"batches of shape \(B, d_in = 16\), got"):
+        trainer.fit()

@@ -8,7 +8,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 from sae_lens import SAE
-from sae_lens.load_model import load_model
 from sae_lens.training.activations_store import ActivationsStore
 from sae_lens.util import get_special_token_ids, temporary_seed
 from transformer_lens.HookedTransformer import HookedRootModule
@@ -23,6 +22,8 @@ from sae_lens_alloc.evaluation.metrics import evaluate_sae
 from sae_lens_alloc.evaluation.saved_sae import one_line
 from sae_lens_alloc.evaluation.splicing import spliced_loss
 from sae_lens_alloc.evaluation.usage import Usage
+from sae_lens_alloc.training.language_model import load_language_model
+from sae_lens_alloc.training.local_dataset import override_for_local_dataset
 
 
 class LanguageModelSubject(Subject):
@@ -50,7 +51,9 @@ class LanguageModelSubject(Subject):
             return write_stream(
                 folder,
                 {
-                    "train": ActivationsStore.from_config(self.model, self.cfg),
+                    "train": ActivationsStore.from_config(
+                        self.model, self.cfg, override_for_local_dataset(self.cfg)
+                    ),
                     **held_out,
                 },
                 {
@@ -88,13 +91,7 @@ class LanguageModelSubject(Subject):
     @cached_property
     def model(self) -> HookedRootModule:
         """The language model."""
-        return load_model(
-            self.cfg.model_class_name,
-            self.cfg.model_name,
-            str(self.cfg.llm_device),
-            self.cfg.model_from_pretrained_kwargs,
-            hook_names=[self.cfg.hook_name],
-        )
+        return load_language_model(self.cfg)
 
     @cached_property
     def special_token_ids(self) -> list[int]:

@@ -1,0 +1,302 @@
+"""What cannot work, found from the config of a run alone: no file and no device is looked at."""
+
+import json
+from dataclasses import fields
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+from sae_lens.config import LanguageModelSAERunnerConfig, SAETrainerConfig
+from sae_lens.constants import DTYPE_MAP
+from sae_lens.saes.sae import TrainingSAEConfig
+
+from sae_lens_alloc.allocation.mutual_choice import budget_for
+from sae_lens_alloc.allocation.schedule import budget_per_token
+from sae_lens_alloc.saes.allocation_sae_config import AllocationTrainingSAEConfig
+from sae_lens_alloc.saes.feature_choice_sae import FeatureChoiceTrainingSAEConfig
+from sae_lens_alloc.saes.mutual_choice_sae import MutualChoiceTrainingSAEConfig
+from sae_lens_alloc.typed_values import check_choice, check_number, shown
+
+SAE_SCHEDULE_KEYS = (
+    "feature_choice_steps",
+    "mutual_choice_steps",
+    "aux_loss_decay_start",
+    "k_decay_steps",
+)
+# SAELens divides by these, or loops forever or never with less.
+AT_LEAST_ONE = (
+    "context_size",
+    "eval_batch_size_prompts",
+    "feature_sampling_window",
+    "n_batches_for_norm_estimate",
+    "n_batches_in_buffer",
+    "n_restart_cycles",
+    "store_batch_size_prompts",
+    "train_batch_size_tokens",
+    "training_tokens",
+    "logger.eval_every_n_wandb_logs",
+    "logger.wandb_log_frequency",
+    "sae.d_in",
+    "sae.d_sae",
+)
+AT_LEAST_ZERO = (
+    "dead_feature_window",
+    "lr_decay_steps",
+    "lr_warm_up_steps",
+    "n_checkpoints",
+    "prefetch_llm_batches",
+)
+# SAELens makes a list of a context's positions, so this is looked at first.
+LONGEST_CONTEXT = 10**7
+# What torch.manual_seed takes.
+LARGEST_SEED = 2**63 - 1
+MODEL_CLASSES = ("HookedTransformer", "HookedMamba", "AutoModelForCausalLM")
+LR_SCHEDULERS = ("constant", "cosineannealing", "cosineannealingwarmrestarts")
+
+
+def check_value(key: str, value: Any) -> None:
+    """
+    Raises ValueError if a setting, named as in a YAML file, has a value of the right type
+    that no run can work with, whatever the other settings are.
+    """
+    if key == "seed":
+        if not 0 <= abs(value) <= LARGEST_SEED:
+            raise ValueError(
+                f"seed must be between -(2**63 - 1) and 2**63 - 1, got {shown(value)}."
+            )
+        return
+    check_number(key, value)
+    if value is None:
+        return
+    if key in AT_LEAST_ONE and value < 1:
+        raise ValueError(f"{key} must be at least 1, got {value}.")
+    if key in AT_LEAST_ZERO and value < 0:
+        raise ValueError(f"{key} must be at least 0, got {value}.")
+    if key in ("lr", "sae.decoder_init_norm") and value <= 0:
+        raise ValueError(f"{key} must be greater than 0, got {value}.")
+    if key in ("adam_beta1", "adam_beta2") and not 0 <= value < 1:
+        raise ValueError(f"{key} must be in [0, 1), got {value}.")
+    if key == "context_size" and value > LONGEST_CONTEXT:
+        raise ValueError(f"context_size must be at most 10,000,000, got {value:,}.")
+    if key == "seqpos_slice" and not 1 <= len(value) <= 3:
+        raise ValueError(
+            f"seqpos_slice must have 1 to 3 numbers: [end], [start, end] or "
+            f"[start, end, step]; got {len(value)}."
+        )
+    if key == "checkpoint_path" and not value.strip():
+        raise ValueError(
+            "checkpoint_path is empty: give a folder, or null for no checkpoints."
+        )
+
+
+def check_run(cfg: LanguageModelSAERunnerConfig[Any]) -> None:
+    """
+    Checks what can be known without looking at a file or a device.
+
+    Args:
+        cfg: A run, from a file or made in Python.
+
+    Raises:
+        ValueError: in one sentence that names the setting, if the run could not work.
+    """
+    for prefix, section in (("", cfg), ("logger.", cfg.logger), ("sae.", cfg.sae)):
+        for field in fields(section):
+            if field.name not in ("sae", "logger", "metadata"):
+                check_value(f"{prefix}{field.name}", getattr(section, field.name))
+    _check_names(cfg)
+    _check_schedule(cfg)
+    check_learning_rate(cfg)
+    _check_sae(cfg.sae, cfg.train_batch_size_tokens, cfg.total_training_steps)
+    _check_buffer(cfg)
+    _check_outputs(cfg)
+
+
+def check_device(key: str, device: Any) -> None:
+    """Raises ValueError if `device`, the value of `key`, is not a torch device."""
+    try:
+        torch.device(str(device))
+    except RuntimeError:
+        raise ValueError(
+            f"{key} must be a torch device such as 'cpu' or 'cuda:0', got {shown(device)}."
+        ) from None
+
+
+def check_learning_rate(
+    cfg: LanguageModelSAERunnerConfig[Any] | SAETrainerConfig,
+) -> None:
+    """
+    Refuses learning-rate schedules that SAELens cannot make or divides by zero in, and those
+    in which the rate is negative or annealed upwards.
+
+    Raises:
+        ValueError: in one sentence that names the setting.
+    """
+    check_choice("lr_scheduler_name", cfg.lr_scheduler_name.lower(), LR_SCHEDULERS)
+    for key in ("lr", "lr_end", "lr_warm_up_steps", "lr_decay_steps"):
+        check_value(key, getattr(cfg, key))
+    if cfg.lr_end is None:
+        raise ValueError(
+            "lr_end is None, and SAETrainerConfig does not derive it: give the learning "
+            "rate to end with, such as lr / 10."
+        )
+    steps = cfg.total_training_steps
+    annealed = steps - cfg.lr_warm_up_steps - cfg.lr_decay_steps
+    if annealed < 0:
+        raise ValueError(
+            f"lr_warm_up_steps ({cfg.lr_warm_up_steps}) and lr_decay_steps "
+            f"({cfg.lr_decay_steps}) together exceed the {steps} training steps."
+        )
+    if cfg.lr_scheduler_name.lower() == "constant":
+        return  # which ignores lr_end and n_restart_cycles
+    if not 0 <= cfg.lr_end <= cfg.lr:
+        raise ValueError(
+            f"lr_end must be between 0 and lr ({cfg.lr}), which {cfg.lr_scheduler_name} "
+            f"falls from, got {cfg.lr_end}."
+        )
+    if cfg.lr_decay_steps and cfg.lr_end == 0:
+        raise ValueError(
+            f"lr_decay_steps ({cfg.lr_decay_steps}) would decay from lr_end = 0 to 0."
+        )
+    cycles = 1
+    if cfg.lr_scheduler_name.lower() == "cosineannealingwarmrestarts":
+        cycles = cfg.n_restart_cycles
+        check_value("n_restart_cycles", cycles)
+    if annealed < cycles:
+        raise ValueError(
+            f"lr_scheduler_name {cfg.lr_scheduler_name!r} needs a step for each of its "
+            f"cycles ({cycles}), but lr_warm_up_steps and lr_decay_steps leave {annealed} "
+            f"of the {steps} training steps."
+        )
+
+
+def _check_names(cfg: LanguageModelSAERunnerConfig[Any]) -> None:
+    check_choice("model_class_name", cfg.model_class_name, MODEL_CLASSES)
+    if cfg.model_class_name == "HookedMamba" and find_spec("mamba_lens") is None:
+        raise ValueError(
+            "model_class_name 'HookedMamba' needs mamba-lens: install sae-lens[mamba]."
+        )
+    for key, dtype in (("dtype", cfg.dtype), ("sae.dtype", cfg.sae.dtype)):
+        if not isinstance(dtype, torch.dtype):
+            check_choice(key, dtype, DTYPE_MAP)
+    for key, device in (
+        ("device", cfg.device),
+        ("llm_device", cfg.llm_device),
+        ("act_store_device", cfg.act_store_device),
+        ("sae.device", cfg.sae.device),
+    ):
+        check_device(key, device)
+    for compiles, key in (
+        (cfg.compile_llm, "llm_compilation_mode"),
+        (cfg.compile_sae, "sae_compilation_mode"),
+    ):
+        mode = getattr(cfg, key)
+        if compiles and mode is not None:
+            check_choice(key, mode, torch._inductor.list_mode_options())
+
+
+def _check_schedule(cfg: LanguageModelSAERunnerConfig[Any]) -> None:
+    steps = cfg.total_training_steps
+    if steps == 0:
+        raise ValueError(
+            f"training_tokens ({cfg.training_tokens}) is less than train_batch_size_tokens "
+            f"({cfg.train_batch_size_tokens}), so there is not one training step."
+        )
+    for name in SAE_SCHEDULE_KEYS:
+        value = getattr(cfg.sae, name, None)
+        if value is not None and value > steps:
+            raise ValueError(
+                f"sae.{name} ({value}) exceeds the {steps} training steps."
+            )
+    most = max(steps, LanguageModelSAERunnerConfig.n_batches_for_norm_estimate)
+    if cfg.n_batches_for_norm_estimate > most:
+        raise ValueError(
+            f"n_batches_for_norm_estimate ({cfg.n_batches_for_norm_estimate}) must be at "
+            f"most {most}: estimating a norm would take longer than the training."
+        )
+
+
+def _check_sae(sae: TrainingSAEConfig, batch_tokens: int, steps: int) -> None:
+    """What the SAE can select from one batch."""
+    k = getattr(sae, "k", None)
+    if k is None:
+        return
+    if not 0 < k <= sae.d_sae:
+        raise ValueError(f"sae: k must be in (0, d_sae = {sae.d_sae}], got {k}.")
+    if budget_for(k, batch_tokens) < 1:
+        raise ValueError(
+            f"sae.k ({k}) times train_batch_size_tokens ({batch_tokens}) is less than one "
+            "active feature in a batch: raise one of them."
+        )
+    if isinstance(sae, AllocationTrainingSAEConfig):
+        _check_smallest_quota(sae, batch_tokens, steps)
+
+
+def _check_smallest_quota(
+    sae: AllocationTrainingSAEConfig, batch_tokens: int, steps: int
+) -> None:
+    """Feature Choice fails at the step at which its smallest quotas exceed the budget."""
+    last = _last_feature_choice_step(sae, steps)
+    if last is None:
+        return
+    # the budget never grows
+    k = budget_per_token(last, sae.k, sae.k_start, sae.k_decay_steps)
+    wanted, budget = sae.min_tokens_per_feature * sae.d_sae, budget_for(k, batch_tokens)
+    if wanted > budget:
+        raise ValueError(
+            f"sae.min_tokens_per_feature ({sae.min_tokens_per_feature}) for {sae.d_sae} "
+            f"features needs {wanted:.0f} pairs per batch, but Feature Choice has only "
+            f"{budget} at step {last}: lower it, or raise sae.k or train_batch_size_tokens."
+        )
+
+
+def _last_feature_choice_step(
+    sae: AllocationTrainingSAEConfig, steps: int
+) -> int | None:
+    if isinstance(sae, MutualChoiceTrainingSAEConfig):
+        return (sae.feature_choice_steps or 0) - 1 if sae.feature_choice_steps else None
+    if isinstance(sae, FeatureChoiceTrainingSAEConfig):
+        return steps - 1 if sae.mutual_choice_steps < steps else None
+    return None
+
+
+def _check_buffer(cfg: LanguageModelSAERunnerConfig[Any]) -> None:
+    """SAELens finds both faults only once the language model has run."""
+    if not 0 <= cfg.activations_mixing_fraction <= 1:
+        raise ValueError(
+            "activations_mixing_fraction must be between 0 and 1, "
+            f"got {cfg.activations_mixing_fraction}."
+        )
+    tokens_per_context = len(range(cfg.context_size)[slice(*cfg.seqpos_slice)])
+    buffer_tokens = cfg.n_batches_in_buffer * tokens_per_context
+    if buffer_tokens < cfg.train_batch_size_tokens:
+        enough = -(-cfg.train_batch_size_tokens // tokens_per_context)
+        raise ValueError(
+            f"the activation buffer holds n_batches_in_buffer ({cfg.n_batches_in_buffer}) "
+            f"times {tokens_per_context} tokens, fewer than train_batch_size_tokens "
+            f"({cfg.train_batch_size_tokens}): n_batches_in_buffer must be at least {enough}."
+        )
+
+
+def _check_outputs(cfg: LanguageModelSAERunnerConfig[Any]) -> None:
+    for key in ("n_checkpoints", "save_final_checkpoint"):
+        if cfg.checkpoint_path is None and getattr(cfg, key):
+            raise ValueError(
+                f"{key} is {getattr(cfg, key)}, but checkpoint_path is null, so no "
+                "checkpoint would be saved: give a checkpoint_path."
+            )
+    if cfg.n_checkpoints > cfg.total_training_steps:
+        raise ValueError(
+            f"n_checkpoints ({cfg.n_checkpoints}) exceeds the {cfg.total_training_steps} "
+            "training steps."
+        )
+    if cfg.logger.log_to_wandb and cfg.n_eval_batches < 1:
+        raise ValueError(
+            f"n_eval_batches must be at least 1, got {cfg.n_eval_batches}: SAELens refuses "
+            "its evaluations for W&B without a batch."
+        )
+    try:
+        json.dumps(cfg.to_dict())
+    except (TypeError, ValueError, RecursionError) as error:
+        raise ValueError(
+            f"the settings cannot be written to runner_cfg.json: {error}."
+        ) from error

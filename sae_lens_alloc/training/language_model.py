@@ -1,0 +1,254 @@
+"""The language model of a run: loading it, and what its config says without its weights."""
+
+import inspect
+from pathlib import Path
+from typing import Any
+
+import torch
+from sae_lens.config import LanguageModelSAERunnerConfig
+from sae_lens.load_model import HookedProxyLM, load_model
+from sae_lens.util import extract_stop_at_layer_from_tlens_hook_name
+from transformer_lens import HookedTransformer
+from transformer_lens.HookedTransformer import HookedRootModule
+from transformer_lens.loading_from_pretrained import (
+    OFFICIAL_MODEL_NAMES,
+    get_official_model_name,
+    get_pretrained_model_config,
+)
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from sae_lens_alloc.errors import in_one_sentence
+from sae_lens_alloc.typed_values import nearest, shown
+
+# A number of heads that no model has, so that positions and heads are told apart.
+N_PROBED_TOKENS = 7
+
+
+def load_language_model(cfg: LanguageModelSAERunnerConfig[Any]) -> HookedRootModule:
+    """
+    Loads the language model as SAELens' runner does.
+
+    Raises:
+        ValueError: in one sentence that names the settings, if it cannot be loaded.
+    """
+    _require_folder(cfg.model_name)
+    try:
+        return load_model(
+            cfg.model_class_name,
+            cfg.model_name,
+            device=cfg.llm_device,
+            model_from_pretrained_kwargs=cfg.model_from_pretrained_kwargs,
+            hook_names=[cfg.hook_name],
+        )
+    except Exception as error:  # each kind of model has its own
+        raise ValueError(_cannot_load(cfg, error)) from error
+
+
+def find_language_model(cfg: LanguageModelSAERunnerConfig[Any]) -> None:
+    """
+    Finds the language model and checks its hook, its width and its positions by its config,
+    without its weights. What cannot be known without them is left to `check_language_model`, once the
+    model is loaded.
+
+    Raises:
+        ValueError: in one sentence that names the setting.
+    """
+    _require_folder(cfg.model_name)
+    model = _without_weights(cfg)
+    if model is not None:
+        check_language_model(model, cfg)
+
+
+@torch.no_grad()
+def check_language_model(
+    model: HookedRootModule, cfg: LanguageModelSAERunnerConfig[Any]
+) -> None:
+    """
+    Runs the model on a few tokens and compares what the hook gives with the config.
+
+    Args:
+        model: The language model; on torch's meta device, nothing is computed.
+        cfg: The run.
+
+    Raises:
+        ValueError: in one sentence, if the model has no such hook or head, gives activations
+            of another width than `cfg.sae.d_in`, or has fewer positions than a context.
+    """
+    _check_tokens(model, cfg)
+    if cfg.use_cached_activations:
+        return  # the model gives no activations
+    _require_hook(list(model.hook_dict), cfg)
+    shape = _shape_at_hook(model, cfg)
+    if shape is None:
+        return
+    where = f"hook_name {cfg.hook_name!r}"
+    head = cfg.hook_head_index
+    if head is not None:
+        if len(shape) != 4 or not -shape[2] <= head < shape[2]:
+            heads = shape[2] if len(shape) == 4 else 0
+            raise ValueError(
+                f"hook_head_index is {head}, but {where} has {heads} heads."
+            )
+        width, where = shape[3], f"head {head} of {where}"
+    else:
+        width = shape[2:].numel()
+    if width != cfg.sae.d_in:
+        raise ValueError(
+            f"sae.d_in is {cfg.sae.d_in}, but {where} has {width} dimensions: give "
+            f"sae.d_in={width}, or another hook."
+        )
+
+
+def _require_folder(name: str) -> None:
+    """A name of the hub has one slash at most."""
+    is_path = name.startswith((".", "~", "/")) or name.count("/") > 1 or "\\" in name
+    if not name:
+        raise ValueError("model_name is missing.")
+    if is_path and not Path(name).is_dir():
+        raise ValueError(f"model_name is {name!r}, but there is no such folder.")
+
+
+def _without_weights(
+    cfg: LanguageModelSAERunnerConfig[Any],
+) -> HookedRootModule | None:
+    """The model on torch's meta device, None where only its weights tell what it is."""
+    try:
+        if cfg.model_class_name == "AutoModelForCausalLM":
+            config = _hugging_face_config(cfg)
+        elif cfg.model_class_name == "HookedTransformer":
+            config = _transformer_lens_config(cfg)
+        else:
+            return None
+    except (OSError, ValueError) as error:
+        raise ValueError(_cannot_load(cfg, error)) from error
+    except Exception:
+        return None  # the loader may know better, and says it if not
+    try:
+        with torch.device("meta"):
+            if isinstance(config, dict):
+                return HookedTransformer(config, move_to_device=False).eval()
+            model = AutoModelForCausalLM.from_config(config).eval()
+    except Exception:
+        return None  # code of the model's own, or for a device only
+    _require_hook([name for name, _ in model.named_modules() if name], cfg)
+    tokenizer: Any = None  # of no use without text
+    return HookedProxyLM(model, tokenizer, hook_names=[cfg.hook_name])
+
+
+def _hugging_face_config(cfg: LanguageModelSAERunnerConfig[Any]) -> Any:
+    config: Any = AutoConfig.from_pretrained(
+        cfg.model_name,
+        return_unused_kwargs=True,
+        **(cfg.model_from_pretrained_kwargs or {}),
+    )
+    return config[0]
+
+
+def _transformer_lens_config(cfg: LanguageModelSAERunnerConfig[Any]) -> dict[str, Any]:
+    known = inspect.signature(get_pretrained_model_config).parameters.keys()
+    given = cfg.model_from_pretrained_kwargs or {}
+    try:
+        get_official_model_name(cfg.model_name)
+    except ValueError:
+        near = nearest(cfg.model_name, OFFICIAL_MODEL_NAMES)
+        raise ValueError(
+            f"TransformerLens knows no such model, did you mean {near!r}? Others, and "
+            "folders, are loaded with model_class_name=AutoModelForCausalLM."
+        ) from None
+    chosen = {name: given[name] for name in given if name in known - {"dtype"}}
+    config = get_pretrained_model_config(cfg.model_name, **chosen)
+    # a tokenizer would be looked for on the hub
+    return {
+        **config.to_dict(),
+        "device": "meta",
+        "n_devices": 1,
+        "tokenizer_name": None,
+    }
+
+
+def _check_tokens(
+    model: HookedRootModule, cfg: LanguageModelSAERunnerConfig[Any]
+) -> None:
+    """Positions and token ids that the model has no embeddings for."""
+    if isinstance(model, HookedProxyLM):
+        config: Any = getattr(model.model, "config", None)
+        if hasattr(config, "get_text_config"):
+            config = config.get_text_config()
+        names = ("max_position_embeddings", "vocab_size")
+    else:
+        config, names = getattr(model, "cfg", None), ("n_ctx", "d_vocab")
+    n_positions, n_token_ids = (getattr(config, name, None) for name in names)
+    if isinstance(n_positions, int) and cfg.context_size > n_positions > 0:
+        raise ValueError(
+            f"context_size is {cfg.context_size}, but {cfg.model_name} has {n_positions} "
+            f"positions: give context_size={n_positions} or less."
+        )
+    separator = cfg.sequence_separator_token
+    if (
+        isinstance(separator, int)
+        and isinstance(n_token_ids, int)
+        and not 0 <= separator < n_token_ids
+    ):
+        raise ValueError(
+            f"sequence_separator_token is {separator}, but the token ids of "
+            f"{cfg.model_name} are 0 to {n_token_ids - 1}."
+        )
+
+
+def _require_hook(names: list[str], cfg: LanguageModelSAERunnerConfig[Any]) -> None:
+    if cfg.hook_name not in names:
+        hint = f", did you mean {nearest(cfg.hook_name, names)!r}?" if names else "."
+        raise ValueError(
+            f"hook_name {cfg.hook_name!r} is not in {cfg.model_name} as "
+            f"{cfg.model_class_name}{hint}"
+        )
+
+
+def _shape_at_hook(
+    model: HookedRootModule, cfg: LanguageModelSAERunnerConfig[Any]
+) -> torch.Size | None:
+    """
+    Of the activations of one context: (1, positions, width) or (1, positions, heads, width).
+    None where the model cannot run without its weights.
+    """
+    n_tokens = min(N_PROBED_TOKENS, cfg.context_size)
+    device = next(model.parameters()).device
+    tokens = torch.zeros(1, n_tokens, dtype=torch.long, device=device)
+    try:
+        cache: Any = model.run_with_cache(
+            tokens,
+            names_filter=[cfg.hook_name],
+            stop_at_layer=extract_stop_at_layer_from_tlens_hook_name(cfg.hook_name),
+            prepend_bos=False,
+            **cfg.model_kwargs,
+        )[1]
+        shape = cache[cfg.hook_name].shape
+    except KeyError:
+        raise ValueError(
+            f"hook_name {cfg.hook_name!r} gives no activations when {cfg.model_name} runs."
+        ) from None
+    except Exception as error:
+        if device.type == "meta" and isinstance(error, RuntimeError):
+            return None  # it looks at values, as routers of experts do
+        kwargs = cfg.model_kwargs
+        given = f" with model_kwargs {shown(kwargs)}" if kwargs else ""
+        raise ValueError(
+            f"hook_name {cfg.hook_name!r} cannot be read from {cfg.model_name}{given}: "
+            f"{in_one_sentence(error)}"
+        ) from error
+    if len(shape) < 3 or shape[:2] != (1, n_tokens):
+        raise ValueError(
+            f"hook_name {cfg.hook_name!r} does not give one vector for each position: for "
+            f"{n_tokens} tokens its shape is {tuple(shape)}."
+        )
+    return shape
+
+
+def _cannot_load(cfg: LanguageModelSAERunnerConfig[Any], error: Exception) -> str:
+    kwargs = cfg.model_from_pretrained_kwargs
+    given = f" and model_from_pretrained_kwargs {shown(kwargs)}" if kwargs else ""
+    return (
+        f"the language model cannot be loaded with model_class_name "
+        f"{cfg.model_class_name!r}, model_name {cfg.model_name!r}{given}: "
+        f"{in_one_sentence(error)}"
+    )

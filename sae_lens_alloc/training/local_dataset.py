@@ -1,0 +1,153 @@
+"""Datasets in a folder or a file of this machine, some of which SAELens cannot open by their path."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from datasets import DatasetDict, load_dataset, load_from_disk
+from sae_lens.config import HfDataset, LanguageModelSAERunnerConfig
+from transformers import AutoTokenizer
+
+from sae_lens_alloc.errors import in_one_sentence
+
+TOKEN_COLUMNS = ("tokens", "input_ids")
+TEXT_COLUMNS = ("text", "problem")
+CHAT_COLUMNS = ("conversation", "conversations", "messages", "text")
+# Either is in a folder that `save_to_disk` wrote.
+SAVED_DATASET_FILENAMES = ("state.json", "dataset_dict.json")
+# SAELens' pretokenize runner writes there which tokenizer it used.
+TOKENIZATION_FILENAME = "sae_lens.json"
+
+
+def override_for_local_dataset(
+    cfg: LanguageModelSAERunnerConfig[Any],
+) -> HfDataset | None:
+    """
+    The dataset of `cfg.dataset_path`, to be passed as `override_dataset`, where it is on this
+    machine and SAELens cannot open it by its path: SAELens asks the hub for the tokenizer of
+    a tokenized one, cannot read what `save_to_disk` wrote nor a single file, and takes a
+    folder such as "parquet" for a file format. None where SAELens can.
+
+    Raises:
+        ValueError: if it cannot be read.
+    """
+    path = Path(cfg.dataset_path)
+    if not cfg.dataset_path or not path.exists():
+        return None
+    dataset = open_local_dataset(cfg)
+    by_path = (
+        path.is_dir()
+        and not _was_saved_to_disk(path)
+        and (path.is_absolute() or len(path.parts) > 1)
+    )
+    return None if by_path and not _is_tokenized(cfg, dataset) else dataset
+
+
+def open_local_dataset(cfg: LanguageModelSAERunnerConfig[Any]) -> HfDataset:
+    """
+    Opens the dataset in a folder or a file of this machine: what `save_to_disk` wrote, or
+    parquet, arrow, jsonl and whatever else `datasets` reads.
+
+    Raises:
+        ValueError: in one sentence, if it cannot be read.
+    """
+    path = Path(cfg.dataset_path)
+    try:
+        if _was_saved_to_disk(path):
+            dataset = load_from_disk(str(path))
+            return dataset["train"] if isinstance(dataset, DatasetDict) else dataset
+        folder, files = (path, None) if path.is_dir() else (path.parent, path.name)
+        return load_dataset(
+            str(folder.resolve()),
+            data_files=files,
+            split="train",
+            streaming=cfg.streaming,
+        )
+    except (
+        Exception
+    ) as error:  # datasets, pyarrow and file formats have many of their own
+        raise ValueError(_unreadable(path, error)) from error
+
+
+def check_local_dataset(cfg: LanguageModelSAERunnerConfig[Any]) -> None:
+    """
+    Reads the first row of a dataset on this machine.
+
+    Raises:
+        ValueError: in one sentence, if it cannot be read, or SAELens could not use it.
+    """
+    path = Path(cfg.dataset_path)
+    try:
+        row: dict[str, Any] | None = next(iter(open_local_dataset(cfg)), None)  # type: ignore[assignment]
+    except ValueError:
+        raise
+    except Exception as error:
+        raise ValueError(_unreadable(path, error)) from error
+    if row is None:
+        raise ValueError(f"dataset_path {str(path)!r} holds no rows.")
+    column = _column(cfg, row)
+    if column is None:
+        wanted = (
+            CHAT_COLUMNS if cfg.use_chat_formatting else TOKEN_COLUMNS + TEXT_COLUMNS
+        )
+        raise ValueError(
+            f"dataset_path {str(path)!r} has the columns {', '.join(map(repr, row))}, and "
+            f"none of {', '.join(map(repr, wanted))}."
+        )
+    value = row[column]
+    if column in TOKEN_COLUMNS and not cfg.use_chat_formatting:
+        if not isinstance(value, list) or not all(isinstance(t, int) for t in value):
+            raise ValueError(
+                f"the column {column!r} of dataset_path {str(path)!r} must hold lists of "
+                "token ids."
+            )
+        if len(value) < cfg.context_size:
+            raise ValueError(
+                f"dataset_path {str(path)!r} is tokenized in contexts of {len(value)} "
+                f"tokens, fewer than context_size ({cfg.context_size})."
+            )
+        _check_tokenizer(cfg, path)
+    elif column in TEXT_COLUMNS and not isinstance(value, str):
+        raise ValueError(
+            f"the column {column!r} of dataset_path {str(path)!r} must hold text, but the "
+            f"first row holds {type(value).__name__}."
+        )
+
+
+def _was_saved_to_disk(path: Path) -> bool:
+    return any((path / name).is_file() for name in SAVED_DATASET_FILENAMES)
+
+
+def _column(cfg: LanguageModelSAERunnerConfig[Any], row: dict[str, Any]) -> str | None:
+    """The column that SAELens would take."""
+    wanted = CHAT_COLUMNS if cfg.use_chat_formatting else TOKEN_COLUMNS + TEXT_COLUMNS
+    return next((name for name in wanted if name in row), None)
+
+
+def _is_tokenized(cfg: LanguageModelSAERunnerConfig[Any], dataset: HfDataset) -> bool:
+    if cfg.use_chat_formatting:
+        return False
+    row: Any = next(iter(dataset), {})
+    return any(name in row for name in TOKEN_COLUMNS)
+
+
+def _check_tokenizer(cfg: LanguageModelSAERunnerConfig[Any], path: Path) -> None:
+    """As SAELens does with datasets of the hub, where both tokenizers are on this machine."""
+    try:
+        recorded = json.loads((path / TOKENIZATION_FILENAME).read_text())
+        names = (recorded["tokenizer_name"], cfg.model_name)
+        theirs, ours = (
+            AutoTokenizer.from_pretrained(name, local_files_only=True).get_vocab()
+            for name in names
+        )
+    except (OSError, ValueError, KeyError, TypeError):
+        return
+    if theirs != ours:
+        raise ValueError(
+            f"dataset_path {str(path)!r} was tokenized with the tokenizer of {names[0]!r}, "
+            f"which is not that of model_name {cfg.model_name!r}."
+        )
+
+
+def _unreadable(path: Path, error: Exception) -> str:
+    return f"dataset_path {str(path)!r} cannot be read: {in_one_sentence(error)}"

@@ -1,0 +1,186 @@
+"""What a run needs of this machine and its files, checked before the model is loaded."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+import wandb
+from datasets import load_dataset_builder
+from sae_lens import logger
+from sae_lens.config import LanguageModelSAERunnerConfig
+
+from sae_lens_alloc.errors import in_one_sentence
+from sae_lens_alloc.training.checkpoint import find_checkpoint, require_same_sae
+from sae_lens_alloc.training.language_model import find_language_model
+from sae_lens_alloc.training.local_dataset import check_local_dataset
+from sae_lens_alloc.training.pretrained import load_pretrained
+from sae_lens_alloc.training.summary import estimate_memory, in_bytes
+from sae_lens_alloc.typed_values import shown
+
+
+def check_training(cfg: LanguageModelSAERunnerConfig[Any]) -> None:
+    """
+    Checks all that a training needs. Nothing is written, and no model is loaded.
+
+    Raises:
+        ValueError: in one sentence that names the setting.
+    """
+    if not (cfg.output_path or "").strip():
+        raise ValueError("output_path is missing: the result would be lost.")
+    for key in ("output_path", "checkpoint_path"):
+        _require_writable(key, getattr(cfg, key))
+    check_devices(cfg)
+    check_memory(cfg)
+    if cfg.logger.log_to_wandb:
+        _require_wandb()
+    if cfg.resume_from_checkpoint is not None:
+        if not Path(cfg.resume_from_checkpoint).is_dir():
+            raise ValueError(
+                f"resume_from_checkpoint is {cfg.resume_from_checkpoint!r}, but there is no "
+                "such folder."
+            )
+        require_same_sae(find_checkpoint(cfg.resume_from_checkpoint), cfg.sae)
+    elif cfg.from_pretrained_path is not None:
+        load_pretrained(cfg.from_pretrained_path, cfg.sae, "cpu")
+    check_activations(cfg)
+
+
+def check_activations(cfg: LanguageModelSAERunnerConfig[Any]) -> None:
+    """
+    Checks where the activations come from: the text, the language model and its hook.
+
+    Raises:
+        ValueError: in one sentence that names the setting.
+    """
+    _check_dataset(cfg)
+    if (
+        cfg.use_cached_activations
+        and not Path(cfg.cached_activations_path or "").is_dir()
+    ):
+        raise ValueError(
+            f"cached_activations_path is {cfg.cached_activations_path!r}, but there is no "
+            "such folder."
+        )
+    find_language_model(cfg)
+
+
+def check_output(path: str | None, overwrite: bool, resumed: bool) -> None:
+    """
+    What the output folder will be refused for. Nothing is created.
+
+    Raises:
+        ValueError: if it holds something, and may not be written to.
+    """
+    output = Path(path or "")
+    if overwrite or resumed or not output.exists():
+        return
+    if any(output.iterdir()):
+        raise ValueError(
+            f"output_path {str(output)!r} is not empty: give --overwrite to write into it, "
+            "or another output_path."
+        )
+
+
+def check_devices(cfg: LanguageModelSAERunnerConfig[Any]) -> None:
+    """Raises ValueError if a tensor cannot be put on one of the devices and read back."""
+    for key, name in (
+        ("device", cfg.device),
+        ("llm_device", cfg.llm_device),
+        ("act_store_device", cfg.act_store_device),
+        ("sae.device", cfg.sae.device),
+    ):
+        try:
+            torch.zeros(1, device=name).item()
+        except (RuntimeError, AssertionError, ImportError) as error:
+            raise ValueError(
+                f"{key} is {str(name)!r}, but torch finds no such device on this machine: "
+                "give device=cpu to run without one."
+            ) from error
+
+
+def check_memory(cfg: LanguageModelSAERunnerConfig[Any]) -> None:
+    """
+    Compares the estimate with the memory of each device: more than there is is refused, more
+    than is free is warned about.
+
+    Raises:
+        ValueError: in one sentence, if a device has less memory in all than is needed.
+    """
+    needed: dict[str, int] = {}
+    for part, size in estimate_memory(cfg).items():
+        buffered = part == "activation buffer"
+        name = str(cfg.act_store_device if buffered else cfg.device)
+        needed[name] = needed.get(name, 0) + size
+    for name, size in needed.items():
+        memory = _free_and_total(torch.device(name))
+        if memory is None:
+            continue
+        free, total = memory
+        have = f"the training needs about {in_bytes(size)} on {name}, which has"
+        if size > total:
+            raise ValueError(
+                f"{have} {in_bytes(total)}: lower sae.d_sae, train_batch_size_tokens or "
+                "n_batches_in_buffer."
+            )
+        if size > free:
+            logger.warning(f"{have} only {in_bytes(free)} free now.")
+
+
+def _free_and_total(device: torch.device) -> tuple[int, int] | None:
+    """Bytes of memory of a device, None where that is not known."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)
+    if device.type == "cpu":
+        memory = psutil.virtual_memory()
+        return memory.available, memory.total
+    return None
+
+
+def _check_dataset(cfg: LanguageModelSAERunnerConfig[Any]) -> None:
+    name = cfg.dataset_path
+    if not name:
+        raise ValueError("dataset_path is missing.")
+    if Path(name).exists():
+        check_local_dataset(cfg)
+        return
+    # a name of the hub has one slash at most
+    if name.startswith((".", "~", "/")) or name.count("/") > 1 or "\\" in name:
+        raise ValueError(
+            f"dataset_path is {name!r}, but there is no such folder or file."
+        )
+    try:
+        load_dataset_builder(name)
+    except Exception as error:  # datasets and huggingface_hub have many of their own
+        raise ValueError(
+            f"dataset_path {name!r} is no folder of this machine, and cannot be had from "
+            f"the Hugging Face hub: {in_one_sentence(error)}"
+        ) from error
+
+
+def _require_writable(key: str, path: str | None) -> None:
+    """Nothing is created: what counts is the last folder on the way that there is."""
+    if path is None:
+        return
+    try:
+        there = next(
+            p for p in (Path(path), *Path(path).resolve().parents) if p.exists()
+        )
+        works = there.is_dir() and os.access(there, os.W_OK)
+    except (OSError, ValueError) as error:  # too long, or with a NUL in it
+        raise ValueError(
+            f"{key} {shown(path)} cannot be a folder: {in_one_sentence(error)}"
+        ) from error
+    if not works:
+        raise ValueError(
+            f"{key} is {path!r}, but {str(there)!r} is not a folder that can be written to."
+        )
+
+
+def _require_wandb() -> None:
+    if wandb.setup().settings.mode == "online" and not wandb.api.api_key:
+        raise ValueError(
+            "logger.log_to_wandb is true, but nobody is logged in to W&B on this machine: "
+            "run `wandb login`, set WANDB_MODE=offline, or give logger.log_to_wandb=false."
+        )
