@@ -17,6 +17,7 @@ from sae_lens_alloc.evaluation.report import write_report
 from sae_lens_alloc.evaluation.report_run import ReportRun, read_history
 from sae_lens_alloc.training.conversion import ConversionReport
 from sae_lens_alloc.training.fine_tuning import FineTuningRunner, inference_sae
+from sae_lens_alloc.training.output_folder import new_files
 from sae_lens_alloc.training.runner import METRICS_FILENAME
 from sae_lens_alloc.training.source_sae import SourceSAE
 
@@ -55,6 +56,7 @@ def fine_tune(
     cfg: LanguageModelSAERunnerConfig[Any],
     source: SourceSAE,
     sae_overrides: dict[str, Any],
+    overwrite: bool = False,
 ) -> FineTuned:
     """
     Fine-tunes an SAE and compares it with what it was. The SAE, the figures of both
@@ -64,13 +66,15 @@ def fine_tune(
         cfg: The run, with an output path.
         source: The SAE to start from.
         sae_overrides: See FineTuningRunner.
+        overwrite: See FineTuningRunner.
 
     Raises:
-        ValueError: as FineTuningRunner.
+        ValueError: as FineTuningRunner, and if the saved SAE cannot be compared.
+        OSError: in one sentence, if something cannot be written.
     """
     assert cfg.output_path is not None
     output = Path(cfg.output_path)
-    runner = FineTuningRunner(cfg, source, sae_overrides)
+    runner = FineTuningRunner(cfg, source, sae_overrides, overwrite)
     # off the stream of training text before training starts, so that it is not trained on
     tokens = _take_contexts(runner, EVALUATION_TOKENS)
     excluded = runner.activations_store.exclude_special_tokens
@@ -84,14 +88,21 @@ def fine_tune(
     start = time.perf_counter()
     runner.run()
     seconds = time.perf_counter() - start
-    after = ReportRun(
-        "after",
-        evaluate(SAE.load_from_disk(output, cfg.device)),
-        seconds,
-        read_history(output / METRICS_FILENAME),
-    )
-    result = FineTuned(before, after, runner.start)
-    _write_results(output, cfg, source, result)
+    try:
+        after = ReportRun(
+            "after",
+            evaluate(SAE.load_from_disk(output, cfg.device)),
+            seconds,
+            read_history(output / METRICS_FILENAME),
+        )
+        result = FineTuned(before, after, runner.start)
+        with new_files(output, "the comparison") as folder:
+            _write_results(folder, cfg, source, result)
+    except (ValueError, RuntimeError, OSError) as error:
+        raise ValueError(
+            f"the SAE is trained and saved in {str(output)!r}, but it is not compared with "
+            f"what it was: {str(error).rstrip('.')}."
+        ) from error
     return result
 
 
