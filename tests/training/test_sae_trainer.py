@@ -226,3 +226,8 @@ def test_our_trainer_trains_stock_architectures(tmp_path: Path):
     (first, second) = trainer.metrics_path.read_text().splitlines()
     assert strict_json(first)["step"] == 9
     assert strict_json(second)["metrics/l0"] <= K
+
+
+def test_our_trainer_takes_the_types_that_sae_lens_trainer_takes():
+    types = (TopKTrainingSAE, TopKTrainingSAEConfig)
+    assert AllocSAETrainer[types].__args__ == SAETrainer[types].__args__
