@@ -13,6 +13,7 @@ import wandb
 from datasets import Dataset
 from sae_lens import SAE, LanguageModelSAETrainingRunner
 from sae_lens.config import LoggingConfig
+from sae_lens.saes.sae import TrainingSAE
 from sae_lens.training._interruption import InterruptedException
 from sae_lens.training.sae_trainer import SAETrainer
 from transformer_lens.HookedTransformer import HookedRootModule
@@ -53,6 +54,12 @@ def nan_in_one_token(x: torch.Tensor) -> torch.Tensor:
     return x
 
 
+@torch.no_grad()
+def kill_all_features(sae: TrainingSAE[Any]) -> None:
+    bias: Any = sae.b_enc
+    bias.fill_(-1e6)
+
+
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
@@ -69,7 +76,7 @@ def test_calibration_that_fails_leaves_the_sae_of_training(
 ):
     runner = start()
     if change is None:
-        runner.before_calibration = lambda: runner.sae.b_enc.data.fill_(-1e6)
+        runner.before_calibration = lambda: kill_all_features(runner.sae)
     else:
         runner.change = change
     sae = runner.run()

@@ -2,7 +2,7 @@
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -229,5 +229,5 @@ def test_our_trainer_trains_stock_architectures(tmp_path: Path):
 
 
 def test_our_trainer_takes_the_types_that_sae_lens_trainer_takes():
-    types = (TopKTrainingSAE, TopKTrainingSAEConfig)
-    assert AllocSAETrainer[types].__args__ == SAETrainer[types].__args__
+    trainer_class = AllocSAETrainer[TopKTrainingSAE, TopKTrainingSAEConfig]
+    assert get_args(trainer_class) == (TopKTrainingSAE, TopKTrainingSAEConfig)
