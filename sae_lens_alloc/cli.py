@@ -118,10 +118,8 @@ def train(
         if dry_run:
             return
         _require_machine(cfg)
-        with _claim_output(cfg, overwrite):
-            runner = AllocSAETrainingRunner(cfg, overwrite=overwrite)
-            with _interruptible(cfg):
-                runner.run()
+        with _claim_output(cfg, overwrite), _interruptible(cfg):
+            AllocSAETrainingRunner(cfg, overwrite=overwrite).run()
     typer.echo(f"saved in {cfg.output_path}")
 
 

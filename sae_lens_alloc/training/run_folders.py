@@ -24,6 +24,7 @@ from sae_lens_alloc.training.output_folder import (
     require_empty,
     require_other_folder,
 )
+from sae_lens_alloc.training.summary import _bytes as in_bytes
 from sae_lens_alloc.training.summary import estimate_memory
 
 METRICS_FILENAME = "metrics.jsonl"
@@ -66,14 +67,15 @@ def claimed_folders(
         if source is not None:
             require_other_folder(cfg.output_path, source, key)
     with ExitStack() as stack:
-        for key in ("output_path", "checkpoint_path"):
-            folder = getattr(cfg, key)
-            if folder is not None:
-                stack.enter_context(locked_folder(Path(folder), key))
         if cfg.output_path is not None:
-            _require_free_output(cfg, Path(cfg.output_path), overwrite, only_if_empty)
+            output = Path(cfg.output_path)
+            stack.enter_context(locked_folder(output, "output_path"))
+            # before the folder of checkpoints is made, which may be inside
+            _require_free_output(cfg, output, overwrite, only_if_empty)
         if cfg.checkpoint_path is not None:
-            _require_own_checkpoints(cfg, Path(cfg.checkpoint_path))
+            checkpoints = Path(cfg.checkpoint_path)
+            stack.enter_context(locked_folder(checkpoints, "checkpoint_path"))
+            _require_own_checkpoints(cfg, checkpoints)
         _require_room(cfg)
         yield
 
@@ -207,9 +209,9 @@ def _require_room(cfg: LanguageModelSAERunnerConfig[Any]) -> None:
         needed = sum(size for _, size in parts)
         free = shutil.disk_usage(parts[0][0]).free
         if needed > free:
-            what = " and ".join(f"{size / 1e9:.3g} GB to {f}" for f, size in parts)
+            what = " and ".join(f"{in_bytes(size)} to {f}" for f, size in parts)
             raise ValueError(
-                f"the run will write about {what}, but that disk has {free / 1e9:.3g} GB "
+                f"the run will write about {what}, but that disk has {in_bytes(free)} "
                 "left: free some, give other folders, or lower n_checkpoints."
             )
 

@@ -12,206 +12,48 @@ where there is none.
 import argparse
 import json
 import os
-import resource
 import shutil
-import signal
-import subprocess
 import sys
 import tempfile
-import time
-import traceback
 from collections import Counter
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any
 
-os.environ["HF_HUB_OFFLINE"] = "1"
-os.environ["WANDB_MODE"] = "offline"
-os.environ["WANDB_SILENT"] = "true"
+if __name__ == "__main__":
+    # read where they are imported
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    os.environ["WANDB_MODE"] = "offline"
+    os.environ["WANDB_SILENT"] = "true"
 
 import torch  # noqa: E402
-from sae_lens import SAE, llm_sae_training_runner  # noqa: E402
 
-import sae_lens_alloc  # noqa: E402
 from sae_lens_alloc import cli, load_runner_config  # noqa: E402
-from sae_lens_alloc.training import (  # noqa: E402
-    final_sae,
-    fine_tuning_run,
-    output_folder,
-    runner,
-    trainer,
+from sae_lens_alloc.training import runner  # noqa: E402
+from scripts.faults.forks import (  # noqa: E402
+    Case,
+    outcome,
+    start,
 )
-from sae_lens_alloc.training.activations_store import (  # noqa: E402
-    ResumableActivationsStore,
+from scripts.faults.older_run import (  # noqa: E402
+    CONFIG,
+    OLD_CHECKPOINT,
+    RUN,
+    contents,
+    finetune,
+    kept,
+    make_template,
+    old_or_new,
+    refused,
+    saved,
+    train,
 )
-
-DEMO = Path(sae_lens_alloc.__file__).parent / "demo"
-CONFIG = str(DEMO / "mutual_choice.yaml")
-FINE_TUNING = str(Path(__file__).parents[2] / "configs" / "finetune_demo.yaml")
-SECONDS_PER_CASE = 120
-# 4 steps of 256 tokens, with a checkpoint after the second
-TINY = [
-    f"model_name={DEMO / 'model'}",
-    f"dataset_path={DEMO / 'corpus'}",
-    "hook_name=transformer.h.0",
-    "training_tokens=1024",
-    "train_batch_size_tokens=256",
-    "store_batch_size_prompts=4",
-    "n_batches_in_buffer=4",
-    "logger.wandb_log_frequency=1",
-]
-CHECKPOINTS = ["checkpoint_path=checkpoints", "n_checkpoints=1"]
-SIZES = ["sae.d_sae=64", "sae.k=4"]
-RUN = [*TINY, *SIZES, *CHECKPOINTS]
-
-# Where a run can be: the function that is called there.
-PHASES: dict[str, tuple[Any, str]] = {
-    "model": (llm_sae_training_runner, "load_model"),
-    "held-out contexts": (ResumableActivationsStore, "hold_out"),
-    "step": (trainer.AllocSAETrainer, "step"),
-    "metrics": (trainer, "append_row"),
-    "checkpoint": (trainer, "publish_checkpoint"),
-    "first save": (final_sae, "write_sae"),
-    "moving": (output_folder, "_move_to_their_place"),
-    "replacing": (os, "replace"),
-    "calibration": (runner, "calibrate_thresholds"),
-    "held-out metrics": (runner, "held_out_metrics"),
-    "second save": (runner, "write_sae"),
-    "check": (runner, "check_saved_sae"),
-}
-AFTER_TRAINING = ("calibration", "held-out metrics", "second save", "check")
-
-Action = Callable[[], Any]
-# Given the exit code and what was said: what was lost, or nothing.
-Check = Callable[[int, str], str | None]
-
-
-def no_check(code: int, said: str) -> str | None:
-    return None
-
-
-@dataclass
-class Case:
-    name: str
-    command: list[str] | Action
-    prepare: Action = lambda: None
-    check: Check = no_check
-    at: dict[str, Action] = field(default_factory=dict)
-    clean_up: Action = lambda: None
-
-
-# What is done on the way. The current folder is the case's own.
-
-
-def send(number: int) -> Action:
-    return lambda: os.kill(os.getpid(), number)
-
-
-def limit_files(n_bytes: int) -> Action:
-    return lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (n_bytes, n_bytes))
-
-
-def fill(folder: str) -> Action:
-    def act() -> None:
-        try:
-            with open(f"{folder}/filler", "wb") as file:
-                while True:
-                    file.write(bytes(65536))
-        except OSError:
-            pass
-
-    return act
-
-
-def mount(folder: str, size: str) -> None:
-    os.makedirs(folder)
-    command = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", folder]
-    subprocess.run(command, check=True)
-
-
-def unmount(folder: str) -> None:
-    subprocess.run(["umount", "-l", folder], check=True)
-
-
-def start(*args: str, wait_for: str) -> None:
-    """The same in another process, up to a file that it makes; it runs on beside the case."""
-    if os.fork() == 0:
-        run_child(list(args), {}, Path("other.txt"))
-    deadline = time.monotonic() + SECONDS_PER_CASE
-    while not list(Path().glob(wait_for)) and time.monotonic() < deadline:
-        time.sleep(0.01)
-
-
-# What must hold afterwards.
-
-
-def contents(folder: str) -> dict[str, bytes]:
-    return {p.name: p.read_bytes() for p in Path(folder).iterdir() if p.is_file()}
-
-
-def kept(*folders: str) -> Check:
-    """Every file of the older run is as it was."""
-
-    def check(code: int, said: str) -> str | None:
-        for folder in folders:
-            found = contents(folder)
-            for name, content in contents(f"../template/{folder}").items():
-                if found.get(name) != content:
-                    return f"{folder}/{name} is another"
-        return None
-
-    return check
-
-
-def refused(*folders: str) -> Check:
-    """As `kept`, and the run said in one sentence why it did not start."""
-
-    def check(code: int, said: str) -> str | None:
-        errors = [line for line in said.splitlines() if line.startswith("error: ")]
-        if code != 1 or len(errors) != 1:
-            return f"not refused: exit code {code}"
-        return kept(*folders)(code, said)
-
-    return check
-
-
-def saved(folder: str = "new") -> Check:
-    """There is an SAE that SAELens loads, once what a killed run left is completed."""
-
-    def check(code: int, said: str) -> str | None:
-        try:
-            with output_folder.locked_folder(Path(folder), "output_path"):
-                weights = SAE.load_from_disk(folder).W_dec
-        except Exception as error:
-            return f"{folder} holds no SAE: {error!r}"
-        return None if torch.isfinite(weights).all() else "the weights are not finite"
-
-    return check
-
-
-def old_or_new(code: int, said: str) -> str | None:
-    """The output holds the older SAE with its metrics, or a whole new one."""
-    if (lost := saved("out")(code, said)) is not None:
-        return lost
-    found, old = contents("out"), contents("../template/out")
-    if found["notes.txt"] != b"mine":
-        return "notes.txt is another"
-    is_old = found["sae_weights.safetensors"] == old["sae_weights.safetensors"]
-    if is_old and kept("out")(code, said):
-        return "a mixture of old and new"
-    if not is_old and found["metrics.jsonl"] == old["metrics.jsonl"]:
-        return "a new SAE with old metrics"
-    return None
-
-
-def train(*settings: str) -> list[str]:
-    return ["train", CONFIG, *RUN, *settings]
-
-
-def finetune(*settings: str) -> list[str]:
-    return ["finetune", FINE_TUNING, *TINY, *settings]
+from scripts.faults.on_the_way import (  # noqa: E402
+    last_step,
+    limits,
+    other_disks,
+    signals,
+)
 
 
 def overwriting() -> Iterator[Case]:
@@ -266,16 +108,15 @@ def own_sources() -> Iterator[Case]:
             prepare,
             refused("out"),
         )
-        checkpoint = "checkpoints/run/512"
         yield Case(
             f"train into the checkpoint it resumes as {output}",
             train(
                 "output_path=other",
-                f"resume_from_checkpoint={checkpoint}",
+                f"resume_from_checkpoint={OLD_CHECKPOINT}",
                 "--overwrite",
             ),
-            lambda: os.symlink("checkpoints/run/512", "other"),
-            refused("out", checkpoint),
+            lambda: os.symlink(OLD_CHECKPOINT, "other"),
+            refused("out", OLD_CHECKPOINT),
         )
 
 
@@ -294,10 +135,6 @@ def places() -> Iterator[Case]:
     long = "x" * 255
     yield Case("a long name", train(f"output_path={long}"), check=saved(long))
 
-    def empty_folder() -> None:
-        os.makedirs("new")
-        os.chdir("new")
-
     def from_inside() -> None:
         os.chdir("new")
         cli.app(train("output_path=."))
@@ -314,7 +151,11 @@ def places() -> Iterator[Case]:
         prepare = partial(os.makedirs, f"new/{name}")
         args = [*fresh, "--overwrite"]
         yield Case(f"a folder named {name}", args, prepare, refused("out"))
-    args = train("output_path=new", "resume_from_checkpoint=checkpoints/run")
+    args = train(
+        "output_path=new",
+        "resume_from_checkpoint=checkpoints/run",
+        "training_tokens=6144",
+    )
     for row in ("no row", "[]", '{"stp": 1}'):
 
         def damaged(row: str = row) -> None:
@@ -324,8 +165,8 @@ def places() -> Iterator[Case]:
         yield Case(f"resumed with metrics {row}", args, damaged, refused("out"))
 
     def folder_for_a_file() -> None:
-        shutil.copytree("checkpoints/run/512", "checkpoints/run/768")
-        path = Path("checkpoints/run/768/sae_weights.safetensors")
+        shutil.copytree(OLD_CHECKPOINT, "checkpoints/run/8000")
+        path = Path("checkpoints/run/8000/sae_weights.safetensors")
         path.unlink()
         path.mkdir()
 
@@ -333,7 +174,7 @@ def places() -> Iterator[Case]:
     yield Case(
         "checkpoints of another run",
         train("output_path=new", "logger.wandb_id=run"),
-        check=refused("out", "checkpoints/run/512"),
+        check=refused("out", OLD_CHECKPOINT),
     )
     yield Case(
         "no room",
@@ -372,131 +213,6 @@ def at_once() -> Iterator[Case]:
     yield Case("the Python runner twice", twice, check=saved())
 
 
-def limits() -> Iterator[Case]:
-    fresh = train("output_path=new", "save_final_checkpoint=true")
-    for phase in ("metrics", "checkpoint", "first save", "second save"):
-        # no file may grow to more, from there on
-        at = {phase: limit_files(1000)}
-        check = saved() if phase == "second save" else kept("out")
-        yield Case(f"size limit from {phase} on", fresh, check=check, at=at)
-        args = train("output_path=out", "--overwrite")
-        name = f"size limit from {phase} on, overwriting"
-        yield Case(name, args, check=old_or_new, at=at)
-    yield Case(
-        "size limit in calibrate",
-        ["calibrate", "out", "--output", "new", "--tokens", "4096"],
-        check=refused("out"),
-        at={"load": limit_files(1000)},
-    )
-    yield Case(
-        "size limit in the report of finetune",
-        finetune("--from", "out", "output_path=new", "checkpoint_path=null"),
-        check=saved(),
-        at={"report": limit_files(1000)},
-    )
-
-
-def other_disks() -> Iterator[Case]:
-    link = partial(os.symlink, "disk", "new")
-    end = partial(unmount, "disk")
-
-    def with_link() -> None:
-        mount("disk", "20m")
-        link()
-
-    fresh = train("output_path=new", "checkpoint_path=null")
-    yield Case("a link to another disk", fresh, with_link, saved(), clean_up=end)
-    yield Case(
-        "a mount",
-        train("output_path=disk"),
-        partial(mount, "disk", "20m"),
-        saved("disk"),
-        clean_up=end,
-    )
-    yield Case(
-        "a disk that is too small",
-        train("output_path=disk"),
-        partial(mount, "disk", "100k"),
-        refused("out"),
-        clean_up=end,
-    )
-    for phase in ("metrics", "checkpoint", "first save", "second save"):
-
-        def check(code: int, said: str, phase: str = phase) -> str | None:
-            if phase == "second save":
-                return saved("disk/sae")(code, said)
-            if phase == "checkpoint":
-                return kept("out")(code, said)
-            (elsewhere,) = Path("tmp").glob("sae-lens-alloc-*")
-            return saved(str(elsewhere))(code, said)
-
-        yield Case(
-            f"a disk that fills up at {phase}",
-            train("output_path=disk/sae", "checkpoint_path=disk/checkpoints"),
-            partial(mount, "disk", "20m"),
-            check,
-            {phase: fill("disk")},
-            end,
-        )
-
-    def unwritable() -> None:
-        os.makedirs("parent/new")
-        subprocess.run(["chattr", "+i", "parent"], check=True)
-
-    yield Case(
-        "a parent that is not writable",
-        train("output_path=parent/new"),
-        unwritable,
-        saved("parent/new"),
-        clean_up=lambda: subprocess.run(["chattr", "-i", "parent"], check=True),
-    )
-
-
-def signals() -> Iterator[Case]:
-    for phase in PHASES:
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGKILL):
-            at = {phase: send(number)}
-            name = f"{signal.Signals(number).name} at {phase}"
-            check = saved() if phase in AFTER_TRAINING else kept("out")
-            yield Case(name, train("output_path=new"), check=check, at=at)
-            args = train("output_path=out", "--overwrite")
-            yield Case(f"{name}, overwriting", args, check=old_or_new, at=at)
-
-
-def last_step() -> Iterator[Case]:
-    def calibrated_on(change: Callable[[torch.Tensor], None]) -> Action:
-        def act() -> None:
-            calibrate = runner.calibrate_thresholds
-
-            def changed(sae: Any, x: torch.Tensor) -> Any:
-                change(x)
-                return calibrate(sae, x)
-
-            runner.calibrate_thresholds = changed
-            cli.app(train("output_path=new"))
-
-        return act
-
-    nan = calibrated_on(lambda x: x[3].fill_(torch.nan))
-    yield Case("NaN in the calibration", nan, check=saved())
-    high = calibrated_on(lambda x: x.fill_(0))
-    yield Case("no affinities in the calibration", high, check=saved())
-
-    def named() -> None:
-        shutil.copytree(DEMO / "model", "my model")
-
-    yield Case(
-        "a name that W&B refuses",
-        train("output_path=new", "model_name=my model", "logger.log_to_wandb=true"),
-        named,
-        refused("out"),
-    )
-
-
-PHASES["load"] = (cli, "recalibrate")
-PHASES["report"] = (fine_tuning_run, "write_report")
-
-
 def cases() -> Iterator[Case]:
     yield from overwriting()
     yield from own_sources()
@@ -507,83 +223,6 @@ def cases() -> Iterator[Case]:
     yield from signals()
     if os.geteuid() == 0 and sys.platform == "linux":
         yield from other_disks()
-
-
-def run_child(command: list[str] | Action, at: dict[str, Action], log: Path) -> None:
-    """In a fork: runs the command line with all it says in a file, and ends the process."""
-    code = 99
-    try:
-        output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-        for descriptor in (1, 2):
-            os.dup2(output, descriptor)
-        tempfile.tempdir = str(Path("tmp").absolute())
-        runner.CALIBRATION_TOKENS = fine_tuning_run.EVALUATION_TOKENS = 1024
-        for phase, action in at.items():
-            owner, name = PHASES[phase]
-            setattr(owner, name, before_first_call(getattr(owner, name), action))
-        if callable(command):
-            command()
-        else:
-            cli.app(command)
-        code = 0
-    except SystemExit as end:
-        code = end.code if isinstance(end.code, int) else 1
-    except BaseException:
-        traceback.print_exc()
-    finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
-
-
-def before_first_call(function: Callable[..., Any], action: Action) -> Any:
-    done = False
-
-    def wrapped(*args: Any, **kwargs: Any) -> Any:
-        nonlocal done
-        if not done:
-            done = True
-            action()
-        return function(*args, **kwargs)
-
-    return wrapped
-
-
-def outcome(case: Case, folder: Path) -> tuple[str, str]:
-    """What came of a case, and the details."""
-    os.chdir(folder)
-    try:
-        case.prepare()
-        child = os.fork()
-        if child == 0:
-            run_child(case.command, case.at, Path("said.txt"))
-        deadline = time.monotonic() + SECONDS_PER_CASE
-        while not (ended := os.waitpid(child, os.WNOHANG))[0]:
-            if time.monotonic() > deadline:
-                os.kill(child, signal.SIGKILL)
-                os.waitpid(child, 0)
-                return "endless", ""
-            time.sleep(0.02)
-        code = os.waitstatus_to_exitcode(ended[1])
-        said = Path("said.txt").read_text(errors="replace")
-        if "Traceback" in said:
-            return "traceback", said[said.index("Traceback") :]
-        lost = case.check(code, said)
-        last = [line for line in said.splitlines() if line.strip()][-1:]
-        return ("loss", f"{lost}; {last}") if lost else ("ok", "".join(last))
-    finally:
-        case.clean_up()
-
-
-def make_template(folder: Path) -> None:
-    (folder / "tmp").mkdir(parents=True)
-    os.chdir(folder)
-    child = os.fork()
-    if child == 0:
-        args = train("output_path=out", "logger.wandb_id=run", "training_tokens=768")
-        run_child(args, {}, Path("said.txt"))
-    os.waitpid(child, 0)
-    Path("out/notes.txt").write_text("mine")
 
 
 def main() -> None:
