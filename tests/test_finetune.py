@@ -187,3 +187,13 @@ def test_the_gpt2_config_is_valid():
     source = TopKTrainingSAEConfig(d_in=768, d_sae=32768, k=32)
     cfg, _ = load_fine_tuning_config(CONFIGS / "finetune_gpt2_openai.yaml", [], source)
     assert cfg.total_training_steps == 12_207
+
+
+def test_the_source_is_not_overwritten(topk: Path, tmp_path: Path):
+    before = {path.name: path.read_bytes() for path in topk.iterdir()}
+    (tmp_path / "link").symlink_to(topk)
+    for output in (topk, tmp_path / "link"):
+        result = finetune(topk, output, "--overwrite", "model_name=not/loaded")
+        assert result.exit_code == 1
+        assert "is the folder of the SAE to start from" in result.stderr
+    assert {path.name: path.read_bytes() for path in topk.iterdir()} == before
