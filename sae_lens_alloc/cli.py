@@ -349,11 +349,15 @@ def _interruptible(
         with interruptible():
             yield
     except (InterruptedException, KeyboardInterrupt) as interruption:
-        folder = None if cfg is None else cfg.checkpoint_path
         how = str(interruption)
-        if not how and folder is not None and holds_checkpoints(Path(folder)):
-            how = f"to go on, start again with resume_from_checkpoint={shlex.quote(folder)}"
-        typer.echo(f"interrupted; {how or 'nothing was saved'}", err=True)
+        if cfg is not None and not how:
+            folder = cfg.checkpoint_path
+            how = (
+                f"to go on, start again with resume_from_checkpoint={shlex.quote(folder)}"
+                if folder is not None and holds_checkpoints(Path(folder))
+                else "no checkpoint was saved"
+            )
+        typer.echo(f"interrupted; {how}" if how else "interrupted", err=True)
         raise typer.Exit(130) from None
 
 

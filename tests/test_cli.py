@@ -20,6 +20,7 @@ import sae_lens_alloc
 from sae_lens_alloc.cli import app
 from sae_lens_alloc.evaluation.activations import gather_activations, text_of_sae
 from sae_lens_alloc.evaluation.recalibration import load_saved_sae
+from tests.training.test_output_folder import held_by_another_process
 
 DEMO = Path(sae_lens_alloc.__file__).parent / "demo"
 CONFIG = str(DEMO / "mutual_choice.yaml")
@@ -526,5 +527,24 @@ def test_a_signal_while_the_model_is_loaded_is_one_sentence(
     monkeypatch.setattr("sae_lens.llm_sae_training_runner.load_model", interrupt)
     result = train(tmp_path / "out")
     assert result.exit_code == 130
-    assert result.stderr == "interrupted; nothing was saved\n"
+    assert result.stderr == "interrupted; no checkpoint was saved\n"
     assert not (tmp_path / "out").exists()
+
+
+def test_the_demo_ends_on_a_signal_and_shares_its_folder_with_nobody(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    output = tmp_path / "demo"
+    with held_by_another_process(output):
+        result = invoke("demo", "--output", str(output))
+    assert result.exit_code == 1
+    assert "is in use by another run" in result.stderr
+
+    def interrupt(*_: Any) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    # after the training of its first SAE
+    monkeypatch.setattr("sae_lens_alloc.demo.run.train", interrupt)
+    result = invoke("demo", "--output", str(output))
+    assert result.exit_code == 130
+    assert result.stderr == "interrupted\n"

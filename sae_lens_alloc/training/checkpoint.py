@@ -93,7 +93,7 @@ def find_checkpoint(path: str | Path) -> Path:
 
 def holds_checkpoints(folder: Path) -> bool:
     """Whether a folder holds checkpoints, apart from half-written ones."""
-    return any(
+    return folder.is_dir() and any(
         _is_checkpoint(path)
         for path in folder.iterdir()
         if not path.name.startswith(PARTIAL_PREFIX)

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from sae_lens import SAE
 from sae_lens.config import LanguageModelSAERunnerConfig
+from sae_lens.training._interruption import InterruptedException
 
 from sae_lens_alloc.evaluation.baseline import measure_baseline
 from sae_lens_alloc.evaluation.metrics import Evaluation, evaluate_sae
@@ -88,6 +89,7 @@ def fine_tune(
     start = time.perf_counter()
     runner.run()
     seconds = time.perf_counter() - start
+    saved = f"the SAE is saved in {str(output)!r}, but not compared with what it was"
     try:
         after = ReportRun(
             "after",
@@ -98,11 +100,10 @@ def fine_tune(
         result = FineTuned(before, after, runner.start)
         with new_files(output, "the comparison") as folder:
             _write_results(folder, cfg, source, result)
+    except InterruptedException:
+        raise InterruptedException(saved) from None
     except (ValueError, RuntimeError, OSError) as error:
-        raise ValueError(
-            f"the SAE is trained and saved in {str(output)!r}, but it is not compared with "
-            f"what it was: {str(error).rstrip('.')}."
-        ) from error
+        raise ValueError(f"{saved}: {str(error).rstrip('.')}.") from error
     return result
 
 

@@ -8,7 +8,8 @@ from collections.abc import Generator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from filelock import FileLock, Timeout
+from filelock import BaseFileLock, FileLock, Timeout
+from sae_lens import logger
 from sae_lens.constants import SAE_CFG_FILENAME
 from safetensors import SafetensorError
 
@@ -43,7 +44,7 @@ def locked_folder(folder: Path, setting: str) -> Generator[None, None, None]:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         lock = FileLock(folder.resolve() / LOCK_FILENAME, is_singleton=True)
-        lock.acquire(timeout=0)
+        _acquire(lock, folder)
     except Timeout:
         raise ValueError(
             f"{setting} {str(folder)!r} is in use by another run: wait until that has ended, "
@@ -57,11 +58,11 @@ def locked_folder(folder: Path, setting: str) -> Generator[None, None, None]:
             f"another {setting}."
         ) from error
     try:
-        if lock.lock_counter == 1:
+        if lock.lock_counter <= 1:
             _complete_what_was_killed(folder)
         yield
     finally:
-        if lock.lock_counter == 1:
+        if lock.lock_counter <= 1:
             with suppress(OSError):
                 (folder / LOCK_FILENAME).unlink()
             _remove_empty(missing)
@@ -170,11 +171,23 @@ def flush(path: Path) -> None:
         os.close(descriptor)
 
 
+def _acquire(lock: BaseFileLock, folder: Path) -> None:
+    try:
+        lock.acquire(timeout=0)
+    except OSError as error:
+        # some network file systems have no locks, but can be written to
+        if error.errno not in (errno.ENOLCK, errno.EOPNOTSUPP):
+            raise
+        logger.warning(
+            f"{folder} cannot be locked: see to it that no other run uses it"
+        )
+
+
 def _complete_what_was_killed(folder: Path) -> None:
     for ready in folder.glob(f"{READY_PREFIX}*"):
         _move_to_their_place(ready)
     for partial in folder.glob(f"{PARTIAL_PREFIX}*"):
-        shutil.rmtree(partial)
+        shutil.rmtree(partial, ignore_errors=True)
 
 
 def _move_to_their_place(ready: Path) -> None:

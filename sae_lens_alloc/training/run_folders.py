@@ -112,6 +112,7 @@ def metrics_path(cfg: LanguageModelSAERunnerConfig[Any]) -> Path | None:
         new.unlink(missing_ok=True)  # of a run that saved no SAE
         return new if path.exists() else path
     if not new.exists() and holds_sae(output) and path.exists():
+        logger.warning(f"the SAE in {output} will be replaced when this run has one")
         shutil.copyfile(path, new)
     return new if new.exists() else path
 
@@ -140,17 +141,10 @@ def _require_free_output(
     for name in METRICS_FILENAMES:
         if cfg.resume_from_checkpoint is not None and (output / name).exists():
             require_rows(output / name)
-    if overwrite or not holds_sae(output):
-        return
-    if not _is_same_run(output, cfg):
+    if holds_sae(output) and not overwrite and not _is_same_run(output, cfg):
         raise ValueError(
             f"output_path {str(output)!r} already holds an SAE: give another output_path, or "
             "overwrite=True to AllocSAETrainingRunner to replace it."
-        )
-    if _is_finished(output):
-        logger.warning(
-            f"the run goes on from its checkpoint {cfg.resume_from_checkpoint} and will "
-            f"replace the SAE that it saved in {output}"
         )
 
 

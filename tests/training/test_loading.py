@@ -1,6 +1,7 @@
 """What of a run stock SAELens loads, as the page on inference says."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 from datasets import Dataset
@@ -26,12 +27,13 @@ def test_the_output_folder_is_what_is_uploaded_and_a_checkpoint_is_a_training_sa
     demo_text: Dataset,
     tmp_path: Path,
 ):
-    sizes = settings(architecture.removesuffix("_aux_zipf"), d_in=D_MODEL)
+    sizes: dict[str, Any] = settings(
+        architecture.removesuffix("_aux_zipf"), d_in=D_MODEL
+    )
     if architecture == "mutual_choice":
         sizes["k"] = 3
-    sae_config = get_sae_training_class(architecture)[1](
-        **{**sizes, "dtype": "float32"}
-    )
+    sizes["dtype"] = "float32"
+    sae_config = get_sae_training_class(architecture)[1](**sizes)
     cfg = lm_config(
         sae_config,
         training_tokens=2 * 256,

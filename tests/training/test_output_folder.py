@@ -1,5 +1,6 @@
 """Folders of results: held by one process, written whole, and nothing of others touched."""
 
+import errno
 import os
 import resource
 import subprocess
@@ -195,3 +196,18 @@ def test_the_source_is_no_output_by_any_name(tmp_path: Path):
     require_other_folder(tmp_path, source, "the SAE itself")
     require_other_folder(None, source, "the SAE itself")
     require_other_folder(tmp_path, "release:id", "the SAE itself")
+
+
+def test_a_file_system_without_locks_can_be_written_to(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+):
+    """As some network file systems, none of which is here."""
+
+    def flock(*_: object) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr("fcntl.flock", flock)
+    with locked_folder(tmp_path / "out", "output_path"):
+        (tmp_path / "out" / "sae").write_text("")
+    assert "cannot be locked" in caplog.text
+    assert contents(tmp_path / "out") == {"sae": b""}
