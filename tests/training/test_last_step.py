@@ -3,7 +3,7 @@
 import json
 import os
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -229,12 +229,14 @@ def test_checkpoints_and_metrics_that_cannot_be_written_are_warnings(
 
 
 @pytest.fixture
-def offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> LoggingConfig:
+def offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[LoggingConfig]:
     for name, value in (("MODE", "offline"), ("DIR", tmp_path), ("SILENT", "true")):
         monkeypatch.setenv(f"WANDB_{name}", str(value))
     for name in ("CACHE", "CONFIG", "DATA", "ARTIFACT"):
         monkeypatch.setenv(f"WANDB_{name}_DIR", str(tmp_path / name))
-    return LoggingConfig(wandb_project="test", wandb_log_frequency=2)
+    yield LoggingConfig(wandb_project="test", wandb_log_frequency=2)
+    wandb.finish()
+    wandb.teardown()  # forgets our folders
 
 
 def test_a_name_that_wandb_refuses_is_found_before_the_first_step(
@@ -243,7 +245,6 @@ def test_a_name_that_wandb_refuses_is_found_before_the_first_step(
     runner = start(logger=offline, model_name="my models/gpt")
     with pytest.raises(ValueError, match="refuses that name .*logger.log_to_wandb=f"):
         runner.run()
-    wandb.finish()
     assert not (tmp_path / "sae").exists()
 
 
