@@ -133,6 +133,7 @@ def time_the_parts(clock: Clock) -> None:
         (runner_module, "calibrate_thresholds", "calibration"),
         (runner_module, "held_out_metrics", "saving and check"),
         (runner_module, "provenance", "saving and check"),
+        (runner_module, "write_sae_somewhere", "saving and check"),
         (LanguageModelSAETrainingRunner, "save_final_sae", "saving and check"),
         (AllocSAETrainingRunner, "save_final_sae", "saving and check"),
     ]

@@ -7,8 +7,7 @@ import shlex
 import sys
 import warnings
 from collections.abc import Generator
-from collections.abc import Set as AbstractSet
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -32,20 +31,27 @@ from sae_lens_alloc.evaluation.recalibration import (
     require_target_l0,
 )
 from sae_lens_alloc.evaluation.results_table import results_table
-from sae_lens_alloc.evaluation.sae_output import made_if_used, save_sae
 from sae_lens_alloc.evaluation.saved_sae import trained_k
 from sae_lens_alloc.run_checks import check_device
+from sae_lens_alloc.training.checkpoint import holds_checkpoints
 from sae_lens_alloc.training.conversion import require_convertible
 from sae_lens_alloc.training.fine_tuning_run import fine_tune
+from sae_lens_alloc.training.interruption import interruptible
+from sae_lens_alloc.training.output_folder import (
+    locked_folder,
+    new_files,
+    require_empty,
+    require_other_folder,
+)
 from sae_lens_alloc.training.preflight import (
     check_activations,
     check_devices,
     check_output,
     check_training,
 )
+from sae_lens_alloc.training.run_folders import claimed_folders
 from sae_lens_alloc.training.runner import (
     CALIBRATION_TOKENS,
-    METRICS_FILENAME,
     AllocSAETrainingRunner,
 )
 from sae_lens_alloc.training.source_sae import load_source_sae
@@ -120,9 +126,8 @@ def train(
         if dry_run:
             check_output(cfg.output_path, overwrite, bool(cfg.resume_from_checkpoint))
             return
-        _claim_output(cfg, overwrite)
-        with _interruptible(cfg):
-            AllocSAETrainingRunner(cfg).run()
+        with _claim_output(cfg, overwrite), _interruptible(cfg):
+            AllocSAETrainingRunner(cfg, overwrite=overwrite).run()
     typer.echo(f"saved in {cfg.output_path}")
 
 
@@ -166,9 +171,8 @@ def finetune(
         if dry_run:
             check_output(cfg.output_path, overwrite, bool(cfg.resume_from_checkpoint))
             return
-        _claim_output(cfg, overwrite)
-        with _interruptible(cfg):
-            result = fine_tune(cfg, loaded, sae_overrides)
+        with _claim_output(cfg, overwrite), _interruptible(cfg):
+            result = fine_tune(cfg, loaded, sae_overrides, overwrite)
     Console().print(results_table([result.before, result.after]))
     typer.echo(
         f"{result.revived_features:,} features revived, {result.died_features:,} died; "
@@ -221,7 +225,7 @@ def demo(
     """
     from sae_lens_alloc.demo.run import run_demo
 
-    with _one_sentence_errors():
+    with _one_sentence_errors(), _interruptible():
         run_demo(output, quick, overwrite)
 
 
@@ -302,18 +306,14 @@ def calibrate(
             cfg.model_name = model or cfg.model_name
             cfg.dataset_path = dataset or cfg.dataset_path
         _require_machine(cfg)
-        if output.resolve() == sae.resolve():
-            raise ValueError(
-                f"--output {str(output)!r} is the folder of the SAE itself, which is left as "
-                "it is: give another folder."
-            )
-        with made_if_used(output):
-            _claim_folder(output, "--output", overwrite)
+        require_other_folder(output, sae, "the SAE itself")
+        with _claim_folder(output, "--output", overwrite), _interruptible():
             given.to(device)
             report = recalibrate(
                 given, gather_activations(cfg, tokens), target_l0, per_feature
             )
-            save_sae(report.sae, output)
+            with new_files(output, "the SAE") as folder:
+                report.sae.save_model(folder)
     Console().print(_calibration_table(report))
     typer.echo(f"saved in {output}")
 
@@ -351,21 +351,25 @@ def _calibration_table(report: Recalibration) -> Table:
 
 @contextmanager
 def _interruptible(
-    cfg: LanguageModelSAERunnerConfig[Any],
+    cfg: LanguageModelSAERunnerConfig[Any] | None = None,
 ) -> Generator[None, None, None]:
-    """Says where the checkpoints are when a run is interrupted, and exits with 130."""
+    """
+    Ends on SIGINT and SIGTERM with exit code 130, says where the SAE is if it is saved, and
+    otherwise the checkpoints, if there are any.
+    """
     try:
-        yield
-    except (InterruptedException, KeyboardInterrupt):
-        folder = cfg.checkpoint_path
-        saved = folder is not None and Path(folder).is_dir()
-        how = (
-            "to go on, start again with "
-            + shlex.quote(f"resume_from_checkpoint={folder}")
-            if saved
-            else "no checkpoint was saved"
-        )
-        typer.echo(f"interrupted; {how}", err=True)
+        with interruptible():
+            yield
+    except (InterruptedException, KeyboardInterrupt) as interruption:
+        how = str(interruption)
+        if cfg is not None and not how:
+            folder = cfg.checkpoint_path
+            how = (
+                f"to go on, start again with resume_from_checkpoint={shlex.quote(folder)}"
+                if folder is not None and holds_checkpoints(Path(folder))
+                else "no checkpoint was saved"
+            )
+        typer.echo(f"interrupted; {how}" if how else "interrupted", err=True)
         raise typer.Exit(130) from None
 
 
@@ -439,32 +443,21 @@ def _require_machine(cfg: LanguageModelSAERunnerConfig[Any]) -> None:
     check_activations(cfg)
 
 
-def _claim_output(cfg: LanguageModelSAERunnerConfig[Any], overwrite: bool) -> None:
-    """Creates the output folder now, rather than fail to at the end of a long training."""
-    if cfg.output_path is None:
-        return
-    output = Path(cfg.output_path)
-    # an interrupted run leaves its metrics there, which its resumption goes on with
-    expected = {METRICS_FILENAME} if cfg.resume_from_checkpoint is not None else set()
-    _claim_folder(output, "output_path", overwrite, expected)
-    if cfg.resume_from_checkpoint is None:
-        # the trainer adds to this file, so an overwritten run's must not stay
-        (output / METRICS_FILENAME).unlink(missing_ok=True)
+def _claim_output(
+    cfg: LanguageModelSAERunnerConfig[Any], overwrite: bool
+) -> AbstractContextManager[None]:
+    """Holds the folders of a run, rather than fail to write there after a long training."""
+    return claimed_folders(cfg, overwrite, only_if_empty=True)
 
 
+@contextmanager
 def _claim_folder(
-    folder: Path,
-    setting: str,
-    overwrite: bool,
-    expected: AbstractSet[str] = frozenset(),
-) -> None:
-    """Creates a folder to write to, which may hold nothing but `expected` files."""
-    folder.mkdir(parents=True, exist_ok=True)
-    if not overwrite and {path.name for path in folder.iterdir()} - expected:
-        raise ValueError(
-            f"{setting} {str(folder)!r} is not empty: give --overwrite to write into it, "
-            f"or another {setting}."
-        )
+    folder: Path, setting: str, overwrite: bool
+) -> Generator[None, None, None]:
+    """Holds a folder to write to, which must be empty unless it may be overwritten."""
+    with locked_folder(folder, setting):
+        require_empty(folder, setting, overwrite)
+        yield
 
 
 def _require_runnable(module: str) -> None:

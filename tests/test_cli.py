@@ -1,6 +1,8 @@
 import json
+import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -18,6 +20,7 @@ import sae_lens_alloc
 from sae_lens_alloc.cli import app
 from sae_lens_alloc.evaluation.activations import gather_activations, text_of_sae
 from sae_lens_alloc.evaluation.recalibration import load_saved_sae
+from tests.training.test_output_folder import held_by_another_process
 
 DEMO = Path(sae_lens_alloc.__file__).parent / "demo"
 CONFIG = str(DEMO / "mutual_choice.yaml")
@@ -471,3 +474,77 @@ def test_help(command: list[str]):
     result = invoke(*command, "--help")
     assert result.exit_code == 0
     assert "Usage:" in result.stdout
+
+
+# what is not lost
+
+
+@pytest.mark.parametrize(
+    "bad", ["hook_name=nowhere", "dataset_path=/no/such", "model_name=/no/such"]
+)
+def test_overwrite_by_a_run_that_cannot_work_changes_nothing(tmp_path: Path, bad: str):
+    assert train(tmp_path / "out").exit_code == 0
+    before = contents(tmp_path / "out")
+    result = train(tmp_path / "out", "--overwrite", bad)
+    assert result.exit_code == 1
+    assert contents(tmp_path / "out") == before
+
+
+def test_output_may_be_the_current_folder_with_the_checkpoints_in_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    (tmp_path / "link").symlink_to(tmp_path / "out")
+    (tmp_path / "out").mkdir()
+    monkeypatch.chdir(tmp_path / "link")
+    result = train(Path("."), "checkpoint_path=checkpoints", "n_checkpoints=1")
+    assert result.exit_code == 0
+    assert SAE.load_from_disk(tmp_path / "out").cfg.architecture() == "jumprelu"
+    (run,) = (tmp_path / "out" / "checkpoints").iterdir()
+    assert [path.name for path in run.iterdir()] == ["768"]
+
+
+def test_no_command_writes_into_the_folder_that_it_reads(tmp_path: Path):
+    out, link = tmp_path / "out", tmp_path / "link"
+    assert train(out).exit_code == 0
+    link.symlink_to(out)
+    before = contents(out)
+    for result in (
+        invoke("calibrate", str(out), "--output", str(link), "--overwrite"),
+        train(link, f"from_pretrained_path={out}", "--overwrite"),
+    ):
+        assert result.exit_code == 1
+        assert "which is left as it is: give another folder." in result.stderr
+    assert contents(out) == before
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_while_the_model_is_loaded_is_one_sentence(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
+):
+    def interrupt(*_: Any, **__: Any) -> None:
+        os.kill(os.getpid(), number)
+
+    monkeypatch.setattr("sae_lens.llm_sae_training_runner.load_model", interrupt)
+    result = train(tmp_path / "out")
+    assert result.exit_code == 130
+    assert result.stderr == "interrupted; no checkpoint was saved\n"
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_demo_ends_on_a_signal_and_shares_its_folder_with_nobody(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    output = tmp_path / "demo"
+    with held_by_another_process(output):
+        result = invoke("demo", "--output", str(output))
+    assert result.exit_code == 1
+    assert "is in use by another run" in result.stderr
+
+    def interrupt(*_: Any) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    # after the training of its first SAE
+    monkeypatch.setattr("sae_lens_alloc.demo.run.train", interrupt)
+    result = invoke("demo", "--output", str(output))
+    assert result.exit_code == 130
+    assert result.stderr == "interrupted\n"

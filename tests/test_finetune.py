@@ -1,7 +1,11 @@
 """`sae-lens-alloc finetune`, on the shipped language model."""
 
+import errno
 import json
+import os
+import signal
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -187,3 +191,35 @@ def test_the_gpt2_config_is_valid():
     source = TopKTrainingSAEConfig(d_in=768, d_sae=32768, k=32)
     cfg, _ = load_fine_tuning_config(CONFIGS / "finetune_gpt2_openai.yaml", [], source)
     assert cfg.total_training_steps == 12_207
+
+
+def test_the_source_is_not_overwritten(topk: Path, tmp_path: Path):
+    before = {path.name: path.read_bytes() for path in topk.iterdir()}
+    (tmp_path / "link").symlink_to(topk)
+    for output in (topk, tmp_path / "link"):
+        result = finetune(topk, output, "--overwrite", "model_name=not/loaded")
+        assert result.exit_code == 1
+        assert "is the folder of the SAE to start from" in result.stderr
+    assert {path.name: path.read_bytes() for path in topk.iterdir()} == before
+
+
+@pytest.mark.parametrize("how", ["error", "signal"])
+def test_a_comparison_that_fails_says_where_the_sae_is(
+    topk: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how: str
+):
+    def fail(*_: Any, **__: Any) -> None:
+        if how == "signal":
+            os.kill(os.getpid(), signal.SIGTERM)
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("sae_lens_alloc.training.fine_tuning_run.write_report", fail)
+    output = tmp_path / "output"
+    result = finetune(topk, output)
+    assert result.exit_code == (130 if how == "signal" else 1)
+    said = f"the SAE is saved in {str(output)!r}, but not compared with what it was"
+    reason = (
+        f": the comparison cannot be written to {str(output)!r}: No space left on de"
+    )
+    assert said + (reason if how == "error" else "\n") in result.stderr
+    assert SAE.load_from_disk(output).cfg.architecture() == "jumprelu"
+    assert not (output / "fine_tuning.json").exists()

@@ -15,6 +15,7 @@ from sae_lens_alloc.evaluation.activations import take_tokens
 from sae_lens_alloc.evaluation.equal_l0 import set_l0
 from sae_lens_alloc.evaluation.usage import as_user, measure_usage
 from sae_lens_alloc.saes.mutual_choice_sae import MutualChoiceTrainingSAEConfig
+from sae_lens_alloc.training.output_folder import new_files
 from sae_lens_alloc.training.runner import (
     CALIBRATION_TOKENS,
     AllocSAETrainingRunner,
@@ -74,8 +75,11 @@ def demo_configs(output: Path, *overrides: str) -> dict[str, RunnerConfig]:
     return {"mutual_choice": ours, "batchtopk": batchtopk}
 
 
-def train(name: str, cfg: RunnerConfig) -> Trained:
-    """Trains one SAE and saves it, ready for use at k features per token."""
+def train(name: str, cfg: RunnerConfig, overwrite: bool = False) -> Trained:
+    """
+    Trains one SAE and saves it, ready for use at k features per token, in place of another
+    one if `overwrite` is given.
+    """
     assert cfg.output_path is not None
     folder = Path(cfg.output_path)
     with warnings.catch_warnings():
@@ -83,7 +87,7 @@ def train(name: str, cfg: RunnerConfig) -> Trained:
         warnings.filterwarnings("ignore", "Dataset is not tokenized")
         # batchtopk does not save what it trained; _set_saved_l0 sees to it
         warnings.filterwarnings("ignore", "The saved SAE, loaded with SAELens")
-        runner = AllocSAETrainingRunner(cfg)
+        runner = AllocSAETrainingRunner(cfg, overwrite=overwrite)
         start = time.perf_counter()
         runner.run()
         l0_before = None
@@ -114,5 +118,6 @@ def _set_saved_l0(folder: Path, runner: AllocSAETrainingRunner) -> float:
     assert isinstance(sae, JumpReLUSAE)
     before = measure_usage(as_user(sae), activations).l0
     set_l0(sae, activations, runner.cfg.sae.k)
-    sae.save_model(folder)
+    with new_files(folder, "the SAE") as new_folder:
+        sae.save_model(new_folder)
     return before

@@ -30,6 +30,11 @@ from sae_lens_alloc.evaluation.report import write_report
 from sae_lens_alloc.evaluation.report_run import ReportRun, read_history
 from sae_lens_alloc.evaluation.results_table import results_table
 from sae_lens_alloc.evaluation.snippets import Snippet, take_snippets
+from sae_lens_alloc.training.output_folder import (
+    OWN_PREFIX,
+    locked_folder,
+    new_files,
+)
 from sae_lens_alloc.training.runner import METRICS_FILENAME
 
 # A first look: fewer tokens to learn from, and fewer to judge by.
@@ -56,31 +61,39 @@ def run_demo(output: Path, quick: bool, overwrite: bool) -> None:
 
     Raises:
         FileExistsError: if the folder holds something and `overwrite` is not given.
+        ValueError: if it is in use by another run, or has no room.
+        OSError: in one sentence, if it cannot be written to.
     """
-    if output.exists() and any(output.iterdir()) and not overwrite:
-        raise FileExistsError(
-            f"{str(output)!r} is not empty: give --overwrite to write into it, or another "
-            "folder."
-        )
-    output.mkdir(parents=True, exist_ok=True)
+    with locked_folder(output, "--output"):
+        names = (path.name for path in output.iterdir())
+        if not overwrite and not all(name.startswith(OWN_PREFIX) for name in names):
+            raise FileExistsError(
+                f"{str(output)!r} is not empty: give --overwrite to write into it, or another "
+                "folder."
+            )
+        _run_demo(output, quick, overwrite)
+
+
+def _run_demo(output: Path, quick: bool, overwrite: bool) -> None:
     console = Console()
     configs = demo_configs(output, *([QUICK] if quick else []))
     trained: list[Trained] = []
     for name, cfg in configs.items():
         console.print(f"Training [bold]{name}[/] on {cfg.training_tokens:,} tokens")
-        trained.append(train(name, cfg))
+        trained.append(train(name, cfg, overwrite))
     console.print("Evaluating the saved SAEs on held-out text")
     runs, snippets = evaluate(trained, QUICK_CONTEXTS if quick else CONTEXTS)
     console.print(results_table(runs))
-    write_results(output, trained, runs, quick)
-    write_report(
-        output / REPORT_FILENAME,
-        "Two ways to spend one sparsity budget",
-        _intro(trained[0].cfg, quick),
-        runs,
-        snippets,
-        _facts(trained[0].cfg),
-    )
+    with new_files(output, "the report") as folder:
+        write_results(folder, trained, runs, quick)
+        write_report(
+            folder / REPORT_FILENAME,
+            "Two ways to spend one sparsity budget",
+            _intro(trained[0].cfg, quick),
+            runs,
+            snippets,
+            _facts(trained[0].cfg),
+        )
     console.print(f"Saved in {output}; open {output / REPORT_FILENAME} in a browser")
 
 
@@ -140,9 +153,10 @@ def write_results(
             **shown.evaluation.to_dict(),
             "zipf": None if law is None else asdict(law),
         }
-        save_file(
-            {"densities": shown.evaluation.densities}, run.folder / DENSITIES_FILENAME
-        )
+        with new_files(run.folder, "the densities") as folder:
+            save_file(
+                {"densities": shown.evaluation.densities}, folder / DENSITIES_FILENAME
+            )
     (output / RESULTS_FILENAME).write_text(json.dumps(results, indent=2) + "\n")
 
 

@@ -3,7 +3,6 @@
 import hashlib
 import json
 import math
-import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,8 @@ from sae_lens.constants import (
     TRAINER_STATE_FILENAME,
 )
 from sae_lens.saes.sae import TrainingSAEConfig
+
+from sae_lens_alloc.training.output_folder import flush
 
 # Written last: a checkpoint is whole if it is there and agrees with the other files.
 MANIFEST_FILENAME = "checkpoint.json"
@@ -44,16 +45,17 @@ def publish_checkpoint(checkpoint: Path, n_training_samples: int) -> None:
         "sha256": {file.name: _sha256(file) for file in files},
     }
     for file in files:
-        _flush(file)
+        flush(file)
     (partial / MANIFEST_FILENAME).write_text(json.dumps(manifest))
-    _flush(partial / MANIFEST_FILENAME)
-    _flush(partial)
+    flush(partial / MANIFEST_FILENAME)
+    flush(partial)
     if checkpoint.exists():
         shutil.rmtree(checkpoint)
     partial.rename(checkpoint)
-    _flush(checkpoint.parent)
+    flush(checkpoint.parent)
     for leftover in checkpoint.parent.glob(f"{PARTIAL_PREFIX}*"):
-        shutil.rmtree(leftover)
+        if leftover.is_dir():
+            shutil.rmtree(leftover)
 
 
 def find_checkpoint(path: str | Path) -> Path:
@@ -68,7 +70,7 @@ def find_checkpoint(path: str | Path) -> Path:
     path = Path(path)
     if not path.is_dir():
         raise ValueError(f"There is no folder {path} to resume from.")
-    if (path / MANIFEST_FILENAME).exists() or (path / TRAINER_STATE_FILENAME).exists():
+    if _is_checkpoint(path):
         reason = _damage(path)
         if reason is not None:
             raise ValueError(
@@ -89,6 +91,21 @@ def find_checkpoint(path: str | Path) -> Path:
     )
 
 
+def holds_checkpoints(folder: Path) -> bool:
+    """Whether a folder holds checkpoints, apart from half-written ones."""
+    return folder.is_dir() and any(
+        _is_checkpoint(path)
+        for path in folder.iterdir()
+        if not path.name.startswith(PARTIAL_PREFIX)
+    )
+
+
+def folder_of_checkpoints(path: str | Path) -> Path:
+    """The folder, with all links resolved, that holds a checkpoint, if it is not `path` itself."""
+    path = Path(path).resolve()
+    return path.parent if _is_checkpoint(path) else path
+
+
 def require_same_sae(checkpoint: Path, cfg: TrainingSAEConfig) -> None:
     """
     Refuses a checkpoint of another SAE than the one that is to be trained.
@@ -106,20 +123,26 @@ def require_same_sae(checkpoint: Path, cfg: TrainingSAEConfig) -> None:
             )
 
 
+def _is_checkpoint(path: Path) -> bool:
+    return (path / MANIFEST_FILENAME).exists() or (
+        path / TRAINER_STATE_FILENAME
+    ).exists()
+
+
 def _is_final(checkpoint: Path) -> bool:
     return checkpoint.name.removeprefix(PARTIAL_PREFIX).startswith("final_")
 
 
 def _damage(checkpoint: Path) -> str | None:
     """What is wrong with a checkpoint, or None if it is whole."""
-    manifest = _read_json(checkpoint / MANIFEST_FILENAME)
+    manifest = _read_manifest(checkpoint)
     if manifest is None:
         if (checkpoint / MANIFEST_FILENAME).exists():
             return f"{MANIFEST_FILENAME} is damaged"
         # SAELens writes no checksums; the runner's config comes last
         by_sae_lens = (
             not checkpoint.name.startswith(PARTIAL_PREFIX)
-            and (checkpoint / TRAINER_STATE_FILENAME).exists()
+            and (checkpoint / TRAINER_STATE_FILENAME).is_file()
             and _read_json(checkpoint / RUNNER_CFG_FILENAME) is not None
         )
         return None if by_sae_lens else "it was not written to the end"
@@ -127,23 +150,42 @@ def _damage(checkpoint: Path) -> str | None:
         file = checkpoint / name
         if not file.exists():
             return f"{name} is missing"
-        if _sha256(file) != checksum:
+        if not file.is_file():
+            return f"{name} is no file"
+        try:
+            found = _sha256(file)
+        except OSError as error:
+            return f"{name} cannot be read ({error.strerror})"
+        if found != checksum:
             return f"{name} is damaged"
     return None
 
 
 def _progress(checkpoint: Path) -> float:
     """Tokens learned from, infinite where that is not known."""
-    manifest = _read_json(checkpoint / MANIFEST_FILENAME)
+    manifest = _read_manifest(checkpoint)
     if manifest is not None:
         return manifest["n_training_samples"]
     return int(checkpoint.name) if checkpoint.name.isdecimal() else math.inf
 
 
-def _read_json(path: Path) -> dict[str, Any] | None:
+def _read_manifest(checkpoint: Path) -> dict[str, Any] | None:
+    """Tokens learned from, and checksums by the names of files; None if there is none of that."""
+    manifest = _read_json(checkpoint / MANIFEST_FILENAME)
+    if (
+        isinstance(manifest, dict)
+        and isinstance(manifest.get("n_training_samples"), int)
+        and isinstance(manifest.get("sha256"), dict)
+    ):
+        return manifest
+    return None
+
+
+def _read_json(path: Path) -> Any:
+    """What is in a JSON file, None if it is none."""
     try:
         return json.loads(path.read_text())
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return None
 
 
@@ -153,14 +195,3 @@ def _sha256(path: Path) -> str:
         while block := file.read(2**20):
             digest.update(block)
     return digest.hexdigest()
-
-
-def _flush(path: Path) -> None:
-    """Forces a file, or the names in a folder, to the disk."""
-    if os.name == "nt":  # which opens no folders
-        return
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -11,6 +11,7 @@ from sae_lens.saes.sae import TrainingSAE
 
 from sae_lens_alloc.evaluation.activations import take_tokens
 from sae_lens_alloc.training.conversion import ConversionReport, convert_sae
+from sae_lens_alloc.training.output_folder import require_other_folder
 from sae_lens_alloc.training.runner import CALIBRATION_TOKENS, AllocSAETrainingRunner
 from sae_lens_alloc.training.source_sae import SourceSAE
 
@@ -33,6 +34,7 @@ class FineTuningRunner(AllocSAETrainingRunner):
         cfg: LanguageModelSAERunnerConfig[Any],
         source: SourceSAE,
         sae_overrides: dict[str, Any],
+        overwrite: bool = False,
     ) -> None:
         """
         Args:
@@ -40,12 +42,15 @@ class FineTuningRunner(AllocSAETrainingRunner):
             source: The SAE to start from.
             sae_overrides: Fields in which the new SAE's config differs from the source's, or
                 from the defaults where the source has no such field.
+            overwrite: See AllocSAETrainingRunner.
 
         Raises:
-            ValueError: if the source cannot be converted, or is not what it claims to be on
+            ValueError: as AllocSAETrainingRunner, and if the output is the source's folder, the
+                source cannot be converted, or is not what it claims to be on
                 the model's activations.
         """
-        super().__init__(cfg)
+        require_other_folder(cfg.output_path, source.name, "the SAE to start from")
+        super().__init__(cfg, overwrite=overwrite)
         activations = take_tokens(self.activations_store, CALIBRATION_TOKENS)
         sae = convert_sae(
             source.sae,

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from sae_lens import SAE
 from sae_lens.config import LanguageModelSAERunnerConfig
+from sae_lens.training._interruption import InterruptedException
 
 from sae_lens_alloc.evaluation.baseline import measure_baseline
 from sae_lens_alloc.evaluation.metrics import Evaluation, evaluate_sae
@@ -17,6 +18,7 @@ from sae_lens_alloc.evaluation.report import write_report
 from sae_lens_alloc.evaluation.report_run import ReportRun, read_history
 from sae_lens_alloc.training.conversion import ConversionReport
 from sae_lens_alloc.training.fine_tuning import FineTuningRunner, inference_sae
+from sae_lens_alloc.training.output_folder import new_files
 from sae_lens_alloc.training.runner import METRICS_FILENAME
 from sae_lens_alloc.training.source_sae import SourceSAE
 
@@ -55,6 +57,7 @@ def fine_tune(
     cfg: LanguageModelSAERunnerConfig[Any],
     source: SourceSAE,
     sae_overrides: dict[str, Any],
+    overwrite: bool = False,
 ) -> FineTuned:
     """
     Fine-tunes an SAE and compares it with what it was. The SAE, the figures of both
@@ -64,13 +67,15 @@ def fine_tune(
         cfg: The run, with an output path.
         source: The SAE to start from.
         sae_overrides: See FineTuningRunner.
+        overwrite: See FineTuningRunner.
 
     Raises:
-        ValueError: as FineTuningRunner.
+        ValueError: as FineTuningRunner, and if the saved SAE cannot be compared.
+        OSError: in one sentence, if something cannot be written.
     """
     assert cfg.output_path is not None
     output = Path(cfg.output_path)
-    runner = FineTuningRunner(cfg, source, sae_overrides)
+    runner = FineTuningRunner(cfg, source, sae_overrides, overwrite)
     # off the stream of training text before training starts, so that it is not trained on
     tokens = _take_contexts(runner, EVALUATION_TOKENS)
     excluded = runner.activations_store.exclude_special_tokens
@@ -84,14 +89,21 @@ def fine_tune(
     start = time.perf_counter()
     runner.run()
     seconds = time.perf_counter() - start
-    after = ReportRun(
-        "after",
-        evaluate(SAE.load_from_disk(output, cfg.device)),
-        seconds,
-        read_history(output / METRICS_FILENAME),
-    )
-    result = FineTuned(before, after, runner.start)
-    _write_results(output, cfg, source, result)
+    saved = f"the SAE is saved in {str(output)!r}, but not compared with what it was"
+    try:
+        after = ReportRun(
+            "after",
+            evaluate(SAE.load_from_disk(output, cfg.device)),
+            seconds,
+            read_history(output / METRICS_FILENAME),
+        )
+        result = FineTuned(before, after, runner.start)
+        with new_files(output, "the comparison") as folder:
+            _write_results(folder, cfg, source, result)
+    except InterruptedException:
+        raise InterruptedException(saved) from None
+    except (ValueError, RuntimeError, OSError) as error:
+        raise ValueError(f"{saved}: {str(error).rstrip('.')}.") from error
     return result
 
 

@@ -3,17 +3,19 @@
 import copy
 import logging
 import math
-import os
-import shutil
-import signal
 from collections.abc import Generator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
 from sae_lens import logger
 from sae_lens.config import HfDataset, LanguageModelSAERunnerConfig
+from sae_lens.constants import (
+    SAE_CFG_FILENAME,
+    SAE_WEIGHTS_FILENAME,
+    SPARSITY_FILENAME,
+)
 from sae_lens.llm_sae_training_runner import LanguageModelSAETrainingRunner
 from sae_lens.saes.sae import TrainingSAE
 from sae_lens.training._interruption import InterruptedException
@@ -28,7 +30,14 @@ from sae_lens_alloc.saes.allocation_sae import AllocationTrainingSAE
 from sae_lens_alloc.saes.mutual_choice_sae import with_schedule
 from sae_lens_alloc.training.activations_store import make_resumable
 from sae_lens_alloc.training.checkpoint import find_checkpoint, require_same_sae
+from sae_lens_alloc.training.final_sae import (
+    how_to_calibrate,
+    require_artifact_names,
+    write_sae,
+    write_sae_somewhere,
+)
 from sae_lens_alloc.training.held_out import held_out_metrics
+from sae_lens_alloc.training.interruption import interruptible, noting
 from sae_lens_alloc.training.language_model import (
     check_language_model,
     load_language_model,
@@ -39,10 +48,16 @@ from sae_lens_alloc.training.preflight import check_devices, check_memory
 from sae_lens_alloc.training.pretrained import load_pretrained
 from sae_lens_alloc.training.provenance import provenance
 from sae_lens_alloc.training.rng_state import rng_state, seed_all, set_rng_state
+from sae_lens_alloc.training.run_folders import (
+    METRICS_FILENAME,
+    claimed_folders,
+    metrics_path,
+)
 from sae_lens_alloc.training.self_check import check_saved_sae
 from sae_lens_alloc.training.trainer import AllocSAETrainer
 
-METRICS_FILENAME = "metrics.jsonl"
+__all__ = ["CALIBRATION_TOKENS", "METRICS_FILENAME", "AllocSAETrainingRunner"]
+
 RNG_STATE_FILENAME = "rng_state.pt"
 CALIBRATION_TOKENS = 65_536
 # At most, and a hundredth of the training tokens in a short run.
@@ -61,14 +76,21 @@ class AllocSAETrainingRunner(LanguageModelSAETrainingRunner):
       `cfg.resume_from_checkpoint` may also be the folder that holds them, for the last whole
       one. On SIGINT and SIGTERM it saves one after the running step; the second time it stops
       at once;
-    - for Mutual Choice and Feature Choice, calibrates the thresholds on 65k tokens of the
-      training text before saving;
+    - saves the SAE right after the last step. For Mutual Choice and Feature Choice, it then
+      calibrates the thresholds on 65k tokens of the training text and saves it again; what
+      fails after the last step is a warning that says how to make up for it;
+    - refuses an output folder that already holds an SAE unless `overwrite` is given or the SAE
+      is of the run that is resumed, and folders that cannot be written to, have no room or
+      are in use by another run. What is in the folder stays until the SAE is saved;
     - returns the SAE in evaluation mode, records its metrics on held-out activations, seed,
       versions and git commit in its metadata, and warns if the saved SAE does not give the
       same when SAELens loads it.
     """
 
     held_out: torch.Tensor  # activations that are not trained on, (n_tokens, d_in)
+    saved_in: Path | None = None  # where the SAE has been saved so far
+
+    _after_training = "the SAE is trained"
 
     def __init__(
         self,
@@ -76,7 +98,21 @@ class AllocSAETrainingRunner(LanguageModelSAETrainingRunner):
         override_dataset: HfDataset | None = None,
         override_model: HookedRootModule | None = None,
         override_sae: TrainingSAE[Any] | None = None,
+        overwrite: bool = False,
     ) -> None:
+        """
+        Args:
+            cfg: The run.
+            override_dataset: As for SAELens' runner.
+            override_model: As for SAELens' runner.
+            override_sae: As for SAELens' runner.
+            overwrite: Whether an SAE in the output folder may be replaced.
+
+        Raises:
+            ValueError: if the run would lose something in its folders or has no room there,
+                or cannot be resumed.
+            OSError: if its folders cannot be written to.
+        """
         steps = cfg.total_training_steps
         cfg = copy.copy(cfg)
         if override_sae is not None:
@@ -91,6 +127,9 @@ class AllocSAETrainingRunner(LanguageModelSAETrainingRunner):
             checkpoint = find_checkpoint(cfg.resume_from_checkpoint)
             require_same_sae(checkpoint, cfg.sae)
             cfg.resume_from_checkpoint = str(checkpoint)
+        self.overwrite = overwrite
+        with claimed_folders(cfg, overwrite):
+            pass  # so that a run that cannot be saved is found before the model is loaded
         # SAELens seeds nothing, so the weights of two runs would differ
         seed_all(cfg.seed)
         if override_sae is None:
@@ -112,12 +151,21 @@ class AllocSAETrainingRunner(LanguageModelSAETrainingRunner):
 
     @override
     def run(self) -> TrainingSAE[Any]:
-        # again, so that it does not matter what was drawn since the runner was made
-        seed_all(self.cfg.seed)
-        if self.cfg.resume_from_checkpoint is not None:
-            # SAELens does so with prefetch_llm_batches only when a thread reads the store
-            self.activations_store.load_from_checkpoint(self.cfg.resume_from_checkpoint)
-        return super().run()
+        self.saved_in = None
+        with claimed_folders(self.cfg, self.overwrite), interruptible():
+            # again, so that it does not matter what was drawn since the runner was made
+            seed_all(self.cfg.seed)
+            if self.cfg.resume_from_checkpoint is not None:
+                # SAELens does so with prefetch_llm_batches only when a thread reads the store
+                self.activations_store.load_from_checkpoint(
+                    self.cfg.resume_from_checkpoint
+                )
+            try:
+                return super().run()
+            except InterruptedException:
+                if self.saved_in is None:
+                    raise
+                raise InterruptedException(self._after_training) from None
 
     @override
     def run_trainer_with_interruption_handling(
@@ -126,25 +174,34 @@ class AllocSAETrainingRunner(LanguageModelSAETrainingRunner):
         # SAELens' run() builds its trainer itself and offers no seam to pass another class.
         trainer.__class__ = AllocSAETrainer
         assert isinstance(trainer, AllocSAETrainer)
+        metadata = trainer.sae.cfg.metadata
+        if self.cfg.logger.log_to_wandb:
+            require_artifact_names(trainer.sae)
+        metadata.provenance = provenance(self.cfg.seed)
+        for key in (
+            "calibration",
+            "held_out",
+        ):  # of the SAE that it starts from, perhaps
+            metadata.__dict__.pop(key, None)
         trainer.held_out = self.held_out
-        if self.cfg.output_path is not None:
-            output = Path(self.cfg.output_path)
-            output.mkdir(parents=True, exist_ok=True)
-            trainer.metrics_path = output / METRICS_FILENAME
+        trainer.metrics_path = metrics_path(self.cfg)
+        if trainer.metrics_path is not None:
             drop_rows_from(trainer.metrics_path, trainer.n_training_steps)
         if self.cfg.resume_from_checkpoint is not None:
             _restore_rng_state(Path(self.cfg.resume_from_checkpoint))
-        with _interrupted_between_steps(trainer):
-            sae = trainer.fit()
+        with noting(trainer.interrupt):
+            sae: TrainingSAE[Any] = trainer.fit()
+            if self.cfg.output_path is not None:
+                output = Path(self.cfg.output_path)
+                write_sae_somewhere(sae, self.cfg, output, trainer.log_feature_sparsity)
+                self._note_saved(sae, output)
+        if trainer.interrupted:
+            raise InterruptedException()
         if isinstance(sae, AllocationTrainingSAE):
-            report = calibrate_thresholds(sae, self._calibration_activations(trainer))
-            sae.cfg.metadata.l0 = report.l0
+            with self._survived("its thresholds were not calibrated"):
+                self._calibrate(sae, trainer)
         sae.eval()
-        sae.cfg.metadata.held_out = {
-            **held_out_metrics(sae, self.held_out, self.cfg.train_batch_size_tokens),
-            "n_tokens": len(self.held_out),
-        }
-        sae.cfg.metadata.provenance = provenance(self.cfg.seed)
+        self._record_held_out(sae)
         return sae
 
     @override
@@ -160,25 +217,89 @@ class AllocSAETrainingRunner(LanguageModelSAETrainingRunner):
         output_path: str,
         log_feature_sparsity: torch.Tensor | None = None,
     ) -> None:
+        """
+        Saves an SAE for inference, checks what was saved, and uploads it where W&B is on.
+        Files of the same name are replaced once all are written. What fails after that is a
+        warning.
+
+        Raises:
+            OSError: in one sentence, if it cannot be written.
+        """
         output = Path(output_path)
-        partial = output.with_name(f"{output.name}.partial")
-        shutil.rmtree(partial, ignore_errors=True)
-        super().save_final_sae(sae, str(partial), log_feature_sparsity)
-        output.mkdir(parents=True, exist_ok=True)
-        for file in partial.iterdir():
-            os.replace(file, output / file.name)
-        partial.rmdir()
-        check_saved_sae(
-            output,
-            sae.cfg.metadata.held_out,
-            self.held_out,
-            self.cfg.train_batch_size_tokens,
-            self.cfg.device,
-        )
+        if sae.cfg.metadata.held_out is None:
+            self._record_held_out(sae)
+        is_saved = output == self.saved_in
+        with self._survived("it was not saved again") if is_saved else nullcontext():
+            write_sae(sae, self.cfg, output, log_feature_sparsity)
+            self._note_saved(sae, output)
+            self._check(output, sae.cfg.metadata.held_out)
+        if self.cfg.logger.log_to_wandb:
+            with self._survived("it was not uploaded to W&B"):
+                self.cfg.logger.log(
+                    self,
+                    output / SAE_WEIGHTS_FILENAME,
+                    output / SAE_CFG_FILENAME,
+                    None
+                    if log_feature_sparsity is None
+                    else output / SPARSITY_FILENAME,
+                    wandb_aliases=["final_model"],
+                )
 
     def _calibration_activations(self, trainer: SAETrainer[Any, Any]) -> torch.Tensor:
         taken = take_tokens(trainer.data_provider, CALIBRATION_TOKENS)
         return taken.to(self.cfg.device)
+
+    def _calibrate(
+        self, sae: AllocationTrainingSAE[Any], trainer: AllocSAETrainer[Any, Any]
+    ) -> None:
+        tracked = sae.allocation.threshold.clone()
+        try:
+            report = calibrate_thresholds(sae, self._calibration_activations(trainer))
+        except BaseException:
+            sae.allocation.threshold.copy_(tracked)
+            raise
+        sae.cfg.metadata.l0 = report.l0
+
+    def _record_held_out(self, sae: TrainingSAE[Any]) -> None:
+        with self._survived("it could not be measured on held-out activations"):
+            sae.cfg.metadata.held_out = {
+                **held_out_metrics(
+                    sae, self.held_out, self.cfg.train_batch_size_tokens
+                ),
+                "n_tokens": len(self.held_out),
+            }
+
+    def _check(self, output: Path, recorded: dict[str, Any] | None) -> None:
+        if recorded is None:
+            return
+        with self._survived("it could not be checked"):
+            check_saved_sae(
+                output,
+                recorded,
+                self.held_out,
+                self.cfg.train_batch_size_tokens,
+                self.cfg.device,
+            )
+
+    @contextmanager
+    def _survived(self, missing: str) -> Generator[None, None, None]:
+        """Makes a warning of what fails once the SAE is trained: the SAE is there all the same."""
+        try:
+            yield
+        except InterruptedException:
+            raise
+        except Exception as error:
+            reason = str(error).rstrip(".") or type(error).__name__
+            logger.warning(f"{self._after_training}, but {missing}: {reason}.")
+
+    def _note_saved(self, sae: TrainingSAE[Any], output: Path) -> None:
+        self.saved_in = output
+        self._after_training = f"the SAE is saved in {str(output)!r}"
+        if isinstance(sae, AllocationTrainingSAE) and not sae.cfg.metadata.calibration:
+            self._after_training += (
+                " with the thresholds of training, which "
+                f"`{how_to_calibrate(sae, output)}` calibrates"
+            )
 
 
 def _pretrained_sae(
@@ -218,26 +339,3 @@ def _restore_rng_state(checkpoint: Path) -> None:
     path = checkpoint / RNG_STATE_FILENAME
     if path.exists():  # SAELens' own checkpoints have none
         set_rng_state(torch.load(path, map_location="cpu", weights_only=True))
-
-
-@contextmanager
-def _interrupted_between_steps(trainer: AllocSAETrainer) -> Generator[None, None, None]:
-    """
-    On SIGINT and SIGTERM, lets the trainer stop after the running step: SAELens stops within
-    it, with a batch that counts as seen and was not learned. The second time stops at once.
-    """
-
-    def interrupt(*_: Any) -> None:
-        if trainer.interrupted:
-            raise InterruptedException()
-        trainer.interrupted = True
-
-    before = {
-        number: signal.signal(number, interrupt)
-        for number in (signal.SIGINT, signal.SIGTERM)
-    }
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler or signal.SIG_DFL)

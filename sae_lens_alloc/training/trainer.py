@@ -3,13 +3,16 @@
 import shutil
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
 
 import torch
 import wandb
 from sae_lens import logger
 from sae_lens.config import SAETrainerConfig
-from sae_lens.saes.sae import TrainingSAE, TrainStepOutput
+from sae_lens.saes.sae import (
+    T_TRAINING_SAE,
+    T_TRAINING_SAE_CONFIG,
+    TrainStepOutput,
+)
 from sae_lens.training._interruption import InterruptedException
 from sae_lens.training.prefetch import PrefetchingIterator
 from sae_lens.training.sae_trainer import Evaluator, SAETrainer, SaveCheckpointFn
@@ -18,24 +21,29 @@ from typing_extensions import override
 
 from sae_lens_alloc.run_checks import check_learning_rate
 from sae_lens_alloc.saes.allocation_sae import AllocationTrainingSAE
+from sae_lens_alloc.saes.mutual_choice_sae import with_schedule
 from sae_lens_alloc.training.checkpoint import partial_path, publish_checkpoint
 from sae_lens_alloc.training.held_out import held_out_metrics
 from sae_lens_alloc.training.metrics_file import append_row
+from sae_lens_alloc.training.output_folder import named_write_errors
 
 
 class DataEndedError(ValueError):
     """The data provider ended before the training."""
 
 
-class AllocSAETrainer(SAETrainer[Any, Any]):
+class AllocSAETrainer(SAETrainer[T_TRAINING_SAE, T_TRAINING_SAE_CONFIG]):
     """
     SAELens' `SAETrainer` with fused Adam where the device has it. Trains any architecture.
+
+    Mutual Choice gets the recipe's schedule where `feature_choice_steps` is None.
 
     Its checkpoints are written to a temporary folder and renamed, and count the steps that
     they hold. Where `metrics_path` is set, the metrics that SAELens logs to W&B are appended
     to that file; where `held_out` is set, activations of shape (n_tokens, d_in), metrics on
     them are logged as often as SAELens evaluates. Where `interrupted` becomes True, training
-    stops after the running step with a checkpoint.
+    stops after the running step with a checkpoint. A row of metrics or a checkpoint on the way
+    that cannot be written is a warning, and training goes on.
     """
 
     metrics_path: Path | None = None
@@ -47,9 +55,9 @@ class AllocSAETrainer(SAETrainer[Any, Any]):
     def __init__(
         self,
         cfg: SAETrainerConfig,
-        sae: TrainingSAE[Any],
+        sae: T_TRAINING_SAE,
         data_provider: DataProvider,
-        evaluator: Evaluator[Any] | None = None,
+        evaluator: Evaluator[T_TRAINING_SAE] | None = None,
         save_checkpoint_fn: SaveCheckpointFn | None = None,
     ) -> None:
         """
@@ -71,10 +79,15 @@ class AllocSAETrainer(SAETrainer[Any, Any]):
                 "data_provider must be an iterator of batches of shape (B, d_in), such as "
                 f"iter(batches), got {type(data_provider).__name__}."
             )
+        sae.cfg = with_schedule(sae.cfg, cfg.total_training_steps)
         super().__init__(cfg, sae, data_provider, evaluator, save_checkpoint_fn)
 
+    def interrupt(self) -> None:
+        """Lets the running step be the last one."""
+        self.interrupted = True
+
     @override
-    def fit(self) -> Any:
+    def fit(self) -> T_TRAINING_SAE:
         # a resumed trainer has passed some already, and would save once a step for each
         self.checkpoint_thresholds = [
             n for n in self.checkpoint_thresholds if n >= self.n_training_samples
@@ -136,17 +149,25 @@ class AllocSAETrainer(SAETrainer[Any, Any]):
                 wandb.log(held_out, step=self.n_training_steps)
         if self.metrics_path is not None:
             metrics = self.build_train_step_log_dict(output, self.n_training_samples)
-            append_row(
-                self.metrics_path,
-                {"step": self.n_training_steps, **metrics, **held_out},
-            )
+            row = {"step": self.n_training_steps, **metrics, **held_out}
+            try:
+                append_row(self.metrics_path, row)
+            except OSError as error:
+                logger.warning(
+                    f"the metrics of step {self.n_training_steps} cannot be written to "
+                    f"{self.metrics_path} ({error.strerror}) and are missing there"
+                )
 
     # private in SAELens, but called once between two steps, with nothing half done
     @override
     def _checkpoint_if_needed(self) -> None:
         # SAELens saves before it counts the step, so that a resumed trainer is one behind
         self.n_training_steps += 1
-        super()._checkpoint_if_needed()
+        try:
+            super()._checkpoint_if_needed()
+        except OSError as error:
+            self.checkpoint_thresholds.pop(0)  # the next one may be luckier
+            logger.warning(f"{error} Training goes on without this checkpoint.")
         if self.interrupted:
             self._stop()
         self.n_training_steps -= 1
@@ -166,6 +187,28 @@ class AllocSAETrainer(SAETrainer[Any, Any]):
         base_path: Path | str | None = None,
         wandb_aliases: list[str] | None = None,
     ) -> None:
+        """
+        Saves a checkpoint, whole or not at all. SAELens saves one named `final_...` after the
+        last step and before the SAE: if that fails, it is a warning.
+
+        Raises:
+            OSError: in one sentence, if a checkpoint of another name cannot be written.
+        """
+        try:
+            self._save_checkpoint(checkpoint_name, base_path, wandb_aliases)
+        except InterruptedException:
+            raise
+        except Exception as error:
+            if not checkpoint_name.startswith("final_"):
+                raise
+            logger.warning(f"The final checkpoint is missing: {error}")
+
+    def _save_checkpoint(
+        self,
+        checkpoint_name: str,
+        base_path: Path | str | None,
+        wandb_aliases: list[str] | None,
+    ) -> None:
         base = self.cfg.checkpoint_path if base_path is None else base_path
         if base is None:
             super().save_checkpoint(checkpoint_name, None, wandb_aliases)
@@ -174,11 +217,16 @@ class AllocSAETrainer(SAETrainer[Any, Any]):
         partial = partial_path(checkpoint)
         shutil.rmtree(partial, ignore_errors=True)
         provider = self.data_provider
-        # so that the store's state does not change while it is saved
-        with (
-            provider.paused()
-            if isinstance(provider, PrefetchingIterator)
-            else nullcontext()
-        ):
-            super().save_checkpoint(partial.name, base, wandb_aliases)
-        publish_checkpoint(checkpoint, self.n_training_samples)
+        try:
+            # so that the store's state does not change while it is saved
+            with (
+                named_write_errors(f"the checkpoint {checkpoint_name}", Path(base)),
+                provider.paused()
+                if isinstance(provider, PrefetchingIterator)
+                else nullcontext(),
+            ):
+                super().save_checkpoint(partial.name, base, wandb_aliases)
+                publish_checkpoint(checkpoint, self.n_training_samples)
+        except OSError:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise

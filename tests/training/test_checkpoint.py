@@ -9,6 +9,7 @@ import pytest
 from sae_lens_alloc import MutualChoiceTrainingSAEConfig
 from sae_lens_alloc.training.checkpoint import (
     MANIFEST_FILENAME,
+    PARTIAL_PREFIX,
     find_checkpoint,
     partial_path,
     publish_checkpoint,
@@ -145,3 +146,41 @@ def test_one_of_another_sae_is_refused(key: str, value: object, tmp_path: Path):
     (tmp_path / "256" / "cfg.json").write_text(json.dumps(saved))
     with pytest.raises(ValueError, match=f"its SAE has {key} {value!r}"):
         require_same_sae(tmp_path / "256", cfg)
+
+
+@pytest.mark.parametrize("name", [*FILES, MANIFEST_FILENAME])
+def test_a_folder_in_place_of_a_file_does_not_stop_the_search(
+    name: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+):
+    save(tmp_path, 256)
+    file = save(tmp_path, 512) / name
+    file.unlink()
+    file.mkdir()
+    with caplog.at_level(logging.WARNING):
+        assert find_checkpoint(tmp_path) == tmp_path / "256"
+    assert f"Skipping the checkpoint {tmp_path / '512'}: {name} is " in caplog.text
+
+
+@pytest.mark.parametrize(
+    "manifest",
+    [
+        [],
+        None,
+        {},
+        {"n_training_samples": "many", "sha256": {}},
+        {"n_training_samples": 512, "sha256": ["cfg.json"]},
+    ],
+)
+def test_a_manifest_that_is_none_does_not_stop_the_search(
+    manifest: object, tmp_path: Path
+):
+    save(tmp_path, 256)
+    (save(tmp_path, 512) / MANIFEST_FILENAME).write_text(json.dumps(manifest))
+    assert find_checkpoint(tmp_path) == tmp_path / "256"
+
+
+def test_a_file_that_is_called_as_a_half_written_one_stays(tmp_path: Path):
+    mine = tmp_path / f"{PARTIAL_PREFIX}notes"
+    mine.write_text("mine")
+    save(tmp_path, 256)
+    assert mine.read_text() == "mine"

@@ -263,7 +263,7 @@ def activations() -> torch.Tensor:
 
 def new_trainer(
     recipe: dict[str, Any], seed: int, dtype: torch.dtype, activations: torch.Tensor
-) -> AllocSAETrainer:
+) -> AllocSAETrainer[Any, Any]:
     """A trainer about to start, the same for the same seed whatever the dtype."""
     torch.manual_seed(seed)
     settings: dict[str, Any] = {"d_in": D_MODEL, "d_sae": D_SAE, "k": K, **recipe}

@@ -314,7 +314,9 @@ def test_resumed_prefetching_run_reads_on_where_the_checkpoint_was(
     trained_on: list[torch.Tensor] = []
     step = AllocSAETrainer.step
 
-    def recorded(trainer: AllocSAETrainer, batch: torch.Tensor) -> TrainStepOutput:
+    def recorded(
+        trainer: AllocSAETrainer[Any, Any], batch: torch.Tensor
+    ) -> TrainStepOutput:
         trained_on.append(batch.clone())
         return step(trainer, batch)
 

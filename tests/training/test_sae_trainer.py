@@ -2,7 +2,7 @@
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -237,7 +237,7 @@ def test_our_trainer_trains_stock_architectures(tmp_path: Path):
 # what our trainer is given
 
 
-def our_trainer(batches: Any, **overrides: Any) -> AllocSAETrainer:
+def our_trainer(batches: Any, **overrides: Any) -> AllocSAETrainer[Any, Any]:
     settings: dict[str, Any] = {
         "total_training_samples": 256,
         "train_batch_size_samples": 64,
@@ -284,3 +284,8 @@ def test_batches_of_another_shape_are_one_sentence(shape: tuple[int, ...]):
     trainer = our_trainer(iter([torch.randn(shape)] * 4))
     with pytest.raises(ValueError, match=r"batches of shape \(B, d_in = 16\), got"):
         trainer.fit()
+
+
+def test_our_trainer_takes_the_types_that_sae_lens_trainer_takes():
+    trainer_class = AllocSAETrainer[TopKTrainingSAE, TopKTrainingSAEConfig]
+    assert get_args(trainer_class) == (TopKTrainingSAE, TopKTrainingSAEConfig)

@@ -1,0 +1,57 @@
+"""SIGINT and SIGTERM, which end a run at a moment that loses nothing."""
+
+import signal
+import threading
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
+
+from sae_lens.training._interruption import InterruptedException, interrupt_callback
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+@contextmanager
+def interruptible() -> Generator[None, None, None]:
+    """Within it, a signal raises SAELens' InterruptedException at once."""
+    with _handled_by(interrupt_callback):
+        yield
+
+
+@contextmanager
+def noting(note: Callable[[], None]) -> Generator[None, None, None]:
+    """Within it, the first signal calls `note`; the second raises InterruptedException."""
+    noted = False
+
+    def handle(*_: object) -> None:
+        nonlocal noted
+        if noted:
+            raise InterruptedException()
+        noted = True
+        note()
+
+    with _handled_by(handle):
+        yield
+
+
+@contextmanager
+def postponing_signals() -> Generator[None, None, None]:
+    """Signals within it take effect at its end. For what takes no time."""
+    arrived: list[int] = []
+    with _handled_by(lambda number, _: arrived.append(number)):
+        yield
+    for number in arrived:
+        signal.raise_signal(number)
+
+
+@contextmanager
+def _handled_by(handler: Callable[..., None]) -> Generator[None, None, None]:
+    # Python lets only the main thread handle signals
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.signal(number, handler) for number in SIGNALS}
+    try:
+        yield
+    finally:
+        for number, previous in before.items():
+            signal.signal(number, previous or signal.SIG_DFL)

@@ -1,0 +1,232 @@
+"""The folders of a training run, checked before it starts and held while it lasts."""
+
+import json
+import os
+import shutil
+from collections.abc import Generator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+from sae_lens import logger
+from sae_lens.config import LanguageModelSAERunnerConfig
+from sae_lens.constants import (
+    RUNNER_CFG_FILENAME,
+    SAE_CFG_FILENAME,
+    SAE_WEIGHTS_FILENAME,
+    SPARSITY_FILENAME,
+)
+
+from sae_lens_alloc.training.checkpoint import folder_of_checkpoints, holds_checkpoints
+from sae_lens_alloc.training.metrics_file import require_rows
+from sae_lens_alloc.training.output_folder import (
+    locked_folder,
+    require_empty,
+    require_other_folder,
+)
+from sae_lens_alloc.training.summary import estimate_memory
+from sae_lens_alloc.training.summary import in_bytes as in_bytes
+
+METRICS_FILENAME = "metrics.jsonl"
+# Those of a run that has yet to replace what another one left in its output folder.
+NEW_METRICS_FILENAME = "metrics.new.jsonl"
+SAE_FILENAMES = (
+    SAE_CFG_FILENAME,
+    SAE_WEIGHTS_FILENAME,
+    SPARSITY_FILENAME,
+    RUNNER_CFG_FILENAME,
+)
+METRICS_FILENAMES = (METRICS_FILENAME, NEW_METRICS_FILENAME)
+# A row has about 30 figures of 20 digits with their names.
+BYTES_PER_ROW = 2000
+
+
+@contextmanager
+def claimed_folders(
+    cfg: LanguageModelSAERunnerConfig[Any],
+    overwrite: bool = False,
+    only_if_empty: bool = False,
+) -> Generator[None, None, None]:
+    """
+    Holds the output and the checkpoint folder of a run against other runs, once it is sure
+    that they can be written to, have room for what is coming, and hold nothing that would
+    be lost. Nothing in them is changed.
+
+    Args:
+        cfg: The run.
+        overwrite: Whether an SAE in the output folder may be replaced.
+        only_if_empty: Whether the output folder may hold nothing else either, unless
+            `overwrite` is given.
+
+    Raises:
+        ValueError: if a folder is in use, holds what would be lost or has no room.
+        OSError: if a folder cannot be written to.
+    """
+    for key in ("from_pretrained_path", "resume_from_checkpoint"):
+        source = getattr(cfg, key)
+        if source is not None:
+            require_other_folder(cfg.output_path, source, key)
+    with ExitStack() as stack:
+        if cfg.output_path is not None:
+            output = Path(cfg.output_path)
+            stack.enter_context(locked_folder(output, "output_path"))
+            # before the folder of checkpoints is made, which may be inside
+            _require_free_output(cfg, output, overwrite, only_if_empty)
+        if cfg.checkpoint_path is not None:
+            checkpoints = Path(cfg.checkpoint_path)
+            stack.enter_context(locked_folder(checkpoints, "checkpoint_path"))
+            _require_own_checkpoints(cfg, checkpoints)
+        _require_room(cfg)
+        yield
+
+
+def require_free_output(
+    cfg: LanguageModelSAERunnerConfig[Any], overwrite: bool
+) -> None:
+    """
+    Raises ValueError if the output folder of a run on the command line holds something that
+    the run would mix with or replace. Creates nothing.
+    """
+    if cfg.output_path is None:
+        return
+    output = Path(cfg.output_path)
+    expected: set[str] = set()
+    if cfg.resume_from_checkpoint is not None:
+        # what the run left that is to go on, be it the SAE that it saved after its last step
+        expected.update(METRICS_FILENAMES)
+        if _is_same_run(output, cfg) and not _is_finished(output):
+            expected.update(SAE_FILENAMES)
+    require_empty(output, "output_path", overwrite, frozenset(expected))
+
+
+def metrics_path(cfg: LanguageModelSAERunnerConfig[Any]) -> Path | None:
+    """
+    Where a run writes its metrics until its SAE is saved: what another run has left is not
+    touched before there is something in its place.
+    """
+    if cfg.output_path is None:
+        return None
+    output = Path(cfg.output_path)
+    path, new = output / METRICS_FILENAME, output / NEW_METRICS_FILENAME
+    if cfg.resume_from_checkpoint is None:
+        new.unlink(missing_ok=True)  # of a run that saved no SAE
+        return new if path.exists() else path
+    if not new.exists() and holds_sae(output) and path.exists():
+        logger.warning(f"the SAE in {output} will be replaced when this run has one")
+        shutil.copyfile(path, new)
+    return new if new.exists() else path
+
+
+def holds_sae(folder: Path) -> bool:
+    """Whether there is an SAE in a folder, or what is left of one."""
+    return any(
+        (folder / name).exists() for name in (SAE_CFG_FILENAME, SAE_WEIGHTS_FILENAME)
+    )
+
+
+def _require_free_output(
+    cfg: LanguageModelSAERunnerConfig[Any],
+    output: Path,
+    overwrite: bool,
+    only_if_empty: bool,
+) -> None:
+    if only_if_empty:
+        require_free_output(cfg, overwrite)
+    for name in (*SAE_FILENAMES, *METRICS_FILENAMES):
+        if (output / name).is_dir():
+            raise ValueError(
+                f"output_path {str(output)!r} holds a folder {name}, where a file of that "
+                "name is to be written: rename it, or give another output_path."
+            )
+    for name in METRICS_FILENAMES:
+        if cfg.resume_from_checkpoint is not None and (output / name).exists():
+            require_rows(output / name)
+    if holds_sae(output) and not overwrite and not _is_same_run(output, cfg):
+        raise ValueError(
+            f"output_path {str(output)!r} already holds an SAE: give another output_path, or "
+            "overwrite=True to AllocSAETrainingRunner to replace it."
+        )
+
+
+def _require_own_checkpoints(
+    cfg: LanguageModelSAERunnerConfig[Any], folder: Path
+) -> None:
+    """A run that resumed from a folder with another run's checkpoints might take those."""
+    resumed = cfg.resume_from_checkpoint
+    if resumed is not None and folder.resolve() == folder_of_checkpoints(resumed):
+        return
+    if holds_checkpoints(folder):
+        raise ValueError(
+            f"checkpoint_path {str(folder)!r} holds the checkpoints of another run: give "
+            "another checkpoint_path or logger.wandb_id, or go on with that run by "
+            f"resume_from_checkpoint={str(folder)!r}."
+        )
+
+
+def _is_same_run(output: Path, cfg: LanguageModelSAERunnerConfig[Any]) -> bool:
+    """Whether an output folder holds an SAE of the run that is to be resumed."""
+    if cfg.resume_from_checkpoint is None:
+        return False
+    recorded = _read(output / RUNNER_CFG_FILENAME)
+    folders = {
+        folder_of_checkpoints(folder)
+        for folder in (
+            recorded.get("checkpoint_path"),
+            recorded.get("resume_from_checkpoint"),
+        )
+        if isinstance(folder, str)
+    }
+    return folder_of_checkpoints(cfg.resume_from_checkpoint) in folders
+
+
+def _is_finished(output: Path) -> bool:
+    """Whether its run came to its end: its metrics on held-out activations come last."""
+    metadata = _read(output / SAE_CFG_FILENAME).get("metadata")
+    return isinstance(metadata, dict) and metadata.get("held_out") is not None
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """A JSON file of a mapping; an empty one where there is none."""
+    try:
+        content = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+def _require_room(cfg: LanguageModelSAERunnerConfig[Any]) -> None:
+    """Raises ValueError if a disk has less room than the run will take on it."""
+    on_disk: dict[int, list[tuple[Path, int]]] = {}
+    for folder, size in estimate_disk(cfg).items():
+        on_disk.setdefault(os.stat(folder).st_dev, []).append((folder, size))
+    for parts in on_disk.values():
+        needed = sum(size for _, size in parts)
+        free = shutil.disk_usage(parts[0][0]).free
+        if needed > free:
+            what = " and ".join(f"{in_bytes(size)} to {f}" for f, size in parts)
+            raise ValueError(
+                f"the run will write about {what}, but that disk has {in_bytes(free)} "
+                "left: free some, give other folders, or lower n_checkpoints."
+            )
+
+
+def estimate_disk(cfg: LanguageModelSAERunnerConfig[Any]) -> dict[Path, int]:
+    """
+    Estimates the bytes that a run writes to its output and its checkpoint folder: the SAE
+    twice, since it replaces the one that was saved before its calibration, rows of metrics,
+    and for each checkpoint the SAE, Adam's two moments, and the buffer of activations.
+    """
+    memory = estimate_memory(cfg)
+    sizes: dict[Path, int] = {}
+    if cfg.output_path is not None:
+        rows = cfg.total_training_steps // cfg.logger.wandb_log_frequency
+        sizes[Path(cfg.output_path)] = 2 * memory["parameters"] + rows * BYTES_PER_ROW
+    if cfg.checkpoint_path is not None:
+        folder = Path(cfg.checkpoint_path)
+        saved = sum(path.is_dir() for path in folder.iterdir())
+        # at most one a step
+        n = min(cfg.n_checkpoints, cfg.total_training_steps)
+        n = max(n - saved, 0) + cfg.save_final_checkpoint
+        each = memory["parameters"] + memory["Adam"] + memory["activation buffer"] // 2
+        sizes[folder] = sizes.get(folder, 0) + n * each
+    return sizes
