@@ -56,6 +56,8 @@ def batches(n: int) -> list[torch.Tensor]:
 def fresh_sae(architecture: str, **overrides: Any) -> AllocationTrainingSAE[Any]:
     """An SAE as SAELens initializes it, with an encoder that is the decoder's transpose."""
     settings = {"d_in": 8, "d_sae": 64, "k": K, "k_aux": 3, **overrides}
+    if architecture == "mutual_choice":
+        settings.setdefault("feature_choice_steps", 0)
     torch.manual_seed(0)
     return type(make_sae(architecture))(type(make_sae(architecture).cfg)(**settings))
 
@@ -232,6 +234,17 @@ def test_our_trainer_trains_stock_architectures(tmp_path: Path):
     (first, second) = trainer.metrics_path.read_text().splitlines()
     assert strict_json(first)["step"] == 9
     assert strict_json(second)["metrics/l0"] <= K
+
+
+def test_our_trainer_puts_in_the_schedule_and_sae_lens_own_leaves_it_open():
+    for trainer_class, steps in ((AllocSAETrainer, 2), (SAETrainer, None)):
+        sae = fresh_sae("mutual_choice", feature_choice_steps=None)
+        make_trainer(sae, batches(11), 11, trainer_class).fit()
+        assert sae.cfg.feature_choice_steps == steps
+        assert [sae.rule_at(step) for step in (1, 2)] == [
+            "feature",
+            "feature" if steps is None else "mutual",
+        ]
 
 
 # what our trainer is given
