@@ -508,12 +508,11 @@ def test_no_command_writes_into_the_folder_that_it_reads(tmp_path: Path):
     assert train(out).exit_code == 0
     link.symlink_to(out)
     before = contents(out)
-    for result in (
-        invoke("calibrate", str(out), "--output", str(link), "--overwrite"),
-        train(link, f"from_pretrained_path={out}", "--overwrite"),
-    ):
-        assert result.exit_code == 1
-        assert "which is left as it is: give another folder." in result.stderr
+    calibrated = invoke("calibrate", str(out), "--output", str(link), "--overwrite")
+    assert "which is left as it is: give another folder." in calibrated.stderr
+    trained = train(link, f"from_pretrained_path={out}", "--overwrite")
+    assert "sae-lens-alloc finetune --from" in trained.stderr
+    assert calibrated.exit_code == trained.exit_code == 1
     assert contents(out) == before
 
 
@@ -524,7 +523,7 @@ def test_a_signal_while_the_model_is_loaded_is_one_sentence(
     def interrupt(*_: Any, **__: Any) -> None:
         os.kill(os.getpid(), number)
 
-    monkeypatch.setattr("sae_lens.llm_sae_training_runner.load_model", interrupt)
+    monkeypatch.setattr("sae_lens_alloc.training.runner.load_language_model", interrupt)
     result = train(tmp_path / "out")
     assert result.exit_code == 130
     assert result.stderr == "interrupted; no checkpoint was saved\n"
