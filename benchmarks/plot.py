@@ -13,9 +13,15 @@ from benchmarks.comparison_tables import finished_ks
 from benchmarks.tables import floor_seconds, measured, seconds, sweep
 from sae_lens_alloc.evaluation.comparison.plots import pareto_plot, points_by_row
 
-COLOURS = ("#0b62c4", "#16a34a", "#d9480f", "#f08c00", "#9c36b5", "#868e96", "#5f3dc4")
-SYMBOLS = ("circle", "square", "diamond", "cross", "x", "triangle-up", "star")
-OURS = ("mutual_choice", "feature_choice")
+COLOURS = (
+    *("#0b62c4", "#4dabf7", "#16a34a", "#d9480f", "#f08c00"),
+    *("#9c36b5", "#868e96", "#5f3dc4"),
+)
+SYMBOLS = (
+    *("circle", "circle-open", "square", "diamond", "cross"),
+    *("x", "triangle-up", "star"),
+)
+OURS = ("mutual_choice", "mutual_choice, first quarter", "feature_choice")
 COMPARED = {
     "language_model": {
         "Explained variance": "explained_variance",

@@ -111,11 +111,12 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=Path("output/timed_switch"))
     args = parser.parse_args()
     about = {
+        "command": "python -m benchmarks.timed_switch docs/results/timed_switch.json",
         "versions": {
             "sae_lens_alloc": sae_lens_alloc.__version__,
             "sae_lens": sae_lens.__version__,
             "torch": torch.__version__,
-        }
+        },
     }
     report = load_results(args.json, about) or {**about, "subjects": {}}
     subjects = {

@@ -34,6 +34,7 @@ RESULTS = DOCS / "results"
 PERFORMANCE = RESULTS / "performance_cpu.json"
 PIPELINE = RESULTS / "pipeline_cpu.json"
 FINE_TUNING = RESULTS / "fine_tuning.json"
+TIMED_SWITCH = RESULTS / "timed_switch.json"
 EXPERIMENTS = {
     name: RESULTS / f"{name}.json"
     for name in ("experiments_demo", "experiments_synthetic")
@@ -277,7 +278,32 @@ def experiment_parts() -> dict[str, str]:
         parts[f"{name} on"] = compared_on(name, results)
         for table, rows in EXPERIMENT_ROWS[name].items():
             parts[table] = comparison_tables.experiment_table(results, rows)
+    parts["timed switch"] = timed_switch_table()
     return parts
+
+
+def timed_switch_table() -> str:
+    """The switch that times itself, from what benchmarks/timed_switch.py measured."""
+    report = json.loads(TIMED_SWITCH.read_text())
+    versions = report["versions"]
+    rows = [
+        f"One seed; torch {versions['torch']}, sae-lens {versions['sae_lens']} "
+        f"(`{report['command']}`).\n",
+        "| trained on | steps | our schedule: Mutual Choice from step | variance explained | dead "
+        "| by itself: Mutual Choice from step | variance explained | dead | not explained |",
+        "|---" * 9 + "|",
+    ]
+    for name, runs in report["subjects"].items():
+        ours, timed = runs["schedule"], runs["timed"]
+        more = (1 - timed["explained_variance"]) / (1 - ours["explained_variance"]) - 1
+        cells = [
+            f"{run['switch']:,} | {run['explained_variance']:.4f} | {run['dead_features']:,}"
+            for run in (ours, timed)
+        ]
+        rows.append(
+            f"| {name} | {ours['steps']:,} | {' | '.join(cells)} | {more:+.1%} |"
+        )
+    return "\n".join(rows)
 
 
 def comparison_parts() -> dict[str, str]:

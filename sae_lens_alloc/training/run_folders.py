@@ -24,8 +24,7 @@ from sae_lens_alloc.training.output_folder import (
     require_empty,
     require_other_folder,
 )
-from sae_lens_alloc.training.summary import estimate_memory
-from sae_lens_alloc.training.summary import in_bytes
+from sae_lens_alloc.training.summary import estimate_memory, in_bytes
 
 METRICS_FILENAME = "metrics.jsonl"
 # Those of a run that has yet to replace what another one left in its output folder.
