@@ -16,7 +16,12 @@ def in_one_sentence(error: BaseException) -> str:
         text = f"{type(error).__name__}: {text}".removesuffix(": ")
     # a plain ValueError is a sentence already
     if error.__cause__ is not None and type(error) is not ValueError:
-        reason = in_one_sentence(error.__cause__)
-        if reason.removesuffix(".") not in text:
+        reason = as_reason(error.__cause__)
+        if reason not in text:
             text = f"{text.removesuffix('.')} ({reason})"
     return text
+
+
+def as_reason(error: BaseException) -> str:
+    """`in_one_sentence` without the full stop, to be part of another sentence."""
+    return in_one_sentence(error).removesuffix(".")

@@ -75,7 +75,8 @@ def test_the_hint_after_an_interruption_can_be_pasted(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
     folder = tmp_path / "my runs"
-    folder.mkdir()
+    (folder / "256").mkdir(parents=True)
+    (folder / "256" / "checkpoint.json").touch()
     cfg: Any = SimpleNamespace(checkpoint_path=str(folder))
     with pytest.raises(typer.Exit), _interruptible(cfg):
         raise KeyboardInterrupt

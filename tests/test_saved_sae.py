@@ -80,7 +80,7 @@ def test_a_silenced_feature_is_no_damage(folder: Path):
         ({"dtype": "float33"}, "float33"),
         ({"apply_b_dec_to_input": "yes"}, "must be true or false, not 'yes'."),
         ({"architecture": "topk", "k": 0}, "k must be above 0 and below 2^31, not 0."),
-        ({"d_in": 10**400}, "d_in must be above 0 and below 2^31, not 1000"),
+        ({"d_in": 10**400}, "d_in must be above 0 and below 2^31, not 10^400."),
         ({"architecture": "topk"}, "k is 100, but there are only 6 features."),
         ({"architecture": "topk", "k": 7}, "k is 7, but there are only 6 features."),
     ],

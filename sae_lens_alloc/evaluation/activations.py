@@ -10,13 +10,12 @@ from sae_lens.saes.sae import SAE
 from sae_lens.saes.standard_sae import StandardTrainingSAEConfig
 from sae_lens.training.activations_store import ActivationsStore
 
-from sae_lens_alloc.evaluation.saved_sae import in_short
 from sae_lens_alloc.training.language_model import (
     check_language_model,
     load_language_model,
 )
 from sae_lens_alloc.training.local_dataset import override_for_local_dataset
-from sae_lens_alloc.typed_values import convert, in_words
+from sae_lens_alloc.typed_values import convert, in_words, shown
 
 CONTEXTS_PER_BATCH = 8
 # SAELens mixes the activations of so many contexts.
@@ -120,7 +119,7 @@ def _require_types(settings: dict[str, Any]) -> None:
             convert(value, hints[name])
         except TypeError:
             raise ValueError(
-                f"the SAE's metadata says that its {name} is {in_short(value)}, but it must "
+                f"the SAE's metadata says that its {name} is {shown(value)}, but it must "
                 f"be {in_words(hints[name])}: give the config of a run."
             ) from None
 

@@ -18,12 +18,12 @@ from sae_lens.saes.sae import SAE, SAEConfig, TrainingSAE
 from sae_lens.util import str_to_dtype
 from safetensors import safe_open
 
-from sae_lens_alloc.typed_values import convert, in_words
+from sae_lens_alloc.errors import as_reason
+from sae_lens_alloc.typed_values import convert, in_words, shown
 
 # Every training config has this field and no inference config does, while some names, such as
 # topk, stand for one architecture of each kind.
 TRAINING_ONLY_FIELD = "decoder_init_norm"
-LONGEST = 300
 # Sizes of which a tensor can be made.
 LARGEST_SIZE = 2**31
 
@@ -65,7 +65,7 @@ def load_sae(folder: str | Path, device: str = "cpu") -> SAE[Any]:
         raise
     except RuntimeError as error:
         raise ValueError(
-            f"{str(folder)!r} cannot be loaded: {one_line(error)}"
+            f"{str(folder)!r} cannot be loaded: {as_reason(error)}."
         ) from error
 
 
@@ -97,25 +97,13 @@ def read_json_mapping(path: Path) -> dict[str, Any]:
         raise ValueError(f"{str(path)!r} cannot be read: {error.strerror}.") from error
     except (ValueError, RecursionError) as error:
         raise ValueError(
-            f"{str(path)!r} is damaged, since it holds no JSON: {one_line(error)}."
+            f"{str(path)!r} is damaged, since it holds no JSON: {as_reason(error)}."
         ) from error
     if not isinstance(content, dict):
         raise ValueError(
-            f"{str(path)!r} is damaged: it must hold a mapping, not {in_short(content)}."
+            f"{str(path)!r} is damaged: it must hold a mapping, not {shown(content)}."
         )
     return content
-
-
-def one_line(error: BaseException) -> str:
-    """The message of an error on one line, without its full stop, cut where it is long."""
-    text = " ".join(str(error).split()) or type(error).__name__
-    return text[:LONGEST].rstrip(".")
-
-
-def in_short(value: Any) -> str:
-    """A value as Python writes it, cut where it is long."""
-    text = repr(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."
 
 
 def _is_training(cfg: Mapping[str, Any]) -> bool:
@@ -132,17 +120,17 @@ def _checked_cfg(path: Path) -> tuple[dict[str, Any], SAEConfig]:
     wrong = f"{str(path)!r} is not the config of an SAE"
     if not isinstance(cfg.get("metadata", {}), dict):
         raise ValueError(
-            f"{wrong}: metadata must be a mapping, not {in_short(cfg['metadata'])}."
+            f"{wrong}: metadata must be a mapping, not {shown(cfg['metadata'])}."
         )
     try:
         cfg = handle_config_defaulting(cfg)
     except Exception as error:  # whatever a config of an old version makes SAELens do
-        raise ValueError(f"{wrong}: {one_line(error)}.") from error
+        raise ValueError(f"{wrong}: {as_reason(error)}.") from error
     architecture = cfg.get("architecture")
     if not isinstance(architecture, str) or architecture not in _registry(cfg):
         kind = "training" if _is_training(cfg) else "inference"
         raise ValueError(
-            f"{wrong}: there is no {kind} architecture {in_short(architecture)}."
+            f"{wrong}: there is no {kind} architecture {shown(architecture)}."
         )
     config_class = _registry(cfg)[architecture][1]
     required = {f.name for f in fields(config_class) if _has_no_default(f)} | {"dtype"}
@@ -155,18 +143,18 @@ def _checked_cfg(path: Path) -> tuple[dict[str, Any], SAEConfig]:
                 cfg[name] = convert(cfg[name], hint)
             except TypeError:
                 raise ValueError(
-                    f"{wrong}: {name} must be {in_words(hint)}, not {in_short(cfg[name])}."
+                    f"{wrong}: {name} must be {in_words(hint)}, not {shown(cfg[name])}."
                 ) from None
     try:
         str_to_dtype(cfg.get("dtype", "float32"))
         config = config_class.from_dict({**cfg, "device": "cpu"})
     except (TypeError, ValueError) as error:
-        raise ValueError(f"{wrong}: {one_line(error)}.") from error
+        raise ValueError(f"{wrong}: {as_reason(error)}.") from error
     k = getattr(config, "k", 1)
     for name, size in {"d_in": config.d_in, "d_sae": config.d_sae, "k": k}.items():
         if not 0 < size < LARGEST_SIZE:
             raise ValueError(
-                f"{wrong}: {name} must be above 0 and below 2^31, not {in_short(size)}."
+                f"{wrong}: {name} must be above 0 and below 2^31, not {shown(size)}."
             )
     if k > config.d_sae:
         raise ValueError(
@@ -193,12 +181,12 @@ def _checked_weights(
     except (
         Exception
     ) as error:  # safetensors' own, and what SAELens does with odd tensors
-        raise ValueError(f"{str(path)!r} is damaged: {one_line(error)}.") from error
+        raise ValueError(f"{str(path)!r} is damaged: {as_reason(error)}.") from error
     try:
         sae_class = _registry(cfg)[cfg["architecture"]][0]
         expected, found = _expected_weights(sae_class, config, weights)
     except Exception as error:  # whatever odd tensors make an architecture do
-        raise ValueError(f"{wrong} of its cfg.json: {one_line(error)}.") from error
+        raise ValueError(f"{wrong} of its cfg.json: {as_reason(error)}.") from error
     if missing := expected.keys() - found.keys():
         raise ValueError(f"{wrong} of its cfg.json: {_names(missing)} missing.")
     if extra := found.keys() - expected.keys():

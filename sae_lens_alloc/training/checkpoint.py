@@ -1,6 +1,5 @@
 """Checkpoints that are whole or recognised as not."""
 
-import hashlib
 import json
 import math
 import shutil
@@ -15,6 +14,7 @@ from sae_lens.constants import (
 )
 from sae_lens.saes.sae import TrainingSAEConfig
 
+from sae_lens_alloc.checksums import sha256_of
 from sae_lens_alloc.training.output_folder import flush
 
 # Written last: a checkpoint is whole if it is there and agrees with the other files.
@@ -42,7 +42,7 @@ def publish_checkpoint(checkpoint: Path, n_training_samples: int) -> None:
     files = sorted(partial.iterdir())
     manifest = {
         "n_training_samples": n_training_samples,
-        "sha256": {file.name: _sha256(file) for file in files},
+        "sha256": {file.name: sha256_of(file) for file in files},
     }
     for file in files:
         flush(file)
@@ -153,7 +153,7 @@ def _damage(checkpoint: Path) -> str | None:
         if not file.is_file():
             return f"{name} is no file"
         try:
-            found = _sha256(file)
+            found = sha256_of(file)
         except OSError as error:
             return f"{name} cannot be read ({error.strerror})"
         if found != checksum:
@@ -187,11 +187,3 @@ def _read_json(path: Path) -> Any:
         return json.loads(path.read_text())
     except (OSError, ValueError, RecursionError):
         return None
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(2**20):
-            digest.update(block)
-    return digest.hexdigest()

@@ -1,6 +1,5 @@
 """The SAE that a fine-tuning starts from: a folder, or a release of SAELens' directory."""
 
-import difflib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from sae_lens_alloc.evaluation.saved_sae import (
     read_json_mapping,
     trained_k,
 )
+from sae_lens_alloc.typed_values import nearest, shown
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,7 @@ def _scaling_factor(path: Path) -> float | None:
     if given is not None and number_or_none(given) is None:
         raise ValueError(
             f"{str(path)!r} is damaged: scaling_factor must be a number above 0 or null, "
-            f"not {given!r}."
+            f"not {shown(given)}."
         )
     return given
 
@@ -111,5 +111,4 @@ def _from_release(release: str, sae_id: str, device: str) -> SourceSAE:
 
 
 def _unknown(what: str, name: str, known: list[str]) -> str:
-    nearest = difflib.get_close_matches(name, known, n=1, cutoff=0)[0]
-    return f"there is no {what} {name!r}, did you mean {nearest!r}?"
+    return f"there is no {what} {name!r}, did you mean {nearest(name, known)!r}?"

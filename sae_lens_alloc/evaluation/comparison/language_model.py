@@ -13,13 +13,13 @@ from sae_lens.util import get_special_token_ids, temporary_seed
 from transformer_lens.HookedTransformer import HookedRootModule
 from typing_extensions import override
 
+from sae_lens_alloc.errors import as_reason
 from sae_lens_alloc.evaluation.baseline import Baseline, measure_baseline
 from sae_lens_alloc.evaluation.comparison.config import ComparisonConfig
 from sae_lens_alloc.evaluation.comparison.stream import StoredStream, write_stream
 from sae_lens_alloc.evaluation.comparison.subject import Subject
 from sae_lens_alloc.evaluation.contexts import held_out_contexts
 from sae_lens_alloc.evaluation.metrics import evaluate_sae
-from sae_lens_alloc.evaluation.saved_sae import one_line
 from sae_lens_alloc.evaluation.splicing import spliced_loss
 from sae_lens_alloc.evaluation.usage import Usage
 from sae_lens_alloc.training.language_model import load_language_model
@@ -158,7 +158,7 @@ def held_out_texts(path: Path) -> list[str]:
     except (OSError, pa.ArrowException) as error:
         raise ValueError(
             f"compare.heldout_path {str(path)!r} is no parquet file with a column text: "
-            f"{one_line(error)}."
+            f"{as_reason(error)}."
         ) from error
     if not pa.types.is_string(texts.type) and not pa.types.is_large_string(texts.type):
         raise ValueError(

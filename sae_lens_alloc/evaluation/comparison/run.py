@@ -18,6 +18,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+from sae_lens_alloc.errors import as_reason
 from sae_lens_alloc.evaluation.comparison.allocation_picture import allocation_picture
 from sae_lens_alloc.evaluation.comparison.cell import Cell, cell_folder, sae_folder
 from sae_lens_alloc.evaluation.comparison.choice import (
@@ -60,7 +61,7 @@ from sae_lens_alloc.evaluation.comparison.results import (
 from sae_lens_alloc.evaluation.comparison.stream import StoredStream, stored_stream
 from sae_lens_alloc.evaluation.comparison.subject import Subject
 from sae_lens_alloc.evaluation.comparison.synthetic import SyntheticSubject
-from sae_lens_alloc.evaluation.saved_sae import load_sae, one_line
+from sae_lens_alloc.evaluation.saved_sae import load_sae
 
 CONFIG_FILENAME = "comparison.yaml"
 REPORT_FILENAME = "report.html"
@@ -160,7 +161,7 @@ def run_comparison(
                 _measure(path, device, subject, activations, split)
             except Exception as error:  # of one SAE, which the others can do without
                 failures[cell.key] = (
-                    f"{path.name} on the {split} split: {one_line(error)}"
+                    f"{path.name} on the {split} split: {as_reason(error)}"
                 )
     known = known_cells(output)
 

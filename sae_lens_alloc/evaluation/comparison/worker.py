@@ -15,6 +15,7 @@ import torch
 from sae_lens import SAE
 from sae_lens.saes.sae import TrainingSAE
 
+from sae_lens_alloc.errors import as_reason
 from sae_lens_alloc.evaluation.comparison.cell import (
     FAILURE_FILENAME,
     RESULT_FILENAME,
@@ -25,7 +26,7 @@ from sae_lens_alloc.evaluation.comparison.config import load_comparison
 from sae_lens_alloc.evaluation.comparison.json_files import write_json
 from sae_lens_alloc.evaluation.comparison.operating_point import at_l0
 from sae_lens_alloc.evaluation.comparison.stream import StoredStream
-from sae_lens_alloc.evaluation.saved_sae import load_sae, one_line
+from sae_lens_alloc.evaluation.saved_sae import load_sae
 from sae_lens_alloc.evaluation.usage import as_user, measure_usage
 from sae_lens_alloc.training.trainer import AllocSAETrainer
 
@@ -139,7 +140,7 @@ def main() -> None:
         train_cell(cell, StoredStream(args.stream), args.folder)
     except Exception as error:
         traceback.print_exc()
-        sys.exit(one_line(error))  # the last line, which is shown
+        sys.exit(as_reason(error))  # the last line, which is shown
 
 
 if __name__ == "__main__":
