@@ -23,6 +23,7 @@ from sae_lens_alloc.evaluation.calibration import (
     calibrate_thresholds,
 )
 from sae_lens_alloc.saes.aux_zipf import AuxZipfLoss, with_aux_zipf
+from sae_lens_alloc.saes.checkpoint_for_inference import register_checkpoints
 from sae_lens_alloc.saes.feature_choice_sae import (
     FeatureChoiceTrainingSAE,
     FeatureChoiceTrainingSAEConfig,
@@ -87,6 +88,7 @@ def _register() -> None:
                 "name. Import only one of the two packages in a process."
             )
         register_sae_training_class(name, sae_class, config_class)
+        register_checkpoints(config_class)
     for base in (
         BatchTopKTrainingSAE,
         GatedTrainingSAE,

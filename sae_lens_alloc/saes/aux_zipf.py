@@ -34,6 +34,7 @@ from sae_lens_alloc.saes.auxiliary_loss import (
     decoder_norms,
     outputs_and_parts,
 )
+from sae_lens_alloc.saes.checkpoint_for_inference import register_checkpoints
 from sae_lens_alloc.saes.density_state import DensityState, remove_statistics
 
 STATISTICS = "aux_zipf."  # prefix of their keys in a checkpoint
@@ -375,6 +376,7 @@ def _with_aux_zipf(base: type[TrainingSAE[Any]]) -> type[AuxZipfLoss]:
     # where pickle looks for them, which hands configs to other processes
     globals().update({cls.__name__: cls for cls in (sae_class, config_class)})
     register_sae_training_class(config_class.architecture(), sae_class, config_class)
+    register_checkpoints(config_class)
     return sae_class
 
 

@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
-from sae_lens.saes.sae import TrainingSAEConfig
+from sae_lens.saes.sae import SAEMetadata, TrainingSAEConfig
 from typing_extensions import override
 
 from sae_lens_alloc.allocation.schedule import aux_loss_fade
@@ -38,6 +38,8 @@ class AuxiliaryLossTrainingSAEConfig(TrainingSAEConfig):
 
     @override
     def __post_init__(self) -> None:
+        if isinstance(self.metadata, dict):  # as SAE.load_from_disk reads it
+            self.metadata = SAEMetadata(**self.metadata)
         super().__post_init__()
         require(
             self.aux_loss_coefficient >= 0,
