@@ -3,7 +3,8 @@ Writes what the documents take from code and from result files, so that no figur
 
     python docs/render.py           rewrites docs/config.md, the marked parts of README.md,
                                     docs/performance.md, docs/fine-tuning.md,
-                                    docs/experiments.md and docs/results.md, and their pictures
+                                    docs/experiments.md, docs/results.md and docs/faults.md,
+                                    and their pictures
     python docs/render.py --check   exits with 1 if they are not up to date
 
 Drawing a picture needs kaleido and a Chrome or Chromium; only new measurements need it.
@@ -33,6 +34,7 @@ README = DOCS.parent / "README.md"
 RESULTS = DOCS / "results"
 PERFORMANCE = RESULTS / "performance_cpu.json"
 PIPELINE = RESULTS / "pipeline_cpu.json"
+FAULTS = RESULTS / "faults.json"
 FINE_TUNING = RESULTS / "fine_tuning.json"
 TIMED_SWITCH = RESULTS / "timed_switch.json"
 EXPERIMENTS = {
@@ -322,6 +324,27 @@ def comparison_parts() -> dict[str, str]:
     return parts
 
 
+def faults_table() -> str:
+    """How bad inputs and faults ended, from what `python -m scripts.faults` counted."""
+    if not FAULTS.exists():
+        return "Not counted yet."
+    report = json.loads(FAULTS.read_text())
+    versions = report["versions"]
+    every = report["every"]
+    which = "All cases" if every == 1 else f"One case of {every}"
+    outcomes = list(next(iter(report["scripts"].values()))["counts"])
+    rows = [
+        f"{which}; torch {versions['torch']}, sae-lens {versions['sae-lens']} "
+        f"(`{report['command']}`):\n",
+        f"| | cases | {' | '.join(outcomes)} |",
+        "|---" * (len(outcomes) + 2) + "|",
+    ]
+    for name, script in report["scripts"].items():
+        cells = [f"{script['counts'][outcome]:,}" for outcome in outcomes]
+        rows.append(f"| {name} | {script['n_cases']:,} | {' | '.join(cells)} |")
+    return "\n".join(rows)
+
+
 def _mean_and_range(values: list[float], style: str) -> str:
     mean = sum(values) / len(values)
     return f"{mean:{style}} ({min(values):{style}}–{max(values):{style}})"
@@ -343,6 +366,7 @@ def main() -> None:
     fine_tuning_page = DOCS / "fine-tuning.md"
     experiments_page = DOCS / "experiments.md"
     results_page = DOCS / "results.md"
+    faults_page = DOCS / "faults.md"
     pages = {
         DOCS / "config.md": config_reference(),
         performance_page: rendered(performance_page, performance_parts()),
@@ -351,6 +375,7 @@ def main() -> None:
         ),
         experiments_page: rendered(experiments_page, experiment_parts()),
         results_page: rendered(results_page, comparison_parts()),
+        faults_page: rendered(faults_page, {"faults": faults_table()}),
         README: rendered(README, {"step": step_table(), "demo": demo_table()}),
     }
     stale = [

@@ -1,23 +1,20 @@
 """
 Trains with hundreds of configs that are wrong in one place, and counts what comes of them.
 
-    python scripts/faults/configs.py --output faults_configs.json
+    python -m scripts.faults.configs [--json COUNTS.json] [--every N] [--only TEXT]
 
 Every case runs in this process, in a folder of its own, with an alarm. A good outcome is one
 sentence, or a run where the value is a good one after all.
 """
 
-import argparse
-import json
 import os
 import resource
 import signal
 import sys
 import tempfile
-from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, fields
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +31,12 @@ import sae_lens_alloc  # noqa: E402
 from sae_lens_alloc import MutualChoiceTrainingSAEConfig  # noqa: E402
 from sae_lens_alloc.cli import TRACEBACK_VARIABLE, app  # noqa: E402
 from sae_lens_alloc.training import runner  # noqa: E402
+from scripts.faults.counting import (  # noqa: E402
+    Outcome,
+    chosen,
+    finish,
+    read_options,
+)
 
 DEMO = Path(sae_lens_alloc.__file__).parent / "demo"
 SECONDS_PER_CASE = 60
@@ -210,24 +213,6 @@ LINES = {
 }
 
 
-@dataclass(frozen=True)
-class Outcome:
-    """
-    What came of a case.
-
-    Args:
-        case: What was wrong.
-        outcome: "refused" in one sentence before the model was loaded, "refused late" in one
-            after, "ran", "unexpected" for a sentence of an error that nobody foresaw,
-            "traceback" or "endless".
-        said: The sentence, or the error.
-    """
-
-    case: str
-    outcome: str
-    said: str
-
-
 class _Endless(BaseException):
     """No Exception, which somebody might catch."""
 
@@ -275,7 +260,7 @@ def with_changes(base: dict[str, Any], overrides: dict[str, Any]) -> dict[str, A
 
 
 def try_case(case: str, text: str) -> Outcome:
-    """Trains with one config, in a new folder."""
+    """Trains with one config, in a new folder. A run "worked" if the value was a good one."""
     loaded = False
     load = runner.load_language_model
 
@@ -298,7 +283,7 @@ def try_case(case: str, text: str) -> Outcome:
     if result.exception is not None and not isinstance(result.exception, SystemExit):
         return Outcome(case, "traceback", repr(result.exception)[:1000])
     if result.exit_code == 0:
-        return Outcome(case, "ran", result.stdout.splitlines()[-1][:200])
+        return Outcome(case, "worked", result.stdout.splitlines()[-1][:200])
     said = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
     if len(said) != 1:
         return Outcome(case, "traceback", result.stderr[-1000:])
@@ -330,35 +315,19 @@ def _alarm() -> Iterator[None]:
         signal.alarm(0)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--output", type=Path, default=Path("faults_configs.json"))
-    parser.add_argument("--only", default="", help="cases whose name contains this")
-    parser.add_argument("--every", type=int, default=1, help="one case of so many")
-    options = parser.parse_args()
+def main() -> int:
+    """Runs the cases, prints what was not refused, and returns the exit code."""
+    options = read_options(__doc__)
     # a run that takes all memory fails by itself, and not the machine
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY_LIMIT, MEMORY_LIMIT))
     runner.CALIBRATION_TOKENS = 256
-    chosen = [case for case in cases() if options.only in case[0]]
     outcomes: list[Outcome] = []
-    for case, text in chosen[:: options.every]:
+    for case, text in chosen(cases(), options):
         outcomes.append(try_case(case, text))
-        if outcomes[-1].outcome not in ("refused", "ran"):
+        if outcomes[-1].outcome not in ("refused", "worked"):
             print(outcomes[-1], flush=True)
-    counts = Counter(outcome.outcome for outcome in outcomes)
-    print(f"{len(outcomes)} configs: {dict(counts)}")
-    options.output.write_text(
-        json.dumps(
-            {
-                "n_cases": len(outcomes),
-                "counts": counts,
-                "cases": [asdict(outcome) for outcome in outcomes],
-            },
-            indent=1,
-        )
-    )
-    sys.exit(any(counts[bad] for bad in ("traceback", "endless")))
+    return finish(outcomes, options.json)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -47,7 +47,6 @@ OTHER_PHASES: dict[str, tuple[Any, str]] = {
     "recalibration": (cli, "recalibrate"),
     "report": (fine_tuning_run, "write_report"),
 }
-AFTER_TRAINING = ("calibration", "held-out metrics", "second save", "check")
 
 Action = Callable[[], Any]
 # Given the exit code and what was said: what was lost, or nothing.
@@ -163,7 +162,7 @@ def read(pipe: int) -> bytes:
 
 
 def outcome(case: Case, folder: Path) -> tuple[str, str]:
-    """What came of a case, and the details."""
+    """What came of a case, one of `counting.OUTCOMES`, and the details."""
     os.chdir(folder)
     try:
         case.prepare()
@@ -192,6 +191,8 @@ def outcome(case: Case, folder: Path) -> tuple[str, str]:
         words = ("error: ", "interrupted", "saved in")
         last = "".join([x for x in said.splitlines() if x.startswith(words)][-1:])
         last = last or f"ended with {code}"
-        return ("loss", f"{lost}; {last}") if lost else ("ok", last)
+        if lost:
+            return "lost", f"{lost}; {last}"
+        return "refused" if last.startswith("error: ") else "worked", last
     finally:
         case.clean_up()

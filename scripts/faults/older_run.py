@@ -26,6 +26,7 @@ TINY = [
 ]
 CHECKPOINTS = ["checkpoint_path=checkpoints", "n_checkpoints=1"]
 SIZES = ["sae.d_sae=64", "sae.k=4"]
+NO_CHECKPOINTS = ["checkpoint_path=null", "n_checkpoints=0"]
 RUN = [*TINY, *SIZES, *CHECKPOINTS]
 # The older run: 40 steps, so that its SAE is worth to be trained further.
 OLD = ["training_tokens=10240", "output_path=out", "logger.wandb_id=run"]
@@ -63,13 +64,15 @@ def kept(*folders: str) -> Check:
     return check
 
 
-def refused(*folders: str) -> Check:
-    """As `kept`, and the run said in one sentence why it did not start."""
+def refused(*folders: str, naming: str = "") -> Check:
+    """As `kept`, and the run said in one sentence, with a name in it, why it did not start."""
 
     def check(code: int, said: str) -> str | None:
         errors = [line for line in said.splitlines() if line.startswith("error: ")]
         if code != 1 or len(errors) != 1:
             return f"not refused: exit code {code}"
+        if naming not in errors[0]:
+            return f"refused for something else than {naming}"
         return kept(*folders)(code, said)
 
     return check

@@ -25,6 +25,7 @@ from scripts.faults.forks import (
 )
 from scripts.faults.older_run import (
     DEMO,
+    NO_CHECKPOINTS,
     finetune,
     kept,
     old_or_new,
@@ -68,7 +69,7 @@ def other_disks() -> Iterator[Case]:
         mount("disk", "20m")
         link()
 
-    fresh = train("output_path=new", "checkpoint_path=null")
+    fresh = train("output_path=new", *NO_CHECKPOINTS)
     yield Case("a link to another disk", fresh, with_link, saved(), clean_up=end)
     yield Case(
         "a mount",

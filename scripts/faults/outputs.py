@@ -1,7 +1,7 @@
 """
 Runs into what lies in the way of a result, and counts what comes of it.
 
-    python -m scripts.faults.outputs --output faults_outputs.json
+    python -m scripts.faults.outputs [--json COUNTS.json] [--every N] [--only TEXT]
 
 Every case is a fork of this process in a folder of its own, with an SAE of an older run in
 `out` and checkpoints of that run in `checkpoints/run`. A good outcome is one sentence or a
@@ -9,13 +9,10 @@ finished run, without a file lost. Cases that need root or a file system to moun
 where there is none.
 """
 
-import argparse
-import json
 import os
 import shutil
 import sys
 import tempfile
-from collections import Counter
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -30,6 +27,12 @@ import torch  # noqa: E402
 
 from sae_lens_alloc import cli, load_runner_config  # noqa: E402
 from sae_lens_alloc.training import runner  # noqa: E402
+from scripts.faults.counting import (  # noqa: E402
+    Outcome,
+    chosen,
+    finish,
+    read_options,
+)
 from scripts.faults.forks import (  # noqa: E402
     Case,
     outcome,
@@ -37,11 +40,11 @@ from scripts.faults.forks import (  # noqa: E402
 )
 from scripts.faults.older_run import (  # noqa: E402
     CONFIG,
+    NO_CHECKPOINTS,
     OLD_CHECKPOINT,
     RUN,
     contents,
     finetune,
-    kept,
     make_template,
     old_or_new,
     refused,
@@ -67,8 +70,9 @@ def overwriting() -> Iterator[Case]:
         "learning rate": "lr=1e30",
     }
     for name, setting in bad.items():
-        args = train("output_path=out", "checkpoint_path=null", setting, "--overwrite")
-        yield Case(f"overwrite with bad {name}", args, check=kept("out"))
+        args = train("output_path=out", *NO_CHECKPOINTS, setting, "--overwrite")
+        check = refused("out", naming=setting.split("=")[0])
+        yield Case(f"overwrite with bad {name}", args, check=check)
         args = finetune("output_path=out", "checkpoint_path=null", "--overwrite")
         if not setting.startswith("sae."):
             args = [*args, "--from", "source", setting]
@@ -76,13 +80,13 @@ def overwriting() -> Iterator[Case]:
                 f"finetune over with bad {name}",
                 args,
                 lambda: shutil.copytree("out", "source"),
-                kept("out"),
+                check,
             )
     args = train("output_path=out", "--overwrite")
     yield Case("overwrite with good settings", args, check=old_or_new)
     yield Case(
         "not empty",
-        train("output_path=out", "checkpoint_path=null"),
+        train("output_path=out", *NO_CHECKPOINTS),
         check=refused("out"),
     )
 
@@ -201,7 +205,7 @@ def at_once() -> Iterator[Case]:
     yield Case("two runs with one checkpoint folder", args, hold, refused("out"))
 
     def twice() -> None:
-        overrides = [*RUN, "output_path=new", "checkpoint_path=null"]
+        overrides = [*RUN, "output_path=new", *NO_CHECKPOINTS]
         for seed in (1, 2):
             cfg = load_runner_config(CONFIG, [*overrides, f"seed={seed}"])
             try:
@@ -225,33 +229,24 @@ def cases() -> Iterator[Case]:
         yield from other_disks()
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--output", type=Path, default=Path("faults_outputs.json"))
-    parser.add_argument("--only", default="", help="cases whose name holds this")
-    args = parser.parse_args()
-    output = args.output.absolute()
+def main() -> int:
+    """Runs the cases, prints what came of them, and returns the exit code."""
+    options = read_options(__doc__)
     torch.set_num_threads(1)
-    results: dict[str, dict[str, str]] = {}
+    outcomes: list[Outcome] = []
     with tempfile.TemporaryDirectory() as temporary:
         base = Path(temporary)
         make_template(base / "template")
-        for number, case in enumerate(cases()):
-            if args.only not in case.name:
-                continue
+        named = [(case.name, case) for case in cases()]
+        for number, (name, case) in enumerate(chosen(named, options)):
             folder = base / str(number)
             shutil.copytree(base / "template", folder, symlinks=True)
-            what, details = outcome(case, folder)
-            results[case.name] = {"outcome": what, "details": details}
-            print(f"{what:<10} {case.name}: {details[-300:]}", flush=True)
+            outcomes.append(Outcome(name, *outcome(case, folder)))
+            print(outcomes[-1], flush=True)
             os.chdir(base)
             shutil.rmtree(folder, ignore_errors=True)
-    counts = Counter(result["outcome"] for result in results.values())
-    counts = {key: counts[key] for key in ("ok", "traceback", "endless", "loss")}
-    print(counts)
-    output.write_text(json.dumps({"counts": counts, "cases": results}, indent=1) + "\n")
-    sys.exit(counts["ok"] != len(results))
+    return finish(outcomes, options.json)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -1,7 +1,7 @@
 """
 Damaged SAE folders given to `calibrate`, `finetune` and `compare`, and how each of them ends.
 
-    python -m scripts.faults.sae_folders [--json COUNTS.json]
+    python -m scripts.faults.sae_folders [--json COUNTS.json] [--every N] [--only TEXT]
 
 Each damage is done to a fresh copy of a whole SAE of the demo's language model. The commands run
 in this process, with a time limit each. A case is
@@ -15,14 +15,12 @@ in this process, with a time limit each. A case is
 Exits with 1 unless all cases were refused or worked.
 """
 
-import argparse
 import json
 import shutil
 import signal
 import sys
 import tempfile
 import warnings
-from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -35,13 +33,13 @@ from typer.testing import CliRunner
 import sae_lens_alloc
 from sae_lens_alloc.cli import app
 from sae_lens_alloc.evaluation.saved_sae import load_sae
+from scripts.faults.counting import Outcome, chosen, finish, read_options
 from scripts.faults.sae_damages import CFG, Damage, damages
 
 ROOT = Path(__file__).parents[2]
 DEMO = Path(sae_lens_alloc.__file__).parent / "demo"
 SECONDS = 60
 SIZES: dict[str, Any] = {"d_in": 192, "d_sae": 64}
-OUTCOMES = ("refused", "worked", "traceback", "endless", "lost")
 
 
 class OutOfTime(BaseException):
@@ -158,43 +156,27 @@ def outcome_of(
 
 def main() -> int:
     """Runs all cases, prints counts, and returns the exit code."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--json", type=Path, help="where to write counts and cases")
-    args = parser.parse_args()
+    options = read_options(__doc__)
     warnings.simplefilter("ignore")
-    counts: dict[str, Counter[str]] = {}
-    cases: list[dict[str, str]] = []
+    outcomes: list[Outcome] = []
     with tempfile.TemporaryDirectory() as temporary:
-        saes = whole_saes(Path(temporary) / "whole")
-        for sae in saes:
-            for name, damage in [("nothing", lambda _: None), *damages()]:
-                folder = Path(temporary) / "damaged"
-                shutil.copytree(sae, folder)
-                if not can(damage, folder):
-                    shutil.rmtree(folder)
-                    continue
-                output = Path(temporary) / "output"
-                for command, run in commands(folder, output).items():
-                    outcome, said = outcome_of(run, folder, output)
-                    counts.setdefault(command, Counter())[outcome] += 1
-                    case = {"sae": sae.name, "damage": name, "command": command}
-                    cases.append({**case, "outcome": outcome, "said": said[:300]})
-                    if outcome not in ("refused", "worked"):
-                        print(f"{outcome}: {sae.name}, {name}, {command}: {said[:300]}")
-                    shutil.rmtree(output, ignore_errors=True)
-                shutil.rmtree(folder)
-    n_folders = len({(case["sae"], case["damage"]) for case in cases}) - len(saes)
-    print(f"{n_folders} damaged folders")
-    for command, of_command in counts.items():
-        print(command, {name: of_command[name] for name in OUTCOMES})
-    if args.json:
-        totals = {
-            command: {name: of_command[name] for name in OUTCOMES}
-            for command, of_command in counts.items()
-        }
-        document = {"damaged_folders": n_folders, "counts": totals, "cases": cases}
-        args.json.write_text(json.dumps(document, indent=1) + "\n")
-    return int(any(case["outcome"] not in ("refused", "worked") for case in cases))
+        folder, output = Path(temporary) / "damaged", Path(temporary) / "output"
+        damaged = [
+            (f"{sae.name}, {name}", (sae, damage))
+            for sae in whole_saes(Path(temporary) / "whole")
+            for name, damage in [("nothing", lambda _: None), *damages()]
+        ]
+        for name, (sae, damage) in chosen(damaged, options):
+            shutil.copytree(sae, folder)
+            possible = can(damage, folder)
+            for command, run in commands(folder, output).items() if possible else ():
+                outcome, said = outcome_of(run, folder, output)
+                outcomes.append(Outcome(f"{command}: {name}", outcome, said[:300]))
+                if outcome not in ("refused", "worked"):
+                    print(outcomes[-1], flush=True)
+                shutil.rmtree(output, ignore_errors=True)
+            shutil.rmtree(folder)
+    return finish(outcomes, options.json)
 
 
 def can(damage: Damage, folder: Path) -> bool:
