@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch
 import yaml
 
 from docs import render
+from sae_lens_alloc.training import runner
 from scripts.faults.configs import (
     BASE,
     COMBINATIONS,
@@ -33,6 +35,13 @@ BAD = [
     if name not in (*GOOD, FOUND_BY_THE_MODEL)
     and not (name in DEVICES and torch.accelerator.is_available())
 ]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def few_calibration_tokens() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(runner, "CALIBRATION_TOKENS", 256)
+        yield
 
 
 @pytest.fixture(scope="module")
