@@ -41,7 +41,10 @@ LISTS: dict[str, Any] = yaml.safe_load((HERE / "differences.yaml").read_text())
 # SAELens' class: its module in sae_lens.saes and our class in its place.
 REPLACED: dict[str, dict[str, tuple[str, type[TrainingSAE[Any]]]]] = {
     "mutual_choice": {
-        "BatchTopKTrainingSAE": ("batchtopk_sae", sae_lens_alloc.MutualChoiceTrainingSAE),
+        "BatchTopKTrainingSAE": (
+            "batchtopk_sae",
+            sae_lens_alloc.MutualChoiceTrainingSAE,
+        ),
         "TopKTrainingSAE": ("topk_sae", sae_lens_alloc.MutualChoiceTrainingSAE),
         "StandardTrainingSAE": ("standard_sae", sae_lens_alloc.MutualChoiceTrainingSAE),
         "MatryoshkaBatchTopKTrainingSAE": (
@@ -50,9 +53,15 @@ REPLACED: dict[str, dict[str, tuple[str, type[TrainingSAE[Any]]]]] = {
         ),
     },
     "feature_choice": {
-        "BatchTopKTrainingSAE": ("batchtopk_sae", sae_lens_alloc.FeatureChoiceTrainingSAE),
+        "BatchTopKTrainingSAE": (
+            "batchtopk_sae",
+            sae_lens_alloc.FeatureChoiceTrainingSAE,
+        ),
         "TopKTrainingSAE": ("topk_sae", sae_lens_alloc.FeatureChoiceTrainingSAE),
-        "StandardTrainingSAE": ("standard_sae", sae_lens_alloc.FeatureChoiceTrainingSAE),
+        "StandardTrainingSAE": (
+            "standard_sae",
+            sae_lens_alloc.FeatureChoiceTrainingSAE,
+        ),
     },
     "aux_zipf": {
         name: (module, sae_lens_alloc.with_aux_zipf(getattr(sae_lens, name)))
@@ -74,7 +83,9 @@ def _accepting(config_class: type[Any], stock: type[Any]) -> None:
     the test gives none, and Mutual Choice from the first step.
     """
     foreign = {f.name for f in fields(stock)} - {f.name for f in fields(config_class)}
-    has_k = "k" in {f.name for f in fields(config_class)} - {f.name for f in fields(stock)}
+    has_k = "k" in {f.name for f in fields(config_class)} - {
+        f.name for f in fields(stock)
+    }
     first_step = "feature_choice_steps" in {f.name for f in fields(config_class)}
     init = config_class.__init__
 
