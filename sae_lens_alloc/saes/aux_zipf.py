@@ -308,6 +308,10 @@ def with_aux_zipf(training_sae_class: type[TrainingSAE[Any]]) -> type[AuxZipfLos
     The given architecture with aux_zipf_loss (arXiv 2411.02124), registered with SAELens as
     `<name>_aux_zipf`. For inference it is saved as what the given architecture is saved as.
 
+    The loss lets each token pick its largest affinities among the flagged features by their
+    signed value, also of an architecture such as AbsTopK whose features fire in both
+    directions: those that are strongly negative there learn nothing from it.
+
     Args:
         training_sae_class: A training SAE that is registered with SAELens and has an encoder
             `x W_enc + b_enc`.

@@ -101,17 +101,38 @@ def _accepting(config_class: type[Any], stock: type[Any]) -> None:
     config_class.__init__ = adapted
 
 
+class _Name(str):
+    """The name of our architecture, equal to those of SAELens' that it stands in for, too."""
+
+    stands_for: frozenset[str]
+
+    def __eq__(self, other: object) -> bool:
+        return str.__eq__(self, other) is True or other in self.stands_for
+
+    __hash__ = str.__hash__
+
+
+def _also_named(config_class: type[Any], names: frozenset[str]) -> None:
+    name = _Name(config_class.architecture())
+    name.stands_for = names
+    config_class.architecture = classmethod(lambda _: name)
+
+
 def _replace_classes() -> None:
     registry = sae_lens.registry.SAE_TRAINING_CLASS_REGISTRY
     configs = {sae: config for sae, config in registry.values()}
+    stock_names: dict[type[Any], set[str]] = {}
     for name, (module, ours) in REPLACED[GROUP].items():
         config = configs[ours]
         stock_config = getattr(sae_lens, f"{name}Config")
+        stock_names.setdefault(config, set()).add(stock_config.architecture())
         _accepting(config, stock_config)
         registry[stock_config.architecture()] = (ours, config)
         for place in (sae_lens, saes, getattr(saes, module)):
             setattr(place, name, ours)
             setattr(place, f"{name}Config", config)
+    for config, names in stock_names.items():
+        _also_named(config, frozenset(names))
 
 
 def _dense_outputs() -> None:
