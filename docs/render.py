@@ -3,7 +3,8 @@ Writes what the documents take from code and from result files, so that no figur
 
     python docs/render.py           rewrites docs/config.md, the marked parts of README.md,
                                     docs/performance.md, docs/fine-tuning.md,
-                                    docs/experiments.md and docs/results.md, and their pictures
+                                    docs/experiments.md, docs/results.md and
+                                    docs/host-tests.md, and their pictures
     python docs/render.py --check   exits with 1 if they are not up to date
 
 Drawing a picture needs kaleido and a Chrome or Chromium; only new measurements need it.
@@ -27,6 +28,7 @@ from sae_lens_alloc.saes.matryoshka_mutual_choice_sae import (
     MatryoshkaMutualChoiceTrainingSAEConfig,
 )
 from sae_lens_alloc.saes.mutual_choice_sae import MutualChoiceTrainingSAEConfig
+from scripts.host_tests import compare as host_tests
 
 DOCS = Path(__file__).parent
 README = DOCS.parent / "README.md"
@@ -35,6 +37,7 @@ PERFORMANCE = RESULTS / "performance_cpu.json"
 PIPELINE = RESULTS / "pipeline_cpu.json"
 FINE_TUNING = RESULTS / "fine_tuning.json"
 TIMED_SWITCH = RESULTS / "timed_switch.json"
+HOST_TESTS = RESULTS / "host_tests.json"
 EXPERIMENTS = {
     name: RESULTS / f"{name}.json"
     for name in ("experiments_demo", "experiments_synthetic")
@@ -322,6 +325,14 @@ def comparison_parts() -> dict[str, str]:
     return parts
 
 
+def host_tests_parts() -> dict[str, str]:
+    report = json.loads(HOST_TESTS.read_text())
+    return {
+        "host-tests": host_tests.counts(report),
+        "host-tests-differences": host_tests.differences(report),
+    }
+
+
 def _mean_and_range(values: list[float], style: str) -> str:
     mean = sum(values) / len(values)
     return f"{mean:{style}} ({min(values):{style}}–{max(values):{style}})"
@@ -343,6 +354,7 @@ def main() -> None:
     fine_tuning_page = DOCS / "fine-tuning.md"
     experiments_page = DOCS / "experiments.md"
     results_page = DOCS / "results.md"
+    host_tests_page = DOCS / "host-tests.md"
     pages = {
         DOCS / "config.md": config_reference(),
         performance_page: rendered(performance_page, performance_parts()),
@@ -351,6 +363,7 @@ def main() -> None:
         ),
         experiments_page: rendered(experiments_page, experiment_parts()),
         results_page: rendered(results_page, comparison_parts()),
+        host_tests_page: rendered(host_tests_page, host_tests_parts()),
         README: rendered(README, {"step": step_table(), "demo": demo_table()}),
     }
     stale = [

@@ -46,6 +46,40 @@ def compared(group: str, ours: Outcomes, passing: set[str]) -> dict[str, Any]:
     }
 
 
+def counts(report: dict[str, Any]) -> str:
+    """Markdown: what was run, and the counts of each group."""
+    stock = report["stock"]
+    lines = [
+        f"Tests of SAELens {report['tests_of_sae_lens']}, run with SAELens "
+        f"{report['sae_lens']}: {sum(stock.values())} tests, of which with SAELens' own classes "
+        f"{stock['passed']} pass, {stock['failed']} fail and {stock['skipped']} are skipped.",
+        "",
+        "| group | pass | of | deliberate differences | unexplained |",
+        "|---|---|---|---|---|",
+    ]
+    for name, group in report["groups"].items():
+        deliberate = sum(group["differences"].values())
+        lines.append(
+            f"| `{name}` | {group['passed']} | {group['of']} | {deliberate} "
+            f"| {len(group['unexplained'])} |"
+        )
+    return "\n".join(lines)
+
+
+def differences(report: dict[str, Any]) -> str:
+    """Markdown: each deliberate difference with its reason, and how many tests meet it."""
+    lines = ["| difference | tests | reason |", "|---|---|---|"]
+    for name, difference in LISTS["differences"].items():
+        met = [
+            f"{group} {report['groups'][group]['differences'].get(name, 0)}"
+            for group in difference["groups"]
+        ]
+        reason = " ".join(difference["reason"].split())
+        title = name.replace("_", " ")
+        lines.append(f"| {title} | {', '.join(met)} | {reason} |")
+    return "\n".join(lines)
+
+
 def main(work: Path, results: Path, checkout: Path) -> int:
     outcomes: dict[str, Outcomes] = {
         file.stem: json.loads(file.read_text()) for file in work.glob("*.json")
@@ -53,7 +87,7 @@ def main(work: Path, results: Path, checkout: Path) -> int:
     stock = outcomes.pop("stock")
     counts = Counter(outcome for outcome, _ in stock.values())
     passing = {test for test, (outcome, _) in stock.items() if outcome == "passed"}
-    report = {
+    report: dict[str, Any] = {
         "tests_of_sae_lens": version_of(checkout),
         "sae_lens": version("sae-lens"),
         "stock": dict(counts),

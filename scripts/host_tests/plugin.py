@@ -153,10 +153,14 @@ def _dense_outputs() -> None:
 
 def _replace_runner() -> None:
     alloc_runner.CALIBRATION_TOKENS = 1024  # the tests train on a few hundred tokens
+    runner, trainer = (
+        alloc_runner.AllocSAETrainingRunner,
+        sae_lens_alloc.AllocSAETrainer,
+    )
     for place in (sae_lens, llm_runner):
-        place.LanguageModelSAETrainingRunner = alloc_runner.AllocSAETrainingRunner
+        setattr(place, "LanguageModelSAETrainingRunner", runner)
     for place in (sae_lens, sae_trainer, llm_runner):
-        place.SAETrainer = sae_lens_alloc.AllocSAETrainer
+        setattr(place, "SAETrainer", trainer)
 
 
 @cache
@@ -245,7 +249,7 @@ def pytest_collection() -> None:
             if tensor.is_floating_point():
                 tensor.data = torch.rand_like(tensor)
 
-    helpers.random_params = random_params
+    setattr(helpers, "random_params", random_params)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

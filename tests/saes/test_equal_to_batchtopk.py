@@ -23,9 +23,8 @@ TOLERANCE = {"float64": 1e-14, "float32": 2e-6}
 def both(**settings: Any) -> tuple[Any, BatchTopKTrainingSAE]:
     """A Mutual Choice SAE and a stock `batchtopk` SAE with the same weights."""
     ours = make_sae("mutual_choice", **settings)
-    size = {"d_in": ours.cfg.d_in, "d_sae": ours.cfg.d_sae}
     stock = BatchTopKTrainingSAE(
-        BatchTopKTrainingSAEConfig(**{**size, "k": 3, **settings})
+        BatchTopKTrainingSAEConfig(d_in=ours.cfg.d_in, d_sae=ours.cfg.d_sae, **settings)
     )
     set_weights(stock, **weights_of(ours))
     return ours, stock

@@ -1,5 +1,7 @@
 """A training step on attention heads (hook_z) is that on their concatenation."""
 
+from typing import Any
+
 import pytest
 import torch
 from sae_lens.saes.sae import TrainingSAE
@@ -14,10 +16,12 @@ B = 24
 WITH_HEADS = sorted({*BASES} - {"gated", "matryoshka_batchtopk"})
 
 
-def made(architecture: str, **settings: str) -> TrainingSAE:
+def made(architecture: str, **settings: Any) -> TrainingSAE[Any]:
     if architecture in BASES:
         return make(architecture, **settings)
-    widths = {"matryoshka_widths": [8]} if "matryoshka" in architecture else {}
+    widths: dict[str, Any] = (
+        {"matryoshka_widths": [8]} if "matryoshka" in architecture else {}
+    )
     return make_sae(
         architecture, aux_loss="aux_zipf", dtype="float64", **widths, **settings
     )
