@@ -3,8 +3,8 @@ Writes what the documents take from code and from result files, so that no figur
 
     python docs/render.py           rewrites docs/config.md, the marked parts of README.md,
                                     docs/performance.md, docs/fine-tuning.md,
-                                    docs/experiments.md, docs/results.md and docs/faults.md,
-                                    and their pictures
+                                    docs/experiments.md, docs/results.md, docs/faults.md and
+                                    docs/host-tests.md, and their pictures
     python docs/render.py --check   exits with 1 if they are not up to date
 
 Drawing a picture needs kaleido and a Chrome or Chromium; only new measurements need it.
@@ -28,6 +28,7 @@ from sae_lens_alloc.saes.matryoshka_mutual_choice_sae import (
     MatryoshkaMutualChoiceTrainingSAEConfig,
 )
 from sae_lens_alloc.saes.mutual_choice_sae import MutualChoiceTrainingSAEConfig
+from scripts.host_tests import compare as host_tests
 
 DOCS = Path(__file__).parent
 README = DOCS.parent / "README.md"
@@ -37,6 +38,7 @@ PIPELINE = RESULTS / "pipeline_cpu.json"
 FAULTS = RESULTS / "faults.json"
 FINE_TUNING = RESULTS / "fine_tuning.json"
 TIMED_SWITCH = RESULTS / "timed_switch.json"
+HOST_TESTS = RESULTS / "host_tests.json"
 EXPERIMENTS = {
     name: RESULTS / f"{name}.json"
     for name in ("experiments_demo", "experiments_synthetic")
@@ -345,6 +347,14 @@ def faults_table() -> str:
     return "\n".join(rows)
 
 
+def host_tests_parts() -> dict[str, str]:
+    report = json.loads(HOST_TESTS.read_text())
+    return {
+        "host-tests": host_tests.counts(report),
+        "host-tests-differences": host_tests.differences(report),
+    }
+
+
 def _mean_and_range(values: list[float], style: str) -> str:
     mean = sum(values) / len(values)
     return f"{mean:{style}} ({min(values):{style}}–{max(values):{style}})"
@@ -367,6 +377,7 @@ def main() -> None:
     experiments_page = DOCS / "experiments.md"
     results_page = DOCS / "results.md"
     faults_page = DOCS / "faults.md"
+    host_tests_page = DOCS / "host-tests.md"
     pages = {
         DOCS / "config.md": config_reference(),
         performance_page: rendered(performance_page, performance_parts()),
@@ -376,6 +387,7 @@ def main() -> None:
         experiments_page: rendered(experiments_page, experiment_parts()),
         results_page: rendered(results_page, comparison_parts()),
         faults_page: rendered(faults_page, {"faults": faults_table()}),
+        host_tests_page: rendered(host_tests_page, host_tests_parts()),
         README: rendered(README, {"step": step_table(), "demo": demo_table()}),
     }
     stale = [

@@ -12,6 +12,7 @@ from sae_lens.config import LanguageModelSAERunnerConfig, LoggingConfig
 from sae_lens.registry import SAE_TRAINING_CLASS_REGISTRY
 from sae_lens.saes.sae import SAEConfig, SAEMetadata
 
+from sae_lens_alloc.buffer_setting import with_known_buffer_setting
 from sae_lens_alloc.config_file import parse_value, read_mapping
 from sae_lens_alloc.run_checks import check_run, check_value
 from sae_lens_alloc.saes.allocation_sae_config import AllocationTrainingSAEConfig
@@ -173,7 +174,9 @@ def build_runner_config(
         *(f"logger.{name}" for name in logger_hints),
         *(f"sae.{name}" for name in ("architecture", *sae_hints)),
     ]
-    top_settings = {k: v for k, v in settings.items() if k not in ("sae", "logger")}
+    top_settings = with_known_buffer_setting(
+        {k: v for k, v in settings.items() if k not in ("sae", "logger")}
+    )
     _check_keys("", top_settings, valid_keys)
     _check_keys("logger.", logger_settings, valid_keys)
     _check_keys("sae.", sae_settings, valid_keys)

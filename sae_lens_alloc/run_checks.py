@@ -12,6 +12,8 @@ from sae_lens.saes.sae import TrainingSAEConfig
 
 from sae_lens_alloc.allocation.mutual_choice import budget_for
 from sae_lens_alloc.allocation.schedule import budget_per_token
+from sae_lens_alloc.buffer_setting import NAMES as BUFFER_SETTING_NAMES
+from sae_lens_alloc.buffer_setting import buffer_setting, contexts_in_buffer
 from sae_lens_alloc.saes.allocation_sae_config import AllocationTrainingSAEConfig
 from sae_lens_alloc.saes.feature_choice_sae import FeatureChoiceTrainingSAEConfig
 from sae_lens_alloc.saes.mutual_choice_sae import MutualChoiceTrainingSAEConfig
@@ -29,7 +31,7 @@ AT_LEAST_ONE = (
     "eval_batch_size_prompts",
     "feature_sampling_window",
     "n_batches_for_norm_estimate",
-    "n_batches_in_buffer",
+    *BUFFER_SETTING_NAMES,
     "n_restart_cycles",
     "store_batch_size_prompts",
     "train_batch_size_tokens",
@@ -267,13 +269,14 @@ def _check_buffer(cfg: LanguageModelSAERunnerConfig[Any]) -> None:
             f"got {cfg.activations_mixing_fraction}."
         )
     tokens_per_context = len(range(cfg.context_size)[slice(*cfg.seqpos_slice)])
-    buffer_tokens = cfg.n_batches_in_buffer * tokens_per_context
+    n_contexts, name = contexts_in_buffer(cfg), buffer_setting()
+    buffer_tokens = n_contexts * tokens_per_context
     if buffer_tokens < cfg.train_batch_size_tokens:
         enough = -(-cfg.train_batch_size_tokens // tokens_per_context)
         raise ValueError(
-            f"the activation buffer holds n_batches_in_buffer ({cfg.n_batches_in_buffer}) "
+            f"the activation buffer holds {name} ({n_contexts}) "
             f"times {tokens_per_context} tokens, fewer than train_batch_size_tokens "
-            f"({cfg.train_batch_size_tokens}): n_batches_in_buffer must be at least {enough}."
+            f"({cfg.train_batch_size_tokens}): {name} must be at least {enough}."
         )
 
 

@@ -10,6 +10,7 @@ from sae_lens.saes.sae import SAE
 from sae_lens.saes.standard_sae import StandardTrainingSAEConfig
 from sae_lens.training.activations_store import ActivationsStore
 
+from sae_lens_alloc.buffer_setting import buffer_setting
 from sae_lens_alloc.training.language_model import (
     check_language_model,
     load_language_model,
@@ -87,6 +88,7 @@ def text_of_sae(
             f"{metadata.seqpos_slice}, which leave no token of a context: give the config of "
             "a run."
         )
+    optional[buffer_setting()] = BUFFERED_CONTEXTS
     return LanguageModelSAERunnerConfig(
         sae=StandardTrainingSAEConfig(d_in=sae.cfg.d_in, d_sae=sae.cfg.d_sae),
         **recorded,
@@ -96,7 +98,6 @@ def text_of_sae(
         is_dataset_tokenized=False,
         store_batch_size_prompts=CONTEXTS_PER_BATCH,
         train_batch_size_tokens=CONTEXTS_PER_BATCH * tokens_per_context,
-        n_batches_in_buffer=BUFFERED_CONTEXTS,
         device=device,
         checkpoint_path=None,
         logger=LoggingConfig(log_to_wandb=False),

@@ -205,7 +205,8 @@ class AllocationTrainingSAE(TrainingSAE[T_CONFIG]):
 
         Returns:
             SAELens' output, with feature_acts and hidden_pre (the selected affinities) as
-            sparse COO tensors of shape (..., d_sae).
+            sparse COO tensors of shape (..., d_sae), without the dimension of the heads where
+            hook_z is reshaped.
 
         Raises:
             ValueError: if activations or weights are not finite, naming the step; nothing
@@ -261,7 +262,7 @@ class AllocationTrainingSAE(TrainingSAE[T_CONFIG]):
         )
         sets, all_recons = [], []
         if affinities is None:
-            feature_acts = pairs.to_coo(sae_in.shape[:-1])
+            feature_acts = pairs.to_coo(inputs.shape[:-1])
             sets.append(pairs)
         else:
             mask = _mask_of(pairs).view(affinities.shape)

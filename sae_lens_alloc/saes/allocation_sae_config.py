@@ -28,7 +28,8 @@ class AllocationTrainingSAEConfig(AuxiliaryLossTrainingSAEConfig):
             would gain each of them. 0 turns it off.
         aux_loss (Literal["aux_zipf", "aux_k", "none"]): Which features learn from the
             reconstruction error: those that fire less than the fitted Zipf curve predicts
-            and the dead ones ("aux_zipf"), the dead ones only ("aux_k", as SAELens' topk),
+            and the dead ones ("aux_zipf"), the dead ones only ("aux_k", as SAELens' topk,
+            except that dead features are looked for at every tenth step, in SAELens at each),
             or none.
         aux_loss_coefficient (float): Coefficient of the auxiliary loss.
         aux_loss_decay_start (int | None): Training step at which the auxiliary loss starts to

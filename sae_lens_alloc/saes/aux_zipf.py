@@ -180,7 +180,7 @@ class AuxZipfLoss(TrainingSAE[AuxZipfTrainingSAEConfig]):
 
     @torch.no_grad()
     def _take_note(self, output: TrainStepOutput) -> None:
-        n_tokens = output.sae_in.shape[:-1].numel()
+        n_tokens = output.feature_acts.shape[:-1].numel()
         if not self.aux_zipf.continues_step:
             self.aux_zipf.begin_totals()
         self.aux_zipf.update_density(_firing_counts(output.feature_acts), n_tokens)
@@ -205,13 +205,14 @@ class AuxZipfLoss(TrainingSAE[AuxZipfTrainingSAEConfig]):
         if isinstance(losses, torch.Tensor):
             losses = {"aux_loss": losses}
         losses = {name: loss for name, loss in losses.items() if name != replaced}
-        aux_zipf_loss = _eager(self._aux_zipf_loss)(step_input, sae_out)
+        n_tokens = feature_acts.shape[:-1].numel()
+        aux_zipf_loss = _eager(self._aux_zipf_loss)(step_input, sae_out, n_tokens)
         if aux_zipf_loss is not None:
             losses["aux_zipf_loss"] = aux_zipf_loss
         return losses
 
     def _aux_zipf_loss(
-        self, step_input: TrainStepInput, sae_out: torch.Tensor
+        self, step_input: TrainStepInput, sae_out: torch.Tensor, n_tokens: int
     ) -> torch.Tensor | None:
         """The weighted loss, None where it is off or no feature needs it."""
         sae_in, step = step_input.sae_in, step_input.n_training_steps
@@ -223,7 +224,7 @@ class AuxZipfLoss(TrainingSAE[AuxZipfTrainingSAEConfig]):
                 step,
                 step_input.dead_neuron_mask,
                 self.cfg.underuse_fraction,
-                sae_in.shape[:-1].numel(),
+                n_tokens,
             )
         if self._step_inputs is None:  # a loss asked for outside of a training step
             inputs = self.process_sae_in(sae_in)
@@ -254,6 +255,7 @@ class AuxZipfLoss(TrainingSAE[AuxZipfTrainingSAEConfig]):
         _, (aux_out,) = outputs_and_parts(
             self.run_time_activation_norm_fn_out, [torch.zeros_like(recons)], [recons]
         )
+        aux_out = self.reshape_fn_out(aux_out, self.d_head)
         residual = (sae_in - sae_out).detach()
         error = self.mse_loss_fn(aux_out, residual).sum(dim=-1).mean()
         return aux.coefficient * error
@@ -306,6 +308,10 @@ def with_aux_zipf(training_sae_class: type[TrainingSAE[Any]]) -> type[AuxZipfLos
     """
     The given architecture with aux_zipf_loss (arXiv 2411.02124), registered with SAELens as
     `<name>_aux_zipf`. For inference it is saved as what the given architecture is saved as.
+
+    The loss lets each token pick its largest affinities among the flagged features by their
+    signed value, also of an architecture such as AbsTopK whose features fire in both
+    directions: those that are strongly negative there learn nothing from it.
 
     Args:
         training_sae_class: A training SAE that is registered with SAELens and has an encoder

@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 from tqdm.auto import tqdm
 from typing_extensions import override
 
+from sae_lens_alloc.buffer_setting import contexts_in_buffer
 from sae_lens_alloc.training.mixing_buffer import MixingBuffer
 
 
@@ -78,7 +79,7 @@ class ResumableActivationsStore(ActivationsStore):
     @override
     def get_data_loader(self) -> MixingBuffer:
         return MixingBuffer(
-            self.n_batches_in_buffer * self.training_context_size,
+            contexts_in_buffer(self) * self.training_context_size,
             self.train_batch_size_tokens,
             self._iterate_filtered_activations(),
             self.activations_mixing_fraction,

@@ -5,6 +5,8 @@ from collections.abc import Iterator
 import torch
 from typing_extensions import Self
 
+from sae_lens_alloc.buffer_setting import buffer_setting
+
 
 class MixingBuffer(Iterator[torch.Tensor]):
     """
@@ -33,7 +35,7 @@ class MixingBuffer(Iterator[torch.Tensor]):
         if buffer_size < batch_size:
             raise ValueError(
                 f"The buffer of {buffer_size} tokens must hold a batch of {batch_size} "
-                "tokens: raise n_batches_in_buffer (it counts contexts) or lower "
+                f"tokens: raise {buffer_setting()} (it counts contexts) or lower "
                 "train_batch_size_tokens."
             )
         if not 0 <= mix_fraction <= 1:

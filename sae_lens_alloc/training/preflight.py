@@ -11,6 +11,7 @@ from datasets import load_dataset_builder
 from sae_lens import logger
 from sae_lens.config import LanguageModelSAERunnerConfig
 
+from sae_lens_alloc.buffer_setting import buffer_setting
 from sae_lens_alloc.errors import in_one_sentence
 from sae_lens_alloc.training.checkpoint import find_checkpoint, require_same_sae
 from sae_lens_alloc.training.language_model import find_language_model
@@ -122,7 +123,7 @@ def check_memory(cfg: LanguageModelSAERunnerConfig[Any]) -> None:
         if size > total:
             raise ValueError(
                 f"{have} {in_bytes(total)}: lower sae.d_sae, train_batch_size_tokens or "
-                "n_batches_in_buffer."
+                f"{buffer_setting()}."
             )
         if size > free:
             logger.warning(f"{have} only {in_bytes(free)} free now.")

@@ -8,6 +8,7 @@ from sae_lens.config import LanguageModelSAERunnerConfig
 from sae_lens.saes.sae import TrainingSAEConfig
 from sae_lens.util import str_to_dtype
 
+from sae_lens_alloc.buffer_setting import contexts_in_buffer
 from sae_lens_alloc.ops.encode_select import block_width
 from sae_lens_alloc.saes.allocation_sae_config import AllocationTrainingSAEConfig
 from sae_lens_alloc.saes.auxiliary_loss import AuxiliaryLossTrainingSAEConfig
@@ -63,7 +64,7 @@ def estimate_memory(cfg: LanguageModelSAERunnerConfig[Any]) -> dict[str, int]:
     parameters = 2 * sae.d_in * sae.d_sae + sae.d_sae + sae.d_in
     parameters *= str_to_dtype(sae.dtype).itemsize
     tokens_per_context = len(range(cfg.context_size)[slice(*cfg.seqpos_slice)])
-    buffered_contexts = cfg.n_batches_in_buffer + cfg.store_batch_size_prompts
+    buffered_contexts = contexts_in_buffer(cfg) + cfg.store_batch_size_prompts
     # batches that a thread holds ready
     waiting = int(cfg.prefetch_llm_batches) * n_tokens
     buffer = 2 * buffered_contexts * tokens_per_context + waiting

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from sae_lens import SAE, BatchTopKTrainingSAE, TopKTrainingSAE
+from sae_lens import SAE, AbsTopKTrainingSAE, BatchTopKTrainingSAE, TopKTrainingSAE
 from sae_lens.registry import SAE_TRAINING_CLASS_REGISTRY, get_sae_training_class
 from sae_lens.saes.matching_pursuit_sae import MatchingPursuitTrainingSAE
 from sae_lens.saes.sae import TrainingSAE
@@ -427,3 +427,16 @@ def test_hooks_on_the_inputs_fire_once_a_step_and_count_in_the_loss(
     expected = training_step(plain, x + shift, dead=dead_mask())
     assert torch.equal(found.feature_acts.to_dense(), expected.feature_acts.to_dense())
     assert found.losses[LOSS] > 0
+
+
+def test_features_that_fire_in_both_directions_are_picked_by_their_signed_affinity():
+    sae_class = with_aux_zipf(AbsTopKTrainingSAE)
+    sae = sae_class(sae_class.config_class(**settings("abstopk", k_aux=1)))
+    with torch.no_grad():
+        for weight in (sae.W_enc, sae.get_parameter("b_enc"), sae.b_dec):
+            weight.zero_()
+        sae.get_parameter("b_enc")[[4, 9]] = torch.tensor([-5.0, 1.0]).double()
+    x = tokens(5, 8, dtype=torch.float64)
+    output = training_step(sae, x, 0, dead_mask())
+    grads = gradients(sae, output.losses[LOSS])
+    assert grads["W_dec"].any(dim=1).nonzero().flatten().tolist() == [9]
