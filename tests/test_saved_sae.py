@@ -72,6 +72,10 @@ def test_a_silenced_feature_is_no_damage(folder: Path):
         ({"metadata": None}, "metadata must be a mapping, not None."),
         ({"metadata": [1]}, "metadata must be a mapping, not [1]."),
         ({"architecture": "rbf"}, "there is no inference architecture 'rbf'."),
+        (
+            {"architecture": "mutual_choice"},
+            "there is no inference architecture 'mutual_choice'.",
+        ),
         ({"architecture": ["topk"]}, "there is no inference architecture ['topk']."),
         ({"d_in": "four"}, "d_in must be an integer, not 'four'."),
         ({"d_in": 4.5}, "d_in must be an integer, not 4.5."),

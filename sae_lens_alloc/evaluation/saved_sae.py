@@ -19,6 +19,7 @@ from sae_lens.util import str_to_dtype
 from safetensors import safe_open
 
 from sae_lens_alloc.errors import as_reason
+from sae_lens_alloc.saes.checkpoint_for_inference import CheckpointForInference
 from sae_lens_alloc.typed_values import convert, in_words, shown
 
 # Every training config has this field and no inference config does, while some names, such as
@@ -111,7 +112,13 @@ def _is_training(cfg: Mapping[str, Any]) -> bool:
 
 
 def _registry(cfg: Mapping[str, Any]) -> Mapping[str, tuple[Any, Any]]:
-    return SAE_TRAINING_CLASS_REGISTRY if _is_training(cfg) else SAE_CLASS_REGISTRY
+    if _is_training(cfg):
+        return SAE_TRAINING_CLASS_REGISTRY
+    return {
+        name: classes
+        for name, classes in SAE_CLASS_REGISTRY.items()
+        if classes[0] is not CheckpointForInference
+    }
 
 
 def _checked_cfg(path: Path) -> tuple[dict[str, Any], SAEConfig]:
