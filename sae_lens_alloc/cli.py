@@ -167,6 +167,7 @@ def finetune(
                 "from_pretrained_path has no effect here, where --from says which SAE to "
                 "start from: leave it out."
             )
+        require_other_folder(cfg.output_path, source, "the SAE to start from")
         check_training(cfg)
         if dry_run:
             check_output(cfg.output_path, overwrite, bool(cfg.resume_from_checkpoint))

@@ -1,7 +1,9 @@
 """SAELens' activations store with a position that can be saved, and a part held out."""
 
 import math
+import warnings
 from collections.abc import Generator
+from itertools import islice
 from typing import cast
 
 import torch
@@ -30,6 +32,44 @@ class ResumableActivationsStore(ActivationsStore):
     n_held_out_contexts: int = 0
     loaded_from: str | None = None
 
+    def require_text(self, n_tokens: int) -> None:
+        """
+        To be called before anything is read: what is then held out must leave enough to train
+        on.
+
+        Args:
+            n_tokens: Tokens to be held out, special ones included, in whole contexts.
+
+        Raises:
+            ValueError: if the text has fewer than that and one training step, or its contexts
+                have no ordinary token.
+        """
+        require_ordinary_tokens(self)
+        needed = n_tokens + self.train_batch_size_tokens
+        found = 0
+        if self.cached_activation_dataset is not None:
+            found = len(self.cached_activation_dataset) * self.training_context_size
+        else:
+            for _ in self._iterate_tokenized_sequences():
+                found += self.training_context_size
+                if found >= needed:
+                    break
+            # the first epoch begins anew
+            self.iterable_sequences = self._iterate_tokenized_sequences()
+            self.n_dataset_processed = self.n_contexts_read = 0
+        if found < needed:
+            raise ValueError(
+                f"the dataset has {found:,} tokens in contexts of {self.context_size}, but "
+                f"{needed:,} are needed: {n_tokens:,} to be held out and "
+                f"{self.train_batch_size_tokens:,} for a training step: give more text, or a "
+                "smaller store_batch_size_prompts, train_batch_size_tokens or training_tokens."
+            )
+
+    def tokens_in_batches(self, n_tokens: int) -> int:
+        """A number of tokens, rounded up to whole batches of the language model."""
+        tokens_per_batch = self.store_batch_size_prompts * self.training_context_size
+        return math.ceil(n_tokens / tokens_per_batch) * tokens_per_batch
+
     def hold_out(self, n_tokens: int) -> torch.Tensor:
         """
         Takes activations from the beginning of the dataset that are never served, in no
@@ -37,7 +77,7 @@ class ResumableActivationsStore(ActivationsStore):
 
         Args:
             n_tokens: Tokens wanted, special ones included; rounded up to whole batches of
-                the language model.
+                the language model, and to so many that two are ordinary.
 
         Returns:
             Activations of shape (n_tokens, d_in), special tokens excluded as in training.
@@ -46,26 +86,62 @@ class ResumableActivationsStore(ActivationsStore):
             ValueError: if the dataset is too small.
         """
         tokens_per_batch = self.store_batch_size_prompts * self.training_context_size
+        held_out: list[torch.Tensor] = []
         try:
-            held_out = torch.cat(
-                [
-                    self.get_filtered_llm_batch(raise_on_epoch_end=True)
-                    for _ in range(math.ceil(n_tokens / tokens_per_batch))
-                ]
-            )
+            while (
+                len(held_out) * tokens_per_batch < n_tokens
+                or sum(map(len, held_out)) < 2  # one alone has no variance
+            ):
+                held_out.append(self.get_filtered_llm_batch(raise_on_epoch_end=True))
         except StopIteration:
             raise ValueError(
-                f"The dataset has fewer than the {n_tokens} tokens that are to be held out "
-                "for metrics, in contexts of "
-                f"{self.context_size}: use more text, or a smaller "
-                "store_batch_size_prompts or training_tokens."
+                f"the dataset has no {n_tokens:,} tokens to be held out for metrics, in "
+                f"batches of store_batch_size_prompts ({self.store_batch_size_prompts}) "
+                f"contexts of {self.context_size}, or only special ones: give more text, or "
+                "a smaller store_batch_size_prompts or training_tokens."
             ) from None
+        self._keep_from_epochs()
+        return torch.cat(held_out)
+
+    def hold_out_contexts(self, n_contexts: int) -> torch.Tensor:
+        """
+        Takes the next contexts, which are never served either. To be called after `hold_out`
+        and before anything else is read.
+
+        Returns:
+            Token ids of shape (n_contexts, context_size).
+
+        Raises:
+            ValueError: if there are too few, or the activations are stored without tokens.
+        """
+        stored = self.cached_activation_dataset
+        if stored is None:
+            taken = list(islice(self.iterable_sequences, n_contexts))
+        elif "token_ids" in stored.column_names:
+            rows = range(self.current_row_idx, len(stored))[:n_contexts]
+            self.current_row_idx += len(rows)
+            taken = list(stored.select(rows)["token_ids"])
+        else:
+            raise ValueError(
+                f"the activations in {self.cached_activations_path!r} are stored without "
+                "their tokens, so no text can be held out of them: give "
+                "use_cached_activations=false."
+            )
+        if len(taken) < n_contexts:
+            raise ValueError(
+                f"the dataset has {len(taken)} contexts of {self.context_size} tokens left, "
+                f"but {n_contexts} are to be held out: give more text."
+            )
+        self._keep_from_epochs()
+        return torch.stack(taken).long()
+
+    def _keep_from_epochs(self) -> None:
+        """Takes what has been read so far out of all epochs."""
         self.n_held_out_contexts = self.n_contexts_read
         if self.cached_activation_dataset is not None:
             rows = range(self.current_row_idx, len(self.cached_activation_dataset))
             self.cached_activation_dataset = self.cached_activation_dataset.select(rows)
             self.current_row_idx = 0
-        return held_out
 
     # private in SAELens, but the only place that sees every context of every epoch
     @override
@@ -75,6 +151,37 @@ class ResumableActivationsStore(ActivationsStore):
             self.n_contexts_read += 1
             if self.n_contexts_read > self.n_held_out_contexts:
                 yield context
+
+    # private in SAELens, whose own goes on for ever where no token is served
+    @override
+    def _iterate_filtered_activations(self) -> Generator[torch.Tensor, None, None]:
+        found = True  # the first pass may begin near the end
+        while True:
+            try:
+                activations = self.get_filtered_llm_batch(raise_on_epoch_end=True)
+            except StopIteration:
+                if not found:
+                    raise ValueError(
+                        "a whole pass over the dataset brought no token to train on: its "
+                        "texts are empty, shorter than context_size or of special tokens "
+                        "only, which exclude_special_tokens leaves out."
+                    ) from None
+                found = False
+                warnings.warn(
+                    "All samples in the training dataset have been exhausted, beginning new epoch."
+                )
+                activations = self._first_of_epoch()
+            found = found or len(activations) > 0
+            yield activations
+
+    def _first_of_epoch(self) -> torch.Tensor:
+        try:
+            return self.get_filtered_llm_batch()
+        except StopIteration:
+            raise ValueError(
+                "nothing of the dataset is left to train on behind the "
+                f"{self.n_held_out_contexts} contexts that are held out: give more text."
+            ) from None
 
     @override
     def get_data_loader(self) -> MixingBuffer:
@@ -111,28 +218,52 @@ class ResumableActivationsStore(ActivationsStore):
             )
             super().load(file_path)
             return
-        self._read_up_to(int(state["n_contexts_read"]))
+        self._go_to(int(state["n_contexts_read"]))
         self.n_dataset_processed = int(state["n_dataset_processed"])
         if self.cached_activation_dataset is not None:
             self.current_row_idx = int(state["current_row_idx"])
+        # without what was read beforehand
+        self._dataloader = loader = self.get_data_loader()
         if "buffer" in state:
-            self._dataloader = loader = self.get_data_loader()
             loader.buffer = state["buffer"].to(self.device)
             loader.n_to_serve = int(state["n_to_serve"])
 
-    def _read_up_to(self, n_contexts: int) -> None:
-        """Reads on until `n_contexts` of the epoch have been read."""
-        for _ in tqdm(
-            range(n_contexts - self.n_contexts_read),
+    def _go_to(self, n_contexts: int) -> None:
+        """Goes to where `n_contexts` of an epoch have been read."""
+        if n_contexts < self.n_contexts_read:
+            # a later epoch had just begun, or more is read beforehand than at that time
+            self.iterable_sequences = self._iterate_tokenized_sequences()
+            self.n_contexts_read = 0
+        with tqdm(
+            total=n_contexts,
+            initial=self.n_contexts_read,
             desc="Going to the checkpoint's place in the dataset",
             leave=False,
-        ):
-            if next(self.iterable_sequences, None) is None:
-                raise ValueError(
-                    f"The dataset ends after {self.n_contexts_read} contexts, but the "
-                    f"checkpoint had read {n_contexts}: it was made with another dataset "
-                    "or context_size."
-                )
+        ) as bar:
+            # an epoch passes those that are held out with the first one that it serves
+            while max(self.n_contexts_read, self.n_held_out_contexts) < n_contexts:
+                if next(self.iterable_sequences, None) is None:
+                    raise ValueError(
+                        f"The dataset ends after {self.n_contexts_read} contexts, but the "
+                        f"checkpoint had read {n_contexts}: it was made with another dataset "
+                        "or context_size."
+                    )
+                bar.update(self.n_contexts_read - bar.n)
+
+
+def require_ordinary_tokens(store: ActivationsStore) -> None:
+    """
+    Raises ValueError if a context has room for nothing but the BOS token in front of it. SAELens
+    makes such contexts for ever, from the first text on.
+    """
+    if store.dataset is None or store.is_dataset_tokenized or not store.prepend_bos:
+        return
+    tokenizer = getattr(store.model, "tokenizer", None)
+    if store.context_size == 1 and getattr(tokenizer, "bos_token_id", None) is not None:
+        raise ValueError(
+            "context_size is 1, which leaves no room for a token of the text behind the BOS "
+            "token: raise it, or give prepend_bos=false."
+        )
 
 
 def make_resumable(store: ActivationsStore) -> ResumableActivationsStore:

@@ -1,6 +1,7 @@
 """Training that starts from another SAE instead of random weights."""
 
 import copy
+import math
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -35,6 +36,7 @@ class FineTuningRunner(AllocSAETrainingRunner):
         source: SourceSAE,
         sae_overrides: dict[str, Any],
         overwrite: bool = False,
+        evaluation_tokens: int = 0,
     ) -> None:
         """
         Args:
@@ -43,6 +45,7 @@ class FineTuningRunner(AllocSAETrainingRunner):
             sae_overrides: Fields in which the new SAE's config differs from the source's, or
                 from the defaults where the source has no such field.
             overwrite: See AllocSAETrainingRunner.
+            evaluation_tokens: Tokens of the text to set aside, in `evaluation_contexts`.
 
         Raises:
             ValueError: as AllocSAETrainingRunner, and if the output is the source's folder, the
@@ -50,7 +53,11 @@ class FineTuningRunner(AllocSAETrainingRunner):
                 the model's activations.
         """
         require_other_folder(cfg.output_path, source.name, "the SAE to start from")
-        super().__init__(cfg, overwrite=overwrite)
+        super().__init__(
+            cfg,
+            overwrite=overwrite,
+            n_evaluation_contexts=math.ceil(evaluation_tokens / cfg.context_size),
+        )
         activations = take_tokens(self.activations_store, CALIBRATION_TOKENS)
         sae = convert_sae(
             source.sae,

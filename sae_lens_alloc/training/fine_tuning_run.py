@@ -7,7 +7,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from sae_lens import SAE
 from sae_lens.config import LanguageModelSAERunnerConfig
 from sae_lens.training._interruption import InterruptedException
@@ -75,9 +74,8 @@ def fine_tune(
     """
     assert cfg.output_path is not None
     output = Path(cfg.output_path)
-    runner = FineTuningRunner(cfg, source, sae_overrides, overwrite)
-    # off the stream of training text before training starts, so that it is not trained on
-    tokens = _take_contexts(runner, EVALUATION_TOKENS)
+    runner = FineTuningRunner(cfg, source, sae_overrides, overwrite, EVALUATION_TOKENS)
+    tokens = runner.evaluation_contexts
     excluded = runner.activations_store.exclude_special_tokens
     special = [] if excluded is None else excluded.tolist()
     baseline = measure_baseline(runner.model, tokens, cfg.hook_name, special)
@@ -105,12 +103,6 @@ def fine_tune(
     except (ValueError, RuntimeError, OSError) as error:
         raise ValueError(f"{saved}: {str(error).rstrip('.')}.") from error
     return result
-
-
-def _take_contexts(runner: FineTuningRunner, n_tokens: int) -> torch.Tensor:
-    """Contexts of the training text, shape (contexts, context_size)."""
-    n_contexts = -(-n_tokens // runner.cfg.context_size)
-    return runner.activations_store.get_batch_tokens(n_contexts)
 
 
 def _newly_dead(first: Evaluation, second: Evaluation) -> int:

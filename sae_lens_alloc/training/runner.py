@@ -88,6 +88,7 @@ class AllocSAETrainingRunner(LanguageModelSAETrainingRunner):
     """
 
     held_out: torch.Tensor  # activations that are not trained on, (n_tokens, d_in)
+    evaluation_contexts: torch.Tensor  # nor these, if any, (n_contexts, context_size)
     saved_in: Path | None = None  # where the SAE has been saved so far
 
     _after_training = "the SAE is trained"
@@ -99,6 +100,7 @@ class AllocSAETrainingRunner(LanguageModelSAETrainingRunner):
         override_model: HookedRootModule | None = None,
         override_sae: TrainingSAE[Any] | None = None,
         overwrite: bool = False,
+        n_evaluation_contexts: int = 0,
     ) -> None:
         """
         Args:
@@ -107,10 +109,11 @@ class AllocSAETrainingRunner(LanguageModelSAETrainingRunner):
             override_model: As for SAELens' runner.
             override_sae: As for SAELens' runner.
             overwrite: Whether an SAE in the output folder may be replaced.
+            n_evaluation_contexts: Further contexts to set aside, in `evaluation_contexts`.
 
         Raises:
             ValueError: if the run would lose something in its folders or has no room there,
-                or cannot be resumed.
+                cannot be resumed, or the text is too short.
             OSError: if its folders cannot be written to.
         """
         steps = cfg.total_training_steps
@@ -147,7 +150,13 @@ class AllocSAETrainingRunner(LanguageModelSAETrainingRunner):
             )
         check_language_model(self.model, cfg)
         n_tokens = min(HELD_OUT_TOKENS, math.ceil(cfg.training_tokens / 100))
-        self.held_out = make_resumable(self.activations_store).hold_out(n_tokens)
+        store = make_resumable(self.activations_store)
+        n_evaluation_tokens = n_evaluation_contexts * store.training_context_size
+        store.require_text(store.tokens_in_batches(n_tokens) + n_evaluation_tokens)
+        self.held_out = store.hold_out(n_tokens)
+        if n_evaluation_contexts:
+            contexts = store.hold_out_contexts(n_evaluation_contexts)
+            self.evaluation_contexts = contexts.to(str(cfg.llm_device))
 
     @override
     def run(self) -> TrainingSAE[Any]:
