@@ -49,6 +49,7 @@ from sae_lens_alloc.training.preflight import (
     check_output,
     check_training,
 )
+from sae_lens_alloc.training.resuming import settle_resumed_run
 from sae_lens_alloc.training.run_folders import claimed_folders
 from sae_lens_alloc.training.runner import (
     CALIBRATION_TOKENS,
@@ -121,6 +122,7 @@ def train(
     """
     with _one_sentence_errors():
         cfg = load_runner_config(config, overrides or [])
+        settle_resumed_run(cfg)
         typer.echo(describe_run(cfg))
         check_training(cfg)
         if dry_run:
@@ -159,6 +161,7 @@ def finetune(
         cfg, sae_overrides = load_fine_tuning_config(
             config, overrides or [], loaded.sae.cfg
         )
+        settle_resumed_run(cfg, sae_is_known=False)
         typer.echo(describe_run(cfg))
         typer.echo(f"{'from':<12}{loaded.sae.cfg.architecture()}, {source}")
         require_convertible(loaded.sae, cfg.sae.architecture())

@@ -4,11 +4,14 @@ import math
 import warnings
 from collections.abc import Generator
 from itertools import islice
+from pathlib import Path
 from typing import cast
 
 import torch
 from sae_lens import logger
+from sae_lens.constants import ACTIVATIONS_STORE_STATE_FILENAME
 from sae_lens.training.activations_store import ActivationsStore
+from safetensors import safe_open
 from safetensors.torch import load_file
 from tqdm.auto import tqdm
 from typing_extensions import override
@@ -30,6 +33,7 @@ class ResumableActivationsStore(ActivationsStore):
 
     n_contexts_read: int = 0
     n_held_out_contexts: int = 0
+    n_metrics_contexts: int = 0  # among them, those of `hold_out`
     loaded_from: str | None = None
 
     def require_text(self, n_tokens: int) -> None:
@@ -100,6 +104,7 @@ class ResumableActivationsStore(ActivationsStore):
                 f"contexts of {self.context_size}, or only special ones: give more text, or "
                 "a smaller store_batch_size_prompts or training_tokens."
             ) from None
+        self.n_metrics_contexts = len(held_out) * self.store_batch_size_prompts
         self._keep_from_epochs()
         return torch.cat(held_out)
 
@@ -196,6 +201,7 @@ class ResumableActivationsStore(ActivationsStore):
     def state_dict(self) -> dict[str, torch.Tensor]:
         state = super().state_dict()
         state["n_contexts_read"] = torch.tensor(self.n_contexts_read)
+        state["n_metrics_contexts"] = torch.tensor(self.n_metrics_contexts)
         if self.cached_activation_dataset is not None:
             state["current_row_idx"] = torch.tensor(self.current_row_idx)
         loader = cast(MixingBuffer | None, self._dataloader)
@@ -249,6 +255,17 @@ class ResumableActivationsStore(ActivationsStore):
                         "or context_size."
                     )
                 bar.update(self.n_contexts_read - bar.n)
+
+
+def saved_held_out_contexts(checkpoint: Path) -> int | None:
+    """How many contexts the run of a checkpoint held out for metrics, None if it does not say."""
+    path = checkpoint / ACTIVATIONS_STORE_STATE_FILENAME
+    if not path.exists():
+        return None
+    with safe_open(path, "pt") as state:
+        if "n_metrics_contexts" not in state.keys():  # noqa: SIM118
+            return None
+        return int(state.get_tensor("n_metrics_contexts"))
 
 
 def require_ordinary_tokens(store: ActivationsStore) -> None:

@@ -9,10 +9,8 @@ from typing import Any
 from sae_lens import logger
 from sae_lens.constants import (
     RUNNER_CFG_FILENAME,
-    SAE_CFG_FILENAME,
     TRAINER_STATE_FILENAME,
 )
-from sae_lens.saes.sae import TrainingSAEConfig
 
 from sae_lens_alloc.checksums import sha256_of
 from sae_lens_alloc.training.output_folder import flush
@@ -104,23 +102,6 @@ def folder_of_checkpoints(path: str | Path) -> Path:
     """The folder, with all links resolved, that holds a checkpoint, if it is not `path` itself."""
     path = Path(path).resolve()
     return path.parent if _is_checkpoint(path) else path
-
-
-def require_same_sae(checkpoint: Path, cfg: TrainingSAEConfig) -> None:
-    """
-    Refuses a checkpoint of another SAE than the one that is to be trained.
-
-    Raises:
-        ValueError: if architecture, sizes or normalization differ.
-    """
-    saved: dict[str, Any] = json.loads((checkpoint / SAE_CFG_FILENAME).read_text())
-    wanted = cfg.to_dict()
-    for key in ("architecture", "d_in", "d_sae", "normalize_activations"):
-        if saved[key] != wanted[key]:
-            raise ValueError(
-                f"The checkpoint {checkpoint} cannot be resumed from: its SAE has {key} "
-                f"{saved[key]!r}, and the one to be trained {wanted[key]!r}."
-            )
 
 
 def _is_checkpoint(path: Path) -> bool:

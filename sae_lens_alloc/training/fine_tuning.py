@@ -13,6 +13,7 @@ from sae_lens.saes.sae import TrainingSAE
 from sae_lens_alloc.evaluation.activations import take_tokens
 from sae_lens_alloc.training.conversion import ConversionReport, convert_sae
 from sae_lens_alloc.training.output_folder import require_other_folder
+from sae_lens_alloc.training.resuming import resumed_sae_config
 from sae_lens_alloc.training.runner import CALIBRATION_TOKENS, AllocSAETrainingRunner
 from sae_lens_alloc.training.source_sae import SourceSAE
 
@@ -29,6 +30,7 @@ class FineTuningRunner(AllocSAETrainingRunner):
     """
 
     start: ConversionReport
+    sae_is_known = False
 
     def __init__(
         self,
@@ -68,6 +70,9 @@ class FineTuningRunner(AllocSAETrainingRunner):
         )
         self.start = ConversionReport(**sae.cfg.metadata.conversion)
         require_plausible(source, self.start)
+        if self.cfg.resume_from_checkpoint is not None:
+            checkpoint = Path(self.cfg.resume_from_checkpoint)
+            sae.cfg = resumed_sae_config(checkpoint, sae.cfg, cfg.training_tokens)
         self.sae = sae
         self.cfg.sae = sae.cfg
 

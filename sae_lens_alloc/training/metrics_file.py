@@ -3,10 +3,14 @@
 import json
 import math
 from collections.abc import Mapping
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
 from sae_lens_alloc.training.output_folder import new_files
+
+# In a checkpoint: what tells the rows of its run from another's.
+FINGERPRINT_FILENAME = "metrics_fingerprint.json"
 
 
 def append_row(path: Path, row: Mapping[str, float]) -> None:
@@ -26,6 +30,27 @@ def append_row(path: Path, row: Mapping[str, float]) -> None:
         except OSError:
             file.truncate(before)
             raise
+
+
+def save_fingerprint(path: Path, checkpoint: Path) -> None:
+    """Tells in a checkpoint which rows there are so far."""
+    rows = path.read_bytes() if path.exists() else b""
+    fingerprint = {"bytes": len(rows), "sha256": sha256(rows).hexdigest()}
+    (checkpoint / FINGERPRINT_FILENAME).write_text(json.dumps(fingerprint))
+
+
+def is_of_checkpoint(path: Path, checkpoint: Path) -> bool:
+    """
+    Whether a file begins with the rows that were there when a checkpoint was saved. So it does
+    where the checkpoint does not tell: earlier versions' did not.
+    """
+    told = checkpoint / FINGERPRINT_FILENAME
+    if not told.exists():
+        return True
+    fingerprint = json.loads(told.read_text())
+    with path.open("rb") as file:
+        rows = file.read(fingerprint["bytes"])
+    return sha256(rows).hexdigest() == fingerprint["sha256"]
 
 
 def require_rows(path: Path) -> None:

@@ -13,7 +13,6 @@ from sae_lens.config import LanguageModelSAERunnerConfig
 
 from sae_lens_alloc.buffer_setting import buffer_setting
 from sae_lens_alloc.errors import in_one_sentence
-from sae_lens_alloc.training.checkpoint import find_checkpoint, require_same_sae
 from sae_lens_alloc.training.language_model import find_language_model
 from sae_lens_alloc.training.local_dataset import check_local_dataset
 from sae_lens_alloc.training.pretrained import load_pretrained
@@ -36,14 +35,7 @@ def check_training(cfg: LanguageModelSAERunnerConfig[Any]) -> None:
     check_memory(cfg)
     if cfg.logger.log_to_wandb:
         _require_wandb()
-    if cfg.resume_from_checkpoint is not None:
-        if not Path(cfg.resume_from_checkpoint).is_dir():
-            raise ValueError(
-                f"resume_from_checkpoint is {cfg.resume_from_checkpoint!r}, but there is no "
-                "such folder."
-            )
-        require_same_sae(find_checkpoint(cfg.resume_from_checkpoint), cfg.sae)
-    elif cfg.from_pretrained_path is not None:
+    if cfg.resume_from_checkpoint is None and cfg.from_pretrained_path is not None:
         load_pretrained(cfg.from_pretrained_path, cfg.sae, "cpu")
     check_activations(cfg)
 

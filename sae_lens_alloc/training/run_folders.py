@@ -18,7 +18,7 @@ from sae_lens.constants import (
 )
 
 from sae_lens_alloc.training.checkpoint import folder_of_checkpoints, holds_checkpoints
-from sae_lens_alloc.training.metrics_file import require_rows
+from sae_lens_alloc.training.metrics_file import is_of_checkpoint, require_rows
 from sae_lens_alloc.training.output_folder import (
     locked_folder,
     require_empty,
@@ -110,10 +110,25 @@ def metrics_path(cfg: LanguageModelSAERunnerConfig[Any]) -> Path | None:
     if cfg.resume_from_checkpoint is None:
         new.unlink(missing_ok=True)  # of a run that saved no SAE
         return new if path.exists() else path
-    if not new.exists() and holds_sae(output) and path.exists():
+    own = _own_metrics(cfg, output)
+    if own is None:
+        new.unlink(missing_ok=True)
+        return new if path.exists() else path
+    if own == path and holds_sae(output):
         logger.warning(f"the SAE in {output} will be replaced when this run has one")
         shutil.copyfile(path, new)
-    return new if new.exists() else path
+        return new
+    return own
+
+
+def _own_metrics(cfg: LanguageModelSAERunnerConfig[Any], output: Path) -> Path | None:
+    """The metrics of the run that is resumed, None where there are none or another run's."""
+    assert cfg.resume_from_checkpoint is not None
+    for name in (NEW_METRICS_FILENAME, METRICS_FILENAME):
+        path, checkpoint = output / name, Path(cfg.resume_from_checkpoint)
+        if path.exists() and is_of_checkpoint(path, checkpoint):
+            return path
+    return None
 
 
 def holds_sae(folder: Path) -> bool:
@@ -137,9 +152,15 @@ def _require_free_output(
                 f"output_path {str(output)!r} holds a folder {name}, where a file of that "
                 "name is to be written: rename it, or give another output_path."
             )
-    for name in METRICS_FILENAMES:
-        if cfg.resume_from_checkpoint is not None and (output / name).exists():
-            require_rows(output / name)
+    there = [path for name in METRICS_FILENAMES if (path := output / name).exists()]
+    if cfg.resume_from_checkpoint is not None and there:
+        if not overwrite and _own_metrics(cfg, output) is None:
+            raise ValueError(
+                f"{str(there[0])!r} is of another run than the one that is resumed: move it, "
+                "or give another output_path."
+            )
+        for path in there:
+            require_rows(path)
     if holds_sae(output) and not overwrite and not _is_same_run(output, cfg):
         raise ValueError(
             f"output_path {str(output)!r} already holds an SAE: give another output_path, or "

@@ -6,9 +6,10 @@ import math
 from collections.abc import Generator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
+import wandb
 from sae_lens import logger
 from sae_lens.config import HfDataset, LanguageModelSAERunnerConfig
 from sae_lens.constants import (
@@ -28,8 +29,11 @@ from sae_lens_alloc.evaluation.calibration import calibrate_thresholds
 from sae_lens_alloc.run_checks import check_run
 from sae_lens_alloc.saes.allocation_sae import AllocationTrainingSAE
 from sae_lens_alloc.saes.mutual_choice_sae import with_schedule
-from sae_lens_alloc.training.activations_store import make_resumable
-from sae_lens_alloc.training.checkpoint import find_checkpoint, require_same_sae
+from sae_lens_alloc.training.activations_store import (
+    ResumableActivationsStore,
+    make_resumable,
+    saved_held_out_contexts,
+)
 from sae_lens_alloc.training.final_sae import (
     how_to_calibrate,
     require_artifact_names,
@@ -43,10 +47,14 @@ from sae_lens_alloc.training.language_model import (
     load_language_model,
 )
 from sae_lens_alloc.training.local_dataset import override_for_local_dataset
-from sae_lens_alloc.training.metrics_file import drop_rows_from
+from sae_lens_alloc.training.metrics_file import drop_rows_from, save_fingerprint
 from sae_lens_alloc.training.preflight import check_devices, check_memory
 from sae_lens_alloc.training.pretrained import load_pretrained
 from sae_lens_alloc.training.provenance import provenance
+from sae_lens_alloc.training.resuming import (
+    recorded_training_tokens,
+    settle_resumed_run,
+)
 from sae_lens_alloc.training.rng_state import rng_state, seed_all, set_rng_state
 from sae_lens_alloc.training.run_folders import (
     METRICS_FILENAME,
@@ -91,7 +99,11 @@ class AllocSAETrainingRunner(LanguageModelSAETrainingRunner):
     evaluation_contexts: torch.Tensor  # nor these, if any, (n_contexts, context_size)
     saved_in: Path | None = None  # where the SAE has been saved so far
 
+    sae_is_known: ClassVar[bool] = True  # before the language model has run
+
     _after_training = "the SAE is trained"
+    _resumed_from: str | None = None
+    _metrics_path: Path | None = None
 
     def __init__(
         self,
@@ -126,10 +138,7 @@ class AllocSAETrainingRunner(LanguageModelSAETrainingRunner):
         check_run(cfg)
         check_devices(cfg)
         check_memory(cfg)
-        if cfg.resume_from_checkpoint is not None:
-            checkpoint = find_checkpoint(cfg.resume_from_checkpoint)
-            require_same_sae(checkpoint, cfg.sae)
-            cfg.resume_from_checkpoint = str(checkpoint)
+        settle_resumed_run(cfg, self.sae_is_known)
         self.overwrite = overwrite
         with claimed_folders(cfg, overwrite):
             pass  # so that a run that cannot be saved is found before the model is loaded
@@ -149,8 +158,8 @@ class AllocSAETrainingRunner(LanguageModelSAETrainingRunner):
                 override_sae,
             )
         check_language_model(self.model, cfg)
-        n_tokens = min(HELD_OUT_TOKENS, math.ceil(cfg.training_tokens / 100))
         store = make_resumable(self.activations_store)
+        n_tokens = _held_out_tokens(cfg, store)
         n_evaluation_tokens = n_evaluation_contexts * store.training_context_size
         store.require_text(store.tokens_in_batches(n_tokens) + n_evaluation_tokens)
         self.held_out = store.hold_out(n_tokens)
@@ -169,12 +178,18 @@ class AllocSAETrainingRunner(LanguageModelSAETrainingRunner):
                 self.activations_store.load_from_checkpoint(
                     self.cfg.resume_from_checkpoint
                 )
+            # SAELens' run() would load it with its own trainer, into the schedule of another
+            # training where that has changed; ours loads it below
+            self._resumed_from = self.cfg.resume_from_checkpoint
+            self.cfg.resume_from_checkpoint = None
             try:
                 return super().run()
             except InterruptedException:
                 if self.saved_in is None:
                     raise
                 raise InterruptedException(self._after_training) from None
+            finally:
+                self.cfg.resume_from_checkpoint = self._resumed_from
 
     @override
     def run_trainer_with_interruption_handling(
@@ -183,6 +198,8 @@ class AllocSAETrainingRunner(LanguageModelSAETrainingRunner):
         # SAELens' run() builds its trainer itself and offers no seam to pass another class.
         trainer.__class__ = AllocSAETrainer
         assert isinstance(trainer, AllocSAETrainer)
+        if self._resumed_from is not None:
+            self._load(trainer, self._resumed_from)
         metadata = trainer.sae.cfg.metadata
         if self.cfg.logger.log_to_wandb:
             require_artifact_names(trainer.sae)
@@ -193,7 +210,7 @@ class AllocSAETrainingRunner(LanguageModelSAETrainingRunner):
         ):  # of the SAE that it starts from, perhaps
             metadata.__dict__.pop(key, None)
         trainer.held_out = self.held_out
-        trainer.metrics_path = metrics_path(self.cfg)
+        self._metrics_path = trainer.metrics_path = metrics_path(self.cfg)
         if trainer.metrics_path is not None:
             drop_rows_from(trainer.metrics_path, trainer.n_training_steps)
         if self.cfg.resume_from_checkpoint is not None:
@@ -213,10 +230,22 @@ class AllocSAETrainingRunner(LanguageModelSAETrainingRunner):
         self._record_held_out(sae)
         return sae
 
+    def _load(self, trainer: AllocSAETrainer[Any, Any], checkpoint: str) -> None:
+        logger.info(f"Resuming from checkpoint: {checkpoint}")
+        self.cfg.resume_from_checkpoint = checkpoint
+        if self.cfg.logger.log_to_wandb:
+            wandb.config.update(
+                {"resume_from_checkpoint": checkpoint}, allow_val_change=True
+            )
+        trainer.load_trainer_state(checkpoint)
+        self.sae.load_weights_from_checkpoint(checkpoint)
+
     @override
     def save_checkpoint(self, checkpoint_path: Path | None) -> None:
         super().save_checkpoint(checkpoint_path)
         if checkpoint_path is not None:
+            if self._metrics_path is not None:
+                save_fingerprint(self._metrics_path, checkpoint_path)
             torch.save(rng_state(), checkpoint_path / RNG_STATE_FILENAME)
 
     @override
@@ -320,6 +349,20 @@ def _pretrained_sae(
     if cfg.resume_from_checkpoint is not None:  # whose weights it gets
         return TrainingSAE.from_dict(cfg.sae.to_dict())
     return load_pretrained(cfg.from_pretrained_path, cfg.sae, cfg.device)
+
+
+def _held_out_tokens(
+    cfg: LanguageModelSAERunnerConfig[Any], store: ResumableActivationsStore
+) -> int:
+    """As many as the run that goes on has held out, which has trained on the next ones."""
+    training_tokens = cfg.training_tokens
+    if cfg.resume_from_checkpoint is not None:
+        checkpoint = Path(cfg.resume_from_checkpoint)
+        n_contexts = saved_held_out_contexts(checkpoint)
+        if n_contexts is not None:
+            return n_contexts * store.training_context_size
+        training_tokens = recorded_training_tokens(checkpoint) or training_tokens
+    return min(HELD_OUT_TOKENS, math.ceil(training_tokens / 100))
 
 
 @contextmanager

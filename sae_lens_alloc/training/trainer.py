@@ -1,6 +1,7 @@
 """SAELens' trainer with a fused optimizer, metrics in a file, and checkpoints to rely on."""
 
 import shutil
+import warnings
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -17,6 +18,8 @@ from sae_lens.training._interruption import InterruptedException
 from sae_lens.training.prefetch import PrefetchingIterator
 from sae_lens.training.sae_trainer import Evaluator, SAETrainer, SaveCheckpointFn
 from sae_lens.training.types import DataProvider
+from torch.optim import SGD
+from torch.optim.lr_scheduler import ConstantLR
 from typing_extensions import override
 
 from sae_lens_alloc.run_checks import check_learning_rate
@@ -83,7 +86,14 @@ class AllocSAETrainer(SAETrainer[T_TRAINING_SAE, T_TRAINING_SAE_CONFIG]):
         super().__init__(cfg, sae, data_provider, evaluator, save_checkpoint_fn)
 
     def interrupt(self) -> None:
-        """Lets the running step be the last one."""
+        """
+        Lets the running step be the last one.
+
+        Raises:
+            InterruptedException: before the first step, when there is nothing new to save.
+        """
+        if not self._optimizer_is_prepared:
+            raise InterruptedException()
         self.interrupted = True
 
     @override
@@ -100,6 +110,29 @@ class AllocSAETrainer(SAETrainer[T_TRAINING_SAE, T_TRAINING_SAE_CONFIG]):
                 f"{self.cfg.total_training_samples:,} tokens to train on: give an iterator "
                 "that goes on, or lower total_training_samples."
             ) from None
+
+    @override
+    def load_trainer_state(self, checkpoint_path: Path | str) -> None:
+        """
+        Goes on from a checkpoint. The learning rate is that of this trainer's own schedule
+        after so many steps, which is the checkpoint's where the settings are.
+        """
+        # SAELens would put the state of one schedule into another, or fail to
+        schedule, rates = self.lr_scheduler, self._learning_rates()
+        self.lr_scheduler = ConstantLR(SGD([torch.zeros(1)]))
+        super().load_trainer_state(checkpoint_path)
+        n_steps, self.lr_scheduler = self.lr_scheduler.last_epoch, schedule
+        for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
+            group.update(rate)
+        with warnings.catch_warnings():
+            # the optimizer took these steps in the run that goes on
+            warnings.filterwarnings("ignore", "Detected call of `lr_scheduler.step")
+            for _ in range(n_steps):
+                schedule.step()
+
+    def _learning_rates(self) -> list[dict[str, float]]:
+        keys = ("lr", "initial_lr")
+        return [{key: g[key] for key in keys} for g in self.optimizer.param_groups]
 
     @override
     def step(self, batch: torch.Tensor) -> TrainStepOutput:

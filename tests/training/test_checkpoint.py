@@ -13,7 +13,6 @@ from sae_lens_alloc.training.checkpoint import (
     find_checkpoint,
     partial_path,
     publish_checkpoint,
-    require_same_sae,
 )
 
 FILES = ("cfg.json", "runner_cfg.json", "sae_weights.safetensors", "trainer_state.pt")
@@ -123,29 +122,6 @@ def test_one_of_sae_lens_is_whole_if_its_last_file_is(tmp_path: Path):
     write(tmp_path / "512")
     (tmp_path / "512" / "runner_cfg.json").write_text('{"sae": ')
     assert find_checkpoint(tmp_path) == tmp_path / "256"
-
-
-@pytest.mark.parametrize(
-    ("key", "value"),
-    [
-        ("architecture", "topk"),
-        ("d_sae", 64),
-        ("normalize_activations", "none"),
-    ],
-)
-def test_one_of_another_sae_is_refused(key: str, value: object, tmp_path: Path):
-    cfg = MutualChoiceTrainingSAEConfig(
-        d_in=8, d_sae=32, k=3, normalize_activations="layer_norm"
-    )
-    saved = {**cfg.to_dict(), key: value}
-    write(tmp_path / "256")
-    (tmp_path / "256" / "cfg.json").write_text(
-        json.dumps({**saved, key: cfg.to_dict()[key]})
-    )
-    require_same_sae(tmp_path / "256", cfg)
-    (tmp_path / "256" / "cfg.json").write_text(json.dumps(saved))
-    with pytest.raises(ValueError, match=f"its SAE has {key} {value!r}"):
-        require_same_sae(tmp_path / "256", cfg)
 
 
 @pytest.mark.parametrize("name", [*FILES, MANIFEST_FILENAME])

@@ -1,0 +1,145 @@
+"""What a resumed run may change of the run that its checkpoint is of."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from sae_lens import logger
+from sae_lens.config import LanguageModelSAERunnerConfig
+from sae_lens.constants import RUNNER_CFG_FILENAME, SAE_CFG_FILENAME
+from sae_lens.saes.sae import TrainingSAEConfig
+
+from sae_lens_alloc.run_checks import SAE_SCHEDULE_KEYS
+from sae_lens_alloc.training.checkpoint import find_checkpoint
+from sae_lens_alloc.typed_values import shown
+
+# How long, at which learning rate, where, and what is told of it: the rest makes another run.
+FREE_KEYS = (
+    "training_tokens",
+    *("lr", "lr_end", "lr_scheduler_name", "lr_warm_up_steps", "lr_decay_steps"),
+    "n_restart_cycles",
+    *("n_checkpoints", "checkpoint_path", "save_final_checkpoint", "output_path"),
+    "resume_from_checkpoint",
+    *("device", "llm_device", "act_store_device", "prefetch_llm_batches"),
+    *("compile_llm", "llm_compilation_mode", "compile_sae", "sae_compilation_mode"),
+    *("logger", "verbose", "n_eval_batches", "eval_batch_size_prompts"),
+    *("streaming", "dataset_trust_remote_code"),
+    # SAELens writes it and reads it nowhere
+    *("is_dataset_tokenized", "hook_eval", "dead_feature_threshold"),
+    *("sae_lens_version", "sae_lens_training_version"),
+)
+PATH_KEYS = (
+    "model_name",
+    "dataset_path",
+    "cached_activations_path",
+    "from_pretrained_path",
+)
+FREE_SAE_KEYS = (
+    "device",
+    "metadata",
+    "sae_lens_version",
+    "sae_lens_training_version",
+)
+KEPT_SAE_KEYS = (*SAE_SCHEDULE_KEYS, "k_start")
+
+
+def settle_resumed_run(
+    cfg: LanguageModelSAERunnerConfig[Any], sae_is_known: bool = True
+) -> None:
+    """
+    Makes a run that is to be resumed the run that goes on: `cfg.resume_from_checkpoint` becomes
+    the checkpoint, and `cfg.sae` keeps the schedule that training began with where
+    `training_tokens` is another one now. Does nothing if no run is to be resumed.
+
+    Args:
+        cfg: The run, changed in place.
+        sae_is_known: Whether `cfg.sae` is the SAE to be trained, not yet so in a fine-tuning.
+
+    Raises:
+        ValueError: in one sentence with both values, if a setting is another one that cannot
+            change on the way, or there is no whole checkpoint.
+    """
+    folder = cfg.resume_from_checkpoint
+    if folder is None:
+        return
+    if not Path(folder).is_dir():
+        raise ValueError(
+            f"resume_from_checkpoint is {folder!r}, but there is no such folder."
+        )
+    checkpoint = find_checkpoint(folder)
+    cfg.resume_from_checkpoint = str(checkpoint)
+    recorded = _recorded(checkpoint)
+    wanted = _as_json(cfg.to_dict())
+    for key in sorted(recorded.keys() & wanted.keys() - {"sae", *FREE_KEYS}):
+        same_path = key in PATH_KEYS and _is_same_path(recorded[key], wanted[key])
+        if recorded[key] != wanted[key] and not same_path:
+            raise _other(checkpoint, key, recorded[key], wanted[key])
+    if sae_is_known:
+        cfg.sae = resumed_sae_config(checkpoint, cfg.sae, cfg.training_tokens)
+
+
+def resumed_sae_config(
+    checkpoint: Path, cfg: TrainingSAEConfig, training_tokens: int
+) -> TrainingSAEConfig:
+    """
+    The config of the SAE that goes on from a checkpoint. Where the length of the training has
+    changed, the checkpoint's schedule stays.
+
+    Args:
+        checkpoint: The checkpoint.
+        cfg: The config that is wanted.
+        training_tokens: The length of the training that is wanted.
+
+    Raises:
+        ValueError: in one sentence with both values, if another setting differs.
+    """
+    recorded: dict[str, Any] = json.loads((checkpoint / SAE_CFG_FILENAME).read_text())
+    wanted = _as_json(cfg.to_dict())
+    tokens = recorded_training_tokens(checkpoint)
+    # with None, which SAELens' runner leaves, Mutual Choice finds its own switch
+    times_itself = recorded.get("feature_choice_steps", 0) is None
+    keeps_schedule = times_itself or tokens not in (None, training_tokens)
+    kept: dict[str, Any] = {}
+    for key in sorted(wanted.keys() & recorded.keys() - {*FREE_SAE_KEYS}):
+        if recorded[key] == wanted[key]:
+            continue
+        if not keeps_schedule or key not in KEPT_SAE_KEYS:
+            raise _other(checkpoint, f"sae.{key}", recorded[key], wanted[key])
+        kept[key] = recorded[key]
+    if not kept:
+        return cfg
+    changes = ", ".join(
+        f"sae.{key} {value} instead of {wanted[key]}" for key, value in kept.items()
+    )
+    logger.warning(f"the run keeps the schedule that it began with: {changes}.")
+    return replace(cfg, **kept)
+
+
+def recorded_training_tokens(checkpoint: Path) -> int | None:
+    """`training_tokens` of the run that a checkpoint is of, None where that is not known."""
+    return _recorded(checkpoint).get("training_tokens")
+
+
+def _recorded(checkpoint: Path) -> dict[str, Any]:
+    """The run that a checkpoint is of; AllocSAETrainer by itself writes none."""
+    path = checkpoint / RUNNER_CFG_FILENAME
+    return json.loads(path.read_text()) if path.exists() else {}
+
+
+def _other(checkpoint: Path, key: str, recorded: Any, wanted: Any) -> ValueError:
+    return ValueError(
+        f"The checkpoint {checkpoint} cannot be resumed from: its run has {key} "
+        f"{shown(recorded)}, and the one to be resumed {shown(wanted)}, which cannot change "
+        "on the way: give what it has, or start anew without resume_from_checkpoint."
+    )
+
+
+def _as_json(settings: dict[str, Any]) -> dict[str, Any]:
+    """As they are once written and read: tuples are lists."""
+    return json.loads(json.dumps(settings))
+
+
+def _is_same_path(one: Any, other: Any) -> bool:
+    paths = [path for path in (one, other) if isinstance(path, str)]
+    return len(paths) == 2 and len({Path(path).resolve() for path in paths}) == 1
