@@ -120,7 +120,7 @@ def train(
     The run is checked and described before any model is loaded. An output folder that holds
     something is left alone unless --overwrite is given.
     """
-    with _one_sentence_errors():
+    with _one_sentence_errors(), _interruptible():
         cfg = load_runner_config(config, overrides or [])
         settle_resumed_run(cfg)
         typer.echo(describe_run(cfg))
@@ -156,7 +156,7 @@ def finetune(
     The SAE may be of SAELens' topk, batchtopk, matryoshka_batchtopk, jumprelu, gated or
     standard architecture, or one of ours. It is not changed.
     """
-    with _one_sentence_errors():
+    with _one_sentence_errors(), _interruptible():
         loaded = load_source_sae(source, "cpu")
         cfg, sae_overrides = load_fine_tuning_config(
             config, overrides or [], loaded.sae.cfg
@@ -294,7 +294,7 @@ def calibrate(
     The text and the language model are those that SAELens recorded in the SAE, unless told
     otherwise. A topk SAE becomes a jumprelu one, which needs no sorting.
     """
-    with _one_sentence_errors():
+    with _one_sentence_errors(), _interruptible():
         check_device("--device", device)
         given = load_saved_sae(sae)
         target_l0 = _trained_l0(given) if l0 is None else l0
@@ -311,7 +311,7 @@ def calibrate(
             cfg.dataset_path = dataset or cfg.dataset_path
         _require_machine(cfg)
         require_other_folder(output, sae, "the SAE itself")
-        with _claim_folder(output, "--output", overwrite), _interruptible():
+        with _claim_folder(output, "--output", overwrite):
             given.to(device)
             report = recalibrate(
                 given, gather_activations(cfg, tokens), target_l0, per_feature
@@ -420,7 +420,7 @@ def compare(
     """
     from sae_lens_alloc.evaluation.comparison.run import run_comparison
 
-    with _one_sentence_errors():
+    with _one_sentence_errors(), _interruptible():
         run_comparison(config, overrides or [], output, jobs, finished, Console())
 
 

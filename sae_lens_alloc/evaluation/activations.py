@@ -11,7 +11,10 @@ from sae_lens.saes.standard_sae import StandardTrainingSAEConfig
 from sae_lens.training.activations_store import ActivationsStore
 
 from sae_lens_alloc.buffer_setting import buffer_setting
-from sae_lens_alloc.training.activations_store import require_ordinary_tokens
+from sae_lens_alloc.training.activations_store import (
+    make_resumable,
+    require_ordinary_tokens,
+)
 from sae_lens_alloc.training.language_model import (
     check_language_model,
     load_language_model,
@@ -144,7 +147,10 @@ def gather_activations(
     """
     model = load_language_model(cfg)
     check_language_model(model, cfg)
-    store = ActivationsStore.from_config(model, cfg, override_for_local_dataset(cfg))
+    store = make_resumable(
+        ActivationsStore.from_config(model, cfg, override_for_local_dataset(cfg)),
+        cfg.dataset_path,
+    )
     require_ordinary_tokens(store)
     store.store_batch_size_prompts = 1
     wanted = (n_tokens // 2, n_tokens - n_tokens // 2)

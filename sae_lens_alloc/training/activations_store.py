@@ -5,7 +5,7 @@ import warnings
 from collections.abc import Generator
 from itertools import islice
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import torch
 from sae_lens import logger
@@ -17,6 +17,7 @@ from tqdm.auto import tqdm
 from typing_extensions import override
 
 from sae_lens_alloc.buffer_setting import contexts_in_buffer
+from sae_lens_alloc.errors import in_one_sentence
 from sae_lens_alloc.training.mixing_buffer import MixingBuffer
 
 
@@ -35,6 +36,8 @@ class ResumableActivationsStore(ActivationsStore):
     n_held_out_contexts: int = 0
     n_metrics_contexts: int = 0  # among them, those of `hold_out`
     loaded_from: str | None = None
+    dataset_name: str = "the dataset"
+    _told_of_null: bool = False
 
     def require_text(self, n_tokens: int) -> None:
         """
@@ -63,7 +66,7 @@ class ResumableActivationsStore(ActivationsStore):
             self.n_dataset_processed = self.n_contexts_read = 0
         if found < needed:
             raise ValueError(
-                f"the dataset has {found:,} tokens in contexts of {self.context_size}, but "
+                f"{self.dataset_name} has {found:,} tokens in contexts of {self.context_size}, but "
                 f"{needed:,} are needed: {n_tokens:,} to be held out and "
                 f"{self.train_batch_size_tokens:,} for a training step: give more text, or a "
                 "smaller store_batch_size_prompts, train_batch_size_tokens or training_tokens."
@@ -99,7 +102,7 @@ class ResumableActivationsStore(ActivationsStore):
                 held_out.append(self.get_filtered_llm_batch(raise_on_epoch_end=True))
         except StopIteration:
             raise ValueError(
-                f"the dataset has no {n_tokens:,} tokens to be held out for metrics, in "
+                f"{self.dataset_name} has no {n_tokens:,} tokens to be held out for metrics, in "
                 f"batches of store_batch_size_prompts ({self.store_batch_size_prompts}) "
                 f"contexts of {self.context_size}, or only special ones: give more text, or "
                 "a smaller store_batch_size_prompts or training_tokens."
@@ -134,7 +137,7 @@ class ResumableActivationsStore(ActivationsStore):
             )
         if len(taken) < n_contexts:
             raise ValueError(
-                f"the dataset has {len(taken)} contexts of {self.context_size} tokens left, "
+                f"{self.dataset_name} has {len(taken)} contexts of {self.context_size} tokens left, "
                 f"but {n_contexts} are to be held out: give more text."
             )
         self._keep_from_epochs()
@@ -148,12 +151,40 @@ class ResumableActivationsStore(ActivationsStore):
             self.cached_activation_dataset = self.cached_activation_dataset.select(rows)
             self.current_row_idx = 0
 
+    # private in SAELens, but the only place that sees every row
+    @override
+    def _iterate_raw_dataset(self) -> Generator[Any, None, None]:
+        n_rows = 0
+        try:
+            for content in super()._iterate_raw_dataset():
+                n_rows += 1
+                if content is not None:
+                    yield content
+                elif not self._told_of_null:
+                    self._told_of_null = True
+                    logger.warning(
+                        f"row {n_rows} of {self.dataset_name} holds null in the column "
+                        f"{self.tokens_column!r}; such rows are passed over"
+                    )
+        except Exception as error:  # datasets and file formats have many of their own
+            while error.__cause__ is not None:
+                error = cast(Exception, error.__cause__)
+            raise ValueError(
+                f"{self.dataset_name} cannot be read behind row {n_rows}: "
+                f"{in_one_sentence(error)}"
+            ) from error
+
     # private in SAELens, but the only place that sees every context of every epoch
     @override
     def _iterate_tokenized_sequences(self) -> Generator[torch.Tensor, None, None]:
         self.n_contexts_read = 0
         for context in super()._iterate_tokenized_sequences():
             self.n_contexts_read += 1
+            if len(context) != self.context_size:
+                raise ValueError(
+                    f"row {self.n_contexts_read} of {self.dataset_name} has {len(context)} "
+                    f"tokens, fewer than context_size ({self.context_size})."
+                )
             if self.n_contexts_read > self.n_held_out_contexts:
                 yield context
 
@@ -167,7 +198,7 @@ class ResumableActivationsStore(ActivationsStore):
             except StopIteration:
                 if not found:
                     raise ValueError(
-                        "a whole pass over the dataset brought no token to train on: its "
+                        f"a whole pass over {self.dataset_name} brought no token to train on: its "
                         "texts are empty, shorter than context_size or of special tokens "
                         "only, which exclude_special_tokens leaves out."
                     ) from None
@@ -184,7 +215,7 @@ class ResumableActivationsStore(ActivationsStore):
             return self.get_filtered_llm_batch()
         except StopIteration:
             raise ValueError(
-                "nothing of the dataset is left to train on behind the "
+                f"nothing of {self.dataset_name} is left to train on behind the "
                 f"{self.n_held_out_contexts} contexts that are held out: give more text."
             ) from None
 
@@ -283,13 +314,18 @@ def require_ordinary_tokens(store: ActivationsStore) -> None:
         )
 
 
-def make_resumable(store: ActivationsStore) -> ResumableActivationsStore:
+def make_resumable(
+    store: ActivationsStore, dataset_path: str = ""
+) -> ResumableActivationsStore:
     """
     Turns a store from which nothing has been read into a resumable one, in place: SAELens'
-    runner builds its store itself and offers no seam to pass another class.
+    runner builds its store itself and offers no seam to pass another class. Messages name
+    `dataset_path`.
     """
     store.__class__ = ResumableActivationsStore
     resumable = cast(ResumableActivationsStore, store)
+    if dataset_path:
+        resumable.dataset_name = f"dataset_path {dataset_path!r}"
     if resumable.dataset is not None:
         resumable.iterable_sequences = resumable._iterate_tokenized_sequences()
     return resumable

@@ -98,7 +98,7 @@ def fine_tune(
         result = FineTuned(before, after, runner.start)
         with new_files(output, "the comparison") as folder:
             _write_results(folder, cfg, source, result)
-    except InterruptedException:
+    except (InterruptedException, KeyboardInterrupt):
         raise InterruptedException(saved) from None
     except (ValueError, RuntimeError, OSError) as error:
         raise ValueError(f"{saved}: {str(error).rstrip('.')}.") from error

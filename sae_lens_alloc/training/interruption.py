@@ -5,27 +5,32 @@ import threading
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
 
-from sae_lens.training._interruption import InterruptedException, interrupt_callback
-
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 @contextmanager
 def interruptible() -> Generator[None, None, None]:
-    """Within it, a signal raises SAELens' InterruptedException at once."""
-    with _handled_by(interrupt_callback):
+    """
+    Within it, a signal raises KeyboardInterrupt at once. SAELens' InterruptedException is an
+    Exception, which code that survives errors survives.
+    """
+
+    def handle(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with _handled_by(handle):
         yield
 
 
 @contextmanager
 def noting(note: Callable[[], None]) -> Generator[None, None, None]:
-    """Within it, the first signal calls `note`; the second raises InterruptedException."""
+    """Within it, the first signal calls `note`; the second raises KeyboardInterrupt."""
     noted = False
 
     def handle(*_: object) -> None:
         nonlocal noted
         if noted:
-            raise InterruptedException()
+            raise KeyboardInterrupt
         noted = True
         note()
 

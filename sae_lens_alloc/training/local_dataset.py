@@ -1,8 +1,9 @@
 """Datasets in a folder or a file of this machine, some of which SAELens cannot open by their path."""
 
 import json
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from datasets import DatasetDict, load_dataset, load_from_disk
 from sae_lens.config import HfDataset, LanguageModelSAERunnerConfig
@@ -15,6 +16,7 @@ TEXT_COLUMNS = ("text", "problem")
 CHAT_COLUMNS = ("conversation", "conversations", "messages", "text")
 # Either is in a folder that `save_to_disk` wrote.
 SAVED_DATASET_FILENAMES = ("state.json", "dataset_dict.json")
+DATA_SUFFIXES = (".parquet", ".jsonl", ".json", ".csv", ".txt")
 # SAELens' pretokenize runner writes there which tokenizer it used.
 TOKENIZATION_FILENAME = "sae_lens.json"
 
@@ -71,18 +73,14 @@ def open_local_dataset(cfg: LanguageModelSAERunnerConfig[Any]) -> HfDataset:
 
 def check_local_dataset(cfg: LanguageModelSAERunnerConfig[Any]) -> None:
     """
-    Reads the first row of a dataset on this machine.
+    Reads the first row of a dataset on this machine, the first that holds text.
 
     Raises:
         ValueError: in one sentence, if it cannot be read, or SAELens could not use it.
     """
     path = Path(cfg.dataset_path)
-    try:
-        row: dict[str, Any] | None = next(iter(open_local_dataset(cfg)), None)  # type: ignore[assignment]
-    except ValueError:
-        raise
-    except Exception as error:
-        raise ValueError(_unreadable(path, error)) from error
+    rows = _rows(path, open_local_dataset(cfg))
+    row = next(rows, None)
     if row is None:
         raise ValueError(f"dataset_path {str(path)!r} holds no rows.")
     column = _column(cfg, row)
@@ -95,6 +93,8 @@ def check_local_dataset(cfg: LanguageModelSAERunnerConfig[Any]) -> None:
             f"none of {', '.join(map(repr, wanted))}."
         )
     value = row[column]
+    if column in TEXT_COLUMNS and value is None:  # which the training passes over
+        value = next((r[column] for r in rows if r[column] is not None), None)
     if column in TOKEN_COLUMNS and not cfg.use_chat_formatting:
         if not isinstance(value, list) or not all(isinstance(t, int) for t in value):
             raise ValueError(
@@ -109,9 +109,21 @@ def check_local_dataset(cfg: LanguageModelSAERunnerConfig[Any]) -> None:
         _check_tokenizer(cfg, path)
     elif column in TEXT_COLUMNS and not isinstance(value, str):
         raise ValueError(
-            f"the column {column!r} of dataset_path {str(path)!r} must hold text, but the "
-            f"first row holds {type(value).__name__}."
+            f"the column {column!r} of dataset_path {str(path)!r} must hold text, but "
+            + (
+                "every row holds null."
+                if value is None
+                else f"the first row holds {type(value).__name__}."
+            )
         )
+
+
+def _rows(path: Path, dataset: Iterable[Any]) -> Iterator[dict[str, Any]]:
+    """The rows of a dataset, with what goes wrong on the way in one sentence."""
+    try:
+        yield from dataset
+    except Exception as error:
+        raise ValueError(_unreadable(path, error)) from error
 
 
 def _was_saved_to_disk(path: Path) -> bool:
@@ -150,4 +162,32 @@ def _check_tokenizer(cfg: LanguageModelSAERunnerConfig[Any], path: Path) -> None
 
 
 def _unreadable(path: Path, error: Exception) -> str:
-    return f"dataset_path {str(path)!r} cannot be read: {in_one_sentence(error)}"
+    """The first reason, with the file where there are several."""
+    while error.__cause__ is not None:
+        error = cast(Exception, error.__cause__)
+    reason, file = in_one_sentence(error), _damaged_file(path)
+    if file is None:
+        return f"dataset_path {str(path)!r} cannot be read: {reason}"
+    # which datasets cannot read either
+    if file.suffix == ".parquet" and reason.startswith("BatchSize must be greater"):
+        reason = "it holds no rows"
+    return f"{str(file)!r} of dataset_path {str(path)!r} cannot be read: {reason}"
+
+
+def _damaged_file(path: Path) -> Path | None:
+    """The first file of a folder that cannot be read by itself; reads those before to their end."""
+    for file in sorted(path.rglob("*.*")) if path.is_dir() else []:
+        if not file.is_file() or file.suffix not in DATA_SUFFIXES:
+            continue
+        try:
+            rows = load_dataset(
+                str(file.parent.resolve()),
+                data_files=file.name,
+                split="train",
+                streaming=True,
+            )
+            for _ in rows.with_format("arrow"):
+                pass
+        except Exception:
+            return file
+    return None

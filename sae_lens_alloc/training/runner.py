@@ -146,6 +146,8 @@ class AllocSAETrainingRunner(LanguageModelSAETrainingRunner):
         seed_all(cfg.seed)
         if override_sae is None:
             override_sae = _pretrained_sae(cfg)
+        if override_dataset is not None and next(iter(override_dataset), None) is None:
+            raise ValueError("override_dataset holds no rows.")
         with _no_warning_of_overrides(
             dataset=override_dataset is None, model=override_model is None
         ):
@@ -158,7 +160,7 @@ class AllocSAETrainingRunner(LanguageModelSAETrainingRunner):
                 override_sae,
             )
         check_language_model(self.model, cfg)
-        store = make_resumable(self.activations_store)
+        store = make_resumable(self.activations_store, cfg.dataset_path)
         n_tokens = _held_out_tokens(cfg, store)
         n_evaluation_tokens = n_evaluation_contexts * store.training_context_size
         store.require_text(store.tokens_in_batches(n_tokens) + n_evaluation_tokens)
@@ -184,9 +186,9 @@ class AllocSAETrainingRunner(LanguageModelSAETrainingRunner):
             self.cfg.resume_from_checkpoint = None
             try:
                 return super().run()
-            except InterruptedException:
+            except (InterruptedException, KeyboardInterrupt):
                 if self.saved_in is None:
-                    raise
+                    raise InterruptedException() from None
                 raise InterruptedException(self._after_training) from None
             finally:
                 self.cfg.resume_from_checkpoint = self._resumed_from
@@ -324,8 +326,6 @@ class AllocSAETrainingRunner(LanguageModelSAETrainingRunner):
         """Makes a warning of what fails once the SAE is trained: the SAE is there all the same."""
         try:
             yield
-        except InterruptedException:
-            raise
         except Exception as error:
             reason = str(error).rstrip(".") or type(error).__name__
             logger.warning(f"{self._after_training}, but {missing}: {reason}.")

@@ -90,10 +90,10 @@ class AllocSAETrainer(SAETrainer[T_TRAINING_SAE, T_TRAINING_SAE_CONFIG]):
         Lets the running step be the last one.
 
         Raises:
-            InterruptedException: before the first step, when there is nothing new to save.
+            KeyboardInterrupt: before the first step, when there is nothing new to save.
         """
         if not self._optimizer_is_prepared:
-            raise InterruptedException()
+            raise KeyboardInterrupt
         self.interrupted = True
 
     @override
@@ -229,8 +229,6 @@ class AllocSAETrainer(SAETrainer[T_TRAINING_SAE, T_TRAINING_SAE_CONFIG]):
         """
         try:
             self._save_checkpoint(checkpoint_name, base_path, wandb_aliases)
-        except InterruptedException:
-            raise
         except Exception as error:
             if not checkpoint_name.startswith("final_"):
                 raise

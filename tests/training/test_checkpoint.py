@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 
-from sae_lens_alloc import MutualChoiceTrainingSAEConfig
 from sae_lens_alloc.training.checkpoint import (
     MANIFEST_FILENAME,
     PARTIAL_PREFIX,

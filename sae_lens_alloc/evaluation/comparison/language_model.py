@@ -22,6 +22,10 @@ from sae_lens_alloc.evaluation.contexts import held_out_contexts
 from sae_lens_alloc.evaluation.metrics import evaluate_sae
 from sae_lens_alloc.evaluation.splicing import spliced_loss
 from sae_lens_alloc.evaluation.usage import Usage
+from sae_lens_alloc.training.activations_store import (
+    make_resumable,
+    require_ordinary_tokens,
+)
 from sae_lens_alloc.training.language_model import load_language_model
 from sae_lens_alloc.training.local_dataset import override_for_local_dataset
 
@@ -47,13 +51,18 @@ class LanguageModelSubject(Subject):
         held_out = {
             split: self._held_out_activations(split) for split in ("validation", "test")
         }
+        training = make_resumable(
+            ActivationsStore.from_config(
+                self.model, self.cfg, override_for_local_dataset(self.cfg)
+            ),
+            self.cfg.dataset_path,
+        )
+        require_ordinary_tokens(training)
         with temporary_seed(self.cfg.seed):
             return write_stream(
                 folder,
                 {
-                    "train": ActivationsStore.from_config(
-                        self.model, self.cfg, override_for_local_dataset(self.cfg)
-                    ),
+                    "train": training,
                     **held_out,
                 },
                 {

@@ -55,6 +55,9 @@ def train_cells(
     for slot in range(jobs):
         slots.put(slot)
 
+    processes: list[subprocess.Popen[bytes]] = []
+    ended = False
+
     def train(cell: Cell) -> str | None:
         slot = slots.get()
         try:
@@ -69,7 +72,7 @@ def train_cells(
         if torch.device(cell.runner_config().device) == torch.device("cuda"):
             environment["CUDA_VISIBLE_DEVICES"] = _gpu(slot)
         with (folder / LOG_FILENAME).open("w") as log:
-            done = subprocess.run(
+            process = subprocess.Popen(
                 [
                     *(
                         sys.executable,
@@ -83,8 +86,12 @@ def train_cells(
                 stderr=subprocess.STDOUT,
                 env=environment,
             )
-        if done.returncode or not (folder / RESULT_FILENAME).exists():
-            return _reason(done.returncode, folder / LOG_FILENAME)
+            processes.append(process)
+            if ended:  # in the meantime
+                process.terminate()
+            process.wait()
+        if process.returncode or not (folder / RESULT_FILENAME).exists():
+            return _reason(process.returncode, folder / LOG_FILENAME)
         return None
 
     with ThreadPoolExecutor(jobs) as pool:
@@ -97,7 +104,10 @@ def train_cells(
                     write_json(folder / FAILURE_FILENAME, {"reason": reason})
                 on_finished()
         except BaseException:
-            pool.shutdown(cancel_futures=True)
+            pool.shutdown(wait=False, cancel_futures=True)
+            ended = True
+            for process in processes:
+                process.terminate()
             raise
 
 
