@@ -1,8 +1,11 @@
 """How an SAE does on activations that it is not trained on."""
 
+import math
+from pathlib import Path
 from typing import Any
 
 import torch
+from sae_lens.config import LanguageModelSAERunnerConfig
 from sae_lens.saes.sae import SAE
 
 from sae_lens_alloc.evaluation.usage import (
@@ -12,6 +15,28 @@ from sae_lens_alloc.evaluation.usage import (
     measure_usage,
 )
 from sae_lens_alloc.saes.allocation_sae import AllocationTrainingSAE
+from sae_lens_alloc.training.activations_store import saved_held_out_contexts
+from sae_lens_alloc.training.resuming import recorded_training_tokens
+
+# At most, and a hundredth of the training tokens in a short run.
+HELD_OUT_TOKENS = 16_384
+
+
+def held_out_tokens(
+    cfg: LanguageModelSAERunnerConfig[Any], tokens_per_context: int
+) -> int:
+    """
+    How many tokens a run holds out for metrics: if it is resumed, as many as before, since it
+    has trained on the next ones.
+    """
+    training_tokens = cfg.training_tokens
+    if cfg.resume_from_checkpoint is not None:
+        checkpoint = Path(cfg.resume_from_checkpoint)
+        n_contexts = saved_held_out_contexts(checkpoint)
+        if n_contexts is not None:
+            return n_contexts * tokens_per_context
+        training_tokens = recorded_training_tokens(checkpoint) or training_tokens
+    return min(HELD_OUT_TOKENS, math.ceil(training_tokens / 100))
 
 
 @torch.no_grad()

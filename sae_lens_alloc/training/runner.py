@@ -2,7 +2,6 @@
 
 import copy
 import logging
-import math
 from collections.abc import Generator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -29,18 +28,14 @@ from sae_lens_alloc.evaluation.calibration import calibrate_thresholds
 from sae_lens_alloc.run_checks import check_run
 from sae_lens_alloc.saes.allocation_sae import AllocationTrainingSAE
 from sae_lens_alloc.saes.mutual_choice_sae import with_schedule
-from sae_lens_alloc.training.activations_store import (
-    ResumableActivationsStore,
-    make_resumable,
-    saved_held_out_contexts,
-)
+from sae_lens_alloc.training.activations_store import make_resumable
 from sae_lens_alloc.training.final_sae import (
     how_to_calibrate,
     require_artifact_names,
     write_sae,
     write_sae_somewhere,
 )
-from sae_lens_alloc.training.held_out import held_out_metrics
+from sae_lens_alloc.training.held_out import held_out_metrics, held_out_tokens
 from sae_lens_alloc.training.interruption import interruptible, noting
 from sae_lens_alloc.training.language_model import (
     check_language_model,
@@ -51,10 +46,7 @@ from sae_lens_alloc.training.metrics_file import drop_rows_from, save_fingerprin
 from sae_lens_alloc.training.preflight import check_devices, check_memory
 from sae_lens_alloc.training.pretrained import load_pretrained
 from sae_lens_alloc.training.provenance import provenance
-from sae_lens_alloc.training.resuming import (
-    recorded_training_tokens,
-    settle_resumed_run,
-)
+from sae_lens_alloc.training.resuming import settle_resumed_run
 from sae_lens_alloc.training.rng_state import rng_state, seed_all, set_rng_state
 from sae_lens_alloc.training.run_folders import (
     METRICS_FILENAME,
@@ -68,8 +60,6 @@ __all__ = ["CALIBRATION_TOKENS", "METRICS_FILENAME", "AllocSAETrainingRunner"]
 
 RNG_STATE_FILENAME = "rng_state.pt"
 CALIBRATION_TOKENS = 65_536
-# At most, and a hundredth of the training tokens in a short run.
-HELD_OUT_TOKENS = 16_384
 
 
 class AllocSAETrainingRunner(LanguageModelSAETrainingRunner):
@@ -161,7 +151,7 @@ class AllocSAETrainingRunner(LanguageModelSAETrainingRunner):
             )
         check_language_model(self.model, cfg)
         store = make_resumable(self.activations_store, cfg.dataset_path)
-        n_tokens = _held_out_tokens(cfg, store)
+        n_tokens = held_out_tokens(cfg, store.training_context_size)
         n_evaluation_tokens = n_evaluation_contexts * store.training_context_size
         store.require_text(store.tokens_in_batches(n_tokens) + n_evaluation_tokens)
         self.held_out = store.hold_out(n_tokens)
@@ -349,20 +339,6 @@ def _pretrained_sae(
     if cfg.resume_from_checkpoint is not None:  # whose weights it gets
         return TrainingSAE.from_dict(cfg.sae.to_dict())
     return load_pretrained(cfg.from_pretrained_path, cfg.sae, cfg.device)
-
-
-def _held_out_tokens(
-    cfg: LanguageModelSAERunnerConfig[Any], store: ResumableActivationsStore
-) -> int:
-    """As many as the run that goes on has held out, which has trained on the next ones."""
-    training_tokens = cfg.training_tokens
-    if cfg.resume_from_checkpoint is not None:
-        checkpoint = Path(cfg.resume_from_checkpoint)
-        n_contexts = saved_held_out_contexts(checkpoint)
-        if n_contexts is not None:
-            return n_contexts * store.training_context_size
-        training_tokens = recorded_training_tokens(checkpoint) or training_tokens
-    return min(HELD_OUT_TOKENS, math.ceil(training_tokens / 100))
 
 
 @contextmanager

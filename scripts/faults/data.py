@@ -52,7 +52,9 @@ def kind(what: str, details: str) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--output", type=Path, default=Path("faults_data.json"))
-    parser.add_argument("--only", default="", help="cases whose name holds this")
+    parser.add_argument(
+        "--only", nargs="*", default=[""], help="cases whose name holds one of these"
+    )
     args = parser.parse_args()
     output = args.output.absolute()
     torch.set_num_threads(1)
@@ -61,7 +63,7 @@ def main() -> None:
         base = Path(temporary)
         make_template(base / "template")
         for number, case in enumerate(cases()):
-            if args.only not in case.name:
+            if not any(part in case.name for part in args.only):
                 continue
             folder = base / str(number)
             shutil.copytree(base / "template", folder)

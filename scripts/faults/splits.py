@@ -17,7 +17,7 @@ LEAK = "LEAK"
 
 def splits() -> Iterator[Case]:
     for n in (1, 3, 5, 10, 20):
-        prepare = partial(write, list(short_texts(n)))
+        prepare = partial(write, short_texts(n))
         settings = ("dataset_path=data", "output_path=new", "context_size=64")
         for tokens in (2048, 40_960):
             length = f"training_tokens={tokens}"

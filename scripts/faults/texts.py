@@ -1,7 +1,7 @@
 """Datasets that are damaged, empty, or odd."""
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import cache, partial
 from pathlib import Path
 
@@ -25,9 +25,9 @@ def short_texts(n: int) -> tuple[str, ...]:
     return tuple([text for text in found if 500 < len(text) < 3000][:n])
 
 
-def write(rows: list[object], column: str = "text", file: str = FILE) -> None:
+def write(rows: Sequence[object], column: str = "text", file: str = FILE) -> None:
     os.makedirs("data", exist_ok=True)
-    pq.write_table(pa.table({column: rows}), file, row_group_size=4)
+    pq.write_table(pa.table({column: list(rows)}), file, row_group_size=4)
 
 
 def texts() -> Iterator[Case]:
@@ -67,7 +67,7 @@ def texts() -> Iterator[Case]:
         for streaming in ("true", "false"):
 
             def damaged(change: Callable[[bytes], bytes] = change) -> None:
-                write(list(short_texts(20)))
+                write(short_texts(20))
                 path = Path(FILE)
                 path.write_bytes(change(path.read_bytes()))
 
@@ -155,7 +155,7 @@ def tokenized() -> Iterator[Case]:
 
 
 def write_config(context_size: int) -> None:
-    write(list(short_texts(5)))
+    write(short_texts(5))
     lines = [
         "model_class_name: AutoModelForCausalLM",
         f"model_name: {DEMO / 'model'}",
