@@ -42,7 +42,11 @@ FREE_SAE_KEYS = (
     "sae_lens_version",
     "sae_lens_training_version",
 )
-KEPT_SAE_KEYS = (*SAE_SCHEDULE_KEYS, "k_start")
+# All that may be a share of the training.
+KEPT_SAE_KEYS = (
+    *SAE_SCHEDULE_KEYS,
+    *("k_start", "l1_warm_up_steps", "l0_warm_up_steps"),
+)
 
 
 def settle_resumed_run(

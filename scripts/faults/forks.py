@@ -13,8 +13,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from sae_lens import llm_sae_training_runner
-
 from sae_lens_alloc import cli
 from sae_lens_alloc.training import (
     final_sae,
@@ -30,7 +28,7 @@ UNCAUGHT = 99  # exit code after an exception that nobody made a sentence of
 
 # Where a run can be: the function that is called there.
 PHASES: dict[str, tuple[Any, str]] = {
-    "model": (llm_sae_training_runner, "load_model"),
+    "model": (runner, "load_language_model"),
     "held-out contexts": (ResumableActivationsStore, "hold_out"),
     "step": (trainer.AllocSAETrainer, "step"),
     "metrics": (trainer, "append_row"),

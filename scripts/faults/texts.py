@@ -32,7 +32,7 @@ def write(rows: Sequence[object], column: str = "text", file: str = FILE) -> Non
 
 def texts() -> Iterator[Case]:
     good = list(short_texts(20))
-    contents: dict[str, list[object]] = {
+    contents: dict[str, Sequence[object]] = {
         "good texts": good,
         "null first": [None, *good],
         "null later": [*good[:10], None, *good[10:]],

@@ -12,6 +12,7 @@ from sae_lens.config import LoggingConfig
 from transformer_lens.HookedTransformer import HookedRootModule
 
 from sae_lens_alloc import AllocSAETrainingRunner, MutualChoiceTrainingSAEConfig
+from sae_lens_alloc.config import SHARE_KEYS
 from sae_lens_alloc.training.checkpoint import partial_path, publish_checkpoint
 from sae_lens_alloc.training.resuming import (
     FREE_KEYS,
@@ -206,3 +207,16 @@ def test_metrics_of_another_run_are_not_mixed_in(
     # in its own folder it goes on with its own
     resumed(folder).run()
     assert metrics(folder) == own
+
+
+def test_shares_of_the_training_may_change_with_its_length(tmp_path: Path):
+    """All settings that a file may give as a share of the steps."""
+    for number, key in enumerate(SHARE_KEYS):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        sae: dict[str, Any] = SAE.to_dict()
+        cfg = {**SETTINGS, "training_tokens": 512}
+        section = sae if key.startswith("sae.") else cfg
+        section[key.removeprefix("sae.")] = 1
+        save_checkpoint(folder, cfg, sae)
+        settle_resumed_run(lm_config(SAE, resume_from_checkpoint=str(folder)))
