@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from sae_lens.training.activation_scaler import ActivationScaler
 
 from sae_lens_alloc import cli
 from sae_lens_alloc.demo import run as demo_run
-from sae_lens_alloc.evaluation import splicing
 from sae_lens_alloc.evaluation.comparison import pool, worker
 from sae_lens_alloc.training import fine_tuning, fine_tuning_run, preflight, trainer
 from sae_lens_alloc.training.activations_store import ResumableActivationsStore
@@ -29,7 +29,7 @@ IN_TRAINING: dict[str, Place] = {
 IN_FINE_TUNING: dict[str, Place] = {
     "conversion": (fine_tuning, "convert_sae"),
     "baseline": (fine_tuning_run, "measure_baseline"),
-    "evaluation": (splicing, "spliced_loss"),
+    "evaluation": (fine_tuning_run, "evaluate_sae"),
     "first step": IN_TRAINING["first step"],
 }
 IN_CALIBRATION: dict[str, Place] = {
@@ -43,8 +43,11 @@ def interrupted() -> Iterator[Case]:
     commands: dict[str, tuple[list[str], dict[str, Place]]] = {
         "train": (train("output_path=new"), IN_TRAINING),
         "estimating a norm": (
-            train("output_path=new", "sae.normalize_activations=layer_norm"),
-            {"tokens": IN_TRAINING["tokens"]},
+            train(
+                "output_path=new",
+                "sae.normalize_activations=expected_average_only_in",
+            ),
+            {"begin": (ActivationScaler, "estimate_scaling_factor")},
         ),
         "finetune": (
             finetune("--from", "out", "output_path=new", "checkpoint_path=null"),
