@@ -230,7 +230,7 @@ class AllocationTrainingSAE(TrainingSAE[T_CONFIG]):
         x = inputs.reshape(-1, self.cfg.d_in)
         encoder = self.encoder()
         self.checks.report()
-        _require_finite(self.checks, encoder, x, step_input.n_training_steps)
+        _require_finite(self, encoder, sae_in, x, step_input.n_training_steps)
         step = self.allocation.begin_step(step_input.n_training_steps)
         if self.times_itself and not self.allocation.continues_step:
             self.allocation.begin_timed_step(step)
@@ -585,22 +585,34 @@ def _top_tokens_share(pairs: Pairs) -> torch.Tensor:
 
 
 def _require_finite(
-    checks: DeviceChecks, encoder: Encoder, x: torch.Tensor, step: int
+    sae: AllocationTrainingSAE[Any],
+    encoder: Encoder,
+    sae_in: torch.Tensor,
+    x: torch.Tensor,
+    step: int,
 ) -> None:
-    # a GPU is not waited for, and has learned from the batch by the time it is known
-    outcome = "" if x.is_cuda else "; nothing was learned from this batch"
-    checks.require(
-        torch.isfinite(x).all(),
-        f"The activations of training step {step} contain NaN or Inf: check the language "
-        f"model and its dtype{outcome}.",
-    )
-    weights = [encoder.W_enc, encoder.b_enc]
+    # first, since the inputs are NaN where b_dec is, too
+    weights = [encoder.W_enc, encoder.b_enc, sae.b_dec]
     if encoder.scale is not None:
         weights.append(encoder.scale)
     # a sum would overflow in float16 where no weight is out of range
     extremes = torch.stack([e for w in weights for e in torch.aminmax(w)])
-    checks.require(
+    sae.checks.require(
         torch.isfinite(extremes).all(),
         f"The weights contain NaN or Inf at training step {step}: they have diverged; "
         "lower the learning rate or add warm-up steps.",
     )
+    # a GPU is not waited for, and has learned from the batch by the time it is known
+    outcome = "" if x.is_cuda else "; nothing was learned from this batch"
+    activations = f"The activations of training step {step}"
+    sae.checks.require(
+        torch.isfinite(sae_in).all(),
+        f"{activations} contain NaN or Inf: check the language model and its dtype{outcome}.",
+    )
+    normalized = sae.cfg.normalize_activations == "layer_norm"
+    if x.dtype != sae_in.dtype or normalized:
+        sae.checks.require(
+            torch.isfinite(x).all(),
+            f"{activations} contain numbers beyond {x.dtype}, the dtype of the SAE: give "
+            f"it another, such as float32 or bfloat16{outcome}.",
+        )

@@ -359,8 +359,19 @@ def test_diverged_weights_are_reported(architecture: str, value: float, weight: 
     sae = make_sae(architecture)
     training_step(sae, tokens(16, 8))
     set_weights(sae, **{weight: torch.full_like(getattr(sae, weight), value)})
-    with pytest.raises(ValueError, match=r"training step 1\b.*(diverged|NaN or Inf)"):
+    with pytest.raises(ValueError, match=r"training step 1\b.*diverged"):
         training_step(sae, tokens(16, 8), step=1)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_activations_beyond_the_dtype_of_the_sae_are_not_blamed_on_the_model(
+    architecture: str,
+):
+    sae = make_sae(architecture, dtype="float16")
+    x = tokens(16, 8)
+    x[3, 5] = 1e5
+    with pytest.raises(ValueError, match=r"numbers beyond torch.float16, the dtype of"):
+        training_step(sae, x)
 
 
 def test_reconstruction_that_overflows_is_reported():
