@@ -171,7 +171,7 @@ def _unreadable(path: Path, error: Exception) -> str:
     # which datasets cannot read either
     if file.suffix == ".parquet" and reason.startswith("BatchSize must be greater"):
         reason = "it holds no rows"
-    return f"{str(file)!r} of dataset_path {str(path)!r} cannot be read: {reason}"
+    return f"dataset_path {str(path)!r} cannot be read: {str(file)!r}: {reason}"
 
 
 def _damaged_file(path: Path) -> Path | None:

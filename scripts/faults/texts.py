@@ -1,6 +1,7 @@
 """Datasets that are damaged, empty, or odd."""
 
 import os
+import re
 from collections.abc import Callable, Iterator, Sequence
 from functools import cache, partial
 from pathlib import Path
@@ -183,11 +184,8 @@ def trained(code: int, said: str) -> str | None:
 
 def one_sentence(code: int, said: str) -> str | None:
     # on the line of a progress bar, perhaps
-    if (
-        code == 1
-        and said.count("error: ") == 1
-        and "SAE_LENS_ALLOC_TRACEBACK" not in said
-    ):
+    n_errors = len(re.findall(r"(?:^|\])error: ", said, re.MULTILINE))
+    if code == 1 and n_errors == 1 and "SAE_LENS_ALLOC_TRACEBACK" not in said:
         return None
     return f"ignored: exit code {code}" if code == 0 else f"traceback: {said[-500:]}"
 

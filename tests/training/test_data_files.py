@@ -48,7 +48,7 @@ def test_a_damaged_parquet_is_named_with_the_reason(
     with pytest.raises(ValueError) as raised:
         check(folder, streaming)
     message = str(raised.value)
-    assert f"'{damaged}' of dataset_path '{folder}' cannot be read: " in message
+    assert message.startswith(f"dataset_path '{folder}' cannot be read: '{damaged}': ")
     assert reason in message
     assert "An error occurred" not in message
 
@@ -56,14 +56,14 @@ def test_a_damaged_parquet_is_named_with_the_reason(
 @pytest.mark.parametrize("streaming", [True, False])
 def test_a_parquet_without_rows_is_named(tmp_path: Path, streaming: bool):
     file = write(tmp_path / "data", [])
-    with pytest.raises(ValueError, match=f"'{file}' .* it holds no rows"):
+    with pytest.raises(ValueError, match=f"'{file}': it holds no rows"):
         check(tmp_path / "data", streaming)
 
 
 @pytest.mark.parametrize("streaming", [True, False])
 def test_a_json_line_that_is_cut_off_is_named(tmp_path: Path, streaming: bool):
     (tmp_path / "train.jsonl").write_text('{"text": "a"}\n{"text": ')
-    with pytest.raises(ValueError, match="train.jsonl' .* JSON parse error"):
+    with pytest.raises(ValueError, match="train.jsonl': JSON parse error"):
         check(tmp_path, streaming)
 
 

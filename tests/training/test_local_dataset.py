@@ -163,7 +163,7 @@ def test_activations_of_local_tokens_are_gathered_and_compared_on(tmp_path: Path
             "in contexts of 31 tokens, fewer than context_size (32)",
         ),
         ({"tokens": ["a text"]}, "must hold lists of token ids"),
-        ({"text": [None, "a"]}, "must hold text, but the first row holds NoneType"),
+        ({"text": [None, None]}, "must hold text, but every row holds null"),
         ({"text": [3]}, "must hold text, but the first row holds int"),
     ],
 )
