@@ -176,7 +176,9 @@ def _unreadable(path: Path, error: Exception) -> str:
 
 def _damaged_file(path: Path) -> Path | None:
     """The first file of a folder that cannot be read by itself; reads those before to their end."""
-    for file in sorted(path.rglob("*.*")) if path.is_dir() else []:
+    if not path.is_dir() or _was_saved_to_disk(path):
+        return None
+    for file in sorted(path.rglob("*.*")):
         if not file.is_file() or file.suffix not in DATA_SUFFIXES:
             continue
         try:
