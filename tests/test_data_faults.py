@@ -6,7 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-from scripts.faults.data import BAD, kind
+from scripts.faults.counting import OUTCOMES, Outcome
+from scripts.faults.data import told_by_the_check
 
 CASES = (
     "SIGTERM in train: tokens",
@@ -23,8 +24,8 @@ CASES = (
 
 
 def test_nothing_is_endless_leaks_or_is_ignored(tmp_path: Path):
-    output = tmp_path / "faults.json"
-    command = [*(sys.executable, "-m", "scripts.faults.data"), "--output", str(output)]
+    path = tmp_path / "counts.json"
+    command = [*(sys.executable, "-m", "scripts.faults.data"), "--json", str(path)]
     done = subprocess.run(
         [*command, "--only", *CASES],
         cwd=Path(__file__).parents[1],
@@ -33,15 +34,16 @@ def test_nothing_is_endless_leaks_or_is_ignored(tmp_path: Path):
         text=True,
     )
     assert done.returncode == 0, done.stdout
-    found = json.loads(output.read_text())
-    assert len(found["cases"]) == len(CASES)
-    assert {key: found["counts"][key] for key in BAD} == dict.fromkeys(BAD, 0)
-    assert found["counts"]["refused"] == 2
+    found = json.loads(path.read_text())
+    assert found["n_cases"] == len(CASES)
+    good = {"refused": 2, "worked": len(CASES) - 2}
+    assert found["counts"] == {**dict.fromkeys(OUTCOMES, 0), **good}
 
 
-def test_the_script_tells_apart_what_it_counts():
-    assert kind("loss", "leak: LEAK: 3 of 18; saved in new") == "leak"
-    assert kind("loss", "ignored: seed; saved in new") == "ignored"
-    assert kind("ok", "error: no") == "refused"
-    assert kind("ok", "saved in new") == "ok"
-    assert kind("endless", "") == "endless"
+def test_what_a_check_has_found_is_counted():
+    for kind in ("leaked", "ignored", "endless", "traceback"):
+        found = Outcome("case", "lost", f"{kind}: something; saved in new")
+        assert told_by_the_check(found).outcome == kind
+        assert not OUTCOMES[kind]
+    lost = Outcome("case", "lost", "out/cfg.json is another; saved in new")
+    assert told_by_the_check(lost) == lost

@@ -106,7 +106,7 @@ def test_outcomes_are_counted_and_a_bad_one_is_an_error(tmp_path: Path):
     assert written["n_cases"] == 2
     assert written["counts"] == {**none, "refused": 1, "worked": 1}
     assert written["cases"][0] == {"case": "a", "outcome": "refused", "said": "no"}
-    for bad in ("unexpected", "traceback", "endless", "lost"):
+    for bad in ("unexpected", "traceback", "endless", "lost", "leaked", "ignored"):
         assert finish([*good, Outcome("c", bad, "")], None) == 1
 
 
@@ -140,7 +140,7 @@ def test_the_page_shows_the_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert render.faults_table().splitlines() == [
         "All cases; torch 2.13, sae-lens 6.54 (`python -m scripts.faults`):",
         "",
-        "| | cases | refused | refused late | worked | unexpected | traceback | endless | lost |",
-        "|---|---|---|---|---|---|---|---|---|",
-        "| configs | 1,235 | 1,234 | 0 | 0 | 0 | 0 | 0 | 1 |",
+        "| | cases | refused | refused late | worked | unexpected | traceback | endless | lost | leaked | ignored |",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
+        "| configs | 1,235 | 1,234 | 0 | 0 | 0 | 0 | 0 | 1 | 0 | 0 |",
     ]

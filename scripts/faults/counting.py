@@ -19,6 +19,8 @@ OUTCOMES = {
     "traceback": False,
     "endless": False,
     "lost": False,  # a file of the user's, or the result
+    "leaked": False,  # text that was to be set apart was trained on
+    "ignored": False,  # a setting or a fault, without a word
 }
 
 
@@ -47,7 +49,9 @@ def read_options(description: str | None) -> argparse.Namespace:
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--json", type=Path, help="where to write counts and cases")
-    parser.add_argument("--only", default="", help="cases whose name contains this")
+    parser.add_argument(
+        "--only", nargs="+", default=[""], help="cases whose name contains one of these"
+    )
     parser.add_argument("--every", type=int, default=1, help="one case of so many")
     options = parser.parse_args()
     if options.json is not None:
@@ -59,7 +63,7 @@ def chosen(
     cases: Iterable[tuple[str, Item]], options: argparse.Namespace
 ) -> list[tuple[str, Item]]:
     """The cases, by their name, that the options ask for."""
-    named = [case for case in cases if options.only in case[0]]
+    named = [case for case in cases if any(part in case[0] for part in options.only)]
     return named[:: options.every]
 
 

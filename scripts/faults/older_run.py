@@ -1,6 +1,10 @@
 """The run whose results the cases find in their folder, and what must hold of them afterwards."""
 
 import os
+import shutil
+import tempfile
+from argparse import Namespace
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -8,7 +12,8 @@ from sae_lens import SAE
 
 import sae_lens_alloc
 from sae_lens_alloc.training import output_folder
-from scripts.faults.forks import Check, run_child
+from scripts.faults.counting import Outcome, chosen
+from scripts.faults.forks import Case, Check, outcome, run_child
 
 DEMO = Path(sae_lens_alloc.__file__).parent / "demo"
 CONFIG = str(DEMO / "mutual_choice.yaml")
@@ -41,6 +46,24 @@ def make_template(folder: Path) -> None:
         run_child(train(*OLD), {}, os.open("said.txt", os.O_WRONLY | os.O_CREAT))
     os.waitpid(child, 0)
     Path("out/notes.txt").write_text("mine")
+
+
+def outcomes_of(cases: Iterable[Case], options: Namespace) -> list[Outcome]:
+    """What came of the cases that the options ask for, each printed when it has ended."""
+    torch.set_num_threads(1)
+    outcomes: list[Outcome] = []
+    with tempfile.TemporaryDirectory() as temporary:
+        base = Path(temporary)
+        make_template(base / "template")
+        named = [(case.name, case) for case in cases]
+        for number, (name, case) in enumerate(chosen(named, options)):
+            folder = base / str(number)
+            shutil.copytree(base / "template", folder, symlinks=True)
+            outcomes.append(Outcome(name, *outcome(case, folder)))
+            print(outcomes[-1], flush=True)
+            os.chdir(base)
+            shutil.rmtree(folder, ignore_errors=True)
+    return outcomes
 
 
 # What must hold afterwards.

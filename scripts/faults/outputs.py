@@ -12,7 +12,6 @@ where there is none.
 import os
 import shutil
 import sys
-import tempfile
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -23,21 +22,10 @@ if __name__ == "__main__":
     os.environ["WANDB_MODE"] = "offline"
     os.environ["WANDB_SILENT"] = "true"
 
-import torch  # noqa: E402
-
 from sae_lens_alloc import cli, load_runner_config  # noqa: E402
 from sae_lens_alloc.training import runner  # noqa: E402
-from scripts.faults.counting import (  # noqa: E402
-    Outcome,
-    chosen,
-    finish,
-    read_options,
-)
-from scripts.faults.forks import (  # noqa: E402
-    Case,
-    outcome,
-    start,
-)
+from scripts.faults.counting import finish, read_options  # noqa: E402
+from scripts.faults.forks import Case, start  # noqa: E402
 from scripts.faults.older_run import (  # noqa: E402
     CONFIG,
     NO_CHECKPOINTS,
@@ -45,8 +33,8 @@ from scripts.faults.older_run import (  # noqa: E402
     RUN,
     contents,
     finetune,
-    make_template,
     old_or_new,
+    outcomes_of,
     refused,
     saved,
     train,
@@ -232,20 +220,7 @@ def cases() -> Iterator[Case]:
 def main() -> int:
     """Runs the cases, prints what came of them, and returns the exit code."""
     options = read_options(__doc__)
-    torch.set_num_threads(1)
-    outcomes: list[Outcome] = []
-    with tempfile.TemporaryDirectory() as temporary:
-        base = Path(temporary)
-        make_template(base / "template")
-        named = [(case.name, case) for case in cases()]
-        for number, (name, case) in enumerate(chosen(named, options)):
-            folder = base / str(number)
-            shutil.copytree(base / "template", folder, symlinks=True)
-            outcomes.append(Outcome(name, *outcome(case, folder)))
-            print(outcomes[-1], flush=True)
-            os.chdir(base)
-            shutil.rmtree(folder, ignore_errors=True)
-    return finish(outcomes, options.json)
+    return finish(outcomes_of(cases(), options), options.json)
 
 
 if __name__ == "__main__":

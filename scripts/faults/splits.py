@@ -105,7 +105,7 @@ def watched_halves(command: list[str]) -> Action:
 
 def no_leak(code: int, said: str) -> str | None:
     if LEAK in said:
-        return f"leak: {said[said.find(LEAK) :].splitlines()[0]}"
+        return f"leaked: {said[said.find(LEAK) :].splitlines()[0]}"
     if code not in (0, 1) or (code == 1 and "error: " not in said):
         return f"traceback: {said[-500:]}"
     return None
