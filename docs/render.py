@@ -34,6 +34,7 @@ DOCS = Path(__file__).parent
 README = DOCS.parent / "README.md"
 RESULTS = DOCS / "results"
 PERFORMANCE = RESULTS / "performance_cpu.json"
+SWEEPS = RESULTS / "performance_cpu_sweeps.json"
 PIPELINE = RESULTS / "pipeline_cpu.json"
 FAULTS = RESULTS / "faults.json"
 FINE_TUNING = RESULTS / "fine_tuning.json"
@@ -119,7 +120,7 @@ LEADS = (
 )
 # what each picture shows
 PICTURES = {
-    DOCS / "images" / "performance_cpu.svg": (PERFORMANCE, growth),
+    DOCS / "images" / "performance_cpu.svg": (SWEEPS, growth),
     DOCS / "images" / "fine_tuning.svg": (FINE_TUNING, continuations),
     DOCS / "images" / "compare_demo.svg": (COMPARISONS["compare_demo"], comparison),
 }
@@ -201,7 +202,7 @@ def step_table() -> str:
 
 def performance_parts() -> dict[str, str]:
     """The tables of docs/performance.md."""
-    report = json.loads(PERFORMANCE.read_text())
+    report = json.loads(SWEEPS.read_text())
     parts = {
         "limits": tables.limits(report),
         "centre": step_table(),
