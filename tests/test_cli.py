@@ -146,7 +146,10 @@ def test_train_says_how_long_aux_zipf_lasts(
         settings["sae"]["aux_loss_decay_start"] = 2
     config = tmp_path / "config.yaml"
     config.write_text(yaml.safe_dump(settings))
-    result = invoke("train", str(config), *TINY, "--dry-run", "checkpoint_path=null")
+    output = f"output_path={tmp_path / 'output'}"
+    result = invoke(
+        "train", str(config), *TINY, output, "--dry-run", "checkpoint_path=null"
+    )
     assert result.exit_code == 0, result.output
     said = [line for line in result.stdout.splitlines() if "schedule" in line]
     assert said == [f"schedule    {text}" for text in schedule]

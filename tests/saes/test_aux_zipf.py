@@ -3,13 +3,18 @@
 import dataclasses
 import json
 import pickle
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from sae_lens import SAE, AbsTopKTrainingSAE, BatchTopKTrainingSAE, TopKTrainingSAE
-from sae_lens.registry import SAE_TRAINING_CLASS_REGISTRY, get_sae_training_class
+from sae_lens.registry import (
+    SAE_CLASS_REGISTRY,
+    SAE_TRAINING_CLASS_REGISTRY,
+    get_sae_training_class,
+)
 from sae_lens.saes.matching_pursuit_sae import MatchingPursuitTrainingSAE
 from sae_lens.saes.sae import TrainingSAE
 from safetensors.torch import load_file
@@ -354,14 +359,23 @@ def test_what_cannot_have_the_loss_is_refused_in_one_sentence(
     assert before == SAE_TRAINING_CLASS_REGISTRY
 
 
+@pytest.fixture
+def registries_as_before() -> Iterator[None]:
+    """Takes out again what with_aux_zipf registers, which other tests would find."""
+    registries: tuple[dict[str, Any], ...] = (
+        SAE_TRAINING_CLASS_REGISTRY,
+        SAE_CLASS_REGISTRY,
+    )
+    before = [dict(registry) for registry in registries]
+    yield
+    for registry, content in zip(registries, before, strict=True):
+        registry.clear()
+        registry.update(content)
+
+
+@pytest.mark.usefixtures("registries_as_before")
 @pytest.mark.filterwarnings("ignore:decoder_init_norm must be set")
-def test_architecture_without_an_encoder_bias_is_refused(
-    monkeypatch: pytest.MonkeyPatch,
-):
-    name = "matching_pursuit_aux_zipf"
-    # what with_aux_zipf registers here is taken out again
-    monkeypatch.setitem(SAE_TRAINING_CLASS_REGISTRY, name, None)  # type: ignore[arg-type]
-    del SAE_TRAINING_CLASS_REGISTRY[name]
+def test_architecture_without_an_encoder_bias_is_refused():
     sae_class = with_aux_zipf(MatchingPursuitTrainingSAE)
     with pytest.raises(ValueError) as error:
         sae_class(sae_class.config_class(d_in=8, d_sae=32))
@@ -429,6 +443,7 @@ def test_hooks_on_the_inputs_fire_once_a_step_and_count_in_the_loss(
     assert found.losses[LOSS] > 0
 
 
+@pytest.mark.usefixtures("registries_as_before")
 def test_features_that_fire_in_both_directions_are_picked_by_their_signed_affinity():
     sae_class = with_aux_zipf(AbsTopKTrainingSAE)
     sae = sae_class(sae_class.config_class(**settings("abstopk", k_aux=1)))
