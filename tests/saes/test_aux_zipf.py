@@ -362,10 +362,7 @@ def test_what_cannot_have_the_loss_is_refused_in_one_sentence(
 @pytest.fixture
 def registries_as_before() -> Iterator[None]:
     """Takes out again what with_aux_zipf registers, which other tests would find."""
-    registries: tuple[dict[str, Any], ...] = (
-        SAE_TRAINING_CLASS_REGISTRY,
-        SAE_CLASS_REGISTRY,
-    )
+    registries: list[Any] = [SAE_TRAINING_CLASS_REGISTRY, SAE_CLASS_REGISTRY]
     before = [dict(registry) for registry in registries]
     yield
     for registry, content in zip(registries, before, strict=True):
