@@ -341,10 +341,9 @@ class AllocationState(SettlingState):
             return
         smallest = pairs.smallest_value().float()
         n_seen = self._totals.add("n_cut_tokens", n_tokens)
+        total = self._totals.add("cuts", smallest * n_tokens)
         if n_seen > n_tokens:
-            smallest = self._totals.add("cuts", smallest * n_tokens) / n_seen
-        else:
-            self._totals.add("cuts", smallest * n_tokens)
+            smallest = total / n_seen
         start = self._totals.start["cut"]
         # a first cut is taken as it is
         followed = torch.where(start > 0, follow_cut(start, smallest), smallest)
