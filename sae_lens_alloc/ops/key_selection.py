@@ -23,7 +23,7 @@ from sae_lens_alloc.allocation.sparse_activations import (
     PaddedActivations,
     SparseActivations,
 )
-from sae_lens_alloc.ops.backend import backend_for
+from sae_lens_alloc.ops.backend import uses_triton
 
 POSITION_BITS = 32
 MAX_POSITIONS = 2**POSITION_BITS
@@ -158,7 +158,7 @@ def tensors_for_kernels(
         dtype = torch.get_autocast_dtype(x.device.type)
         x, W_enc = x.to(dtype), W_enc.to(dtype)
     if (
-        backend_for(x.device) != "triton"
+        not uses_triton(x.device)
         or x.dtype != W_enc.dtype
         or x.dtype not in (torch.float32, torch.bfloat16, torch.float16)
     ):

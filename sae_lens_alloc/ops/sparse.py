@@ -5,7 +5,7 @@ from types import ModuleType
 
 import torch
 
-from sae_lens_alloc.ops.backend import backend_for
+from sae_lens_alloc.ops.backend import backend_for, uses_triton
 
 # torch says so at the first CSR tensor of a process; nothing a user of SAEs can act on
 warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta state")
@@ -46,12 +46,11 @@ def sparse_times_dense(
     """
     if out is None:
         out = values.new_empty(n_rows, dense.shape[1])
-    backend = backend_for(dense.device)
-    if backend == "triton":
+    if uses_triton(dense.device):
         offsets = row_offsets(sorted_rows, n_rows)
         return _triton().sparse_times_dense(offsets, columns, values, dense, out)
     dense = dense.to(values.dtype)
-    if backend == "torch":
+    if backend_for(dense.device) == "torch":
         shape = (n_rows, dense.shape[0])
         matrix = _csr_matrix(sorted_rows, columns, values, shape)
         return out.addmm_(matrix, dense, beta=0.0)
@@ -72,13 +71,12 @@ def sparse_times_dense_transposed(
     """The transpose of `sparse_times_dense`, contiguous, of shape (d, n_rows) as `out` is."""
     if out is None:
         out = values.new_empty(dense.shape[1], n_rows)
-    backend = backend_for(dense.device)
-    if backend == "triton":
+    if uses_triton(dense.device):
         offsets = row_offsets(sorted_rows, n_rows)
         _triton().sparse_times_dense(offsets, columns, values, dense, out.T)
         return out
     dense = dense.to(values.dtype)
-    if backend == "reference" or dense.device.type != "cpu":
+    if backend_for(dense.device) == "reference" or dense.device.type != "cpu":
         return out.copy_(
             sparse_times_dense(sorted_rows, columns, values, n_rows, dense).T
         )
@@ -106,11 +104,10 @@ def sampled_products(
     Returns:
         Dot products of shape (N,), of left's dtype.
     """
-    backend = backend_for(left.device)
-    if backend == "triton":
+    if uses_triton(left.device):
         return _triton().sampled_products(sorted_rows, columns, left, right)
     right = right.to(left.dtype)
-    if backend == "torch":
+    if backend_for(left.device) == "torch":
         zeros = left.new_zeros(len(columns))
         shape = (left.shape[0], right.shape[0])
         pattern = _csr_matrix(sorted_rows, columns, zeros, shape)
