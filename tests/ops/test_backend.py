@@ -23,7 +23,7 @@ def test_a_wrong_backend_is_refused_in_one_sentence(monkeypatch: pytest.MonkeyPa
     monkeypatch.setenv(BACKEND_VARIABLE, "tritn")
     with pytest.raises(
         ValueError,
-        match="SAE_LENS_ALLOC_BACKEND must be one of reference, torch, triton, got 'tritn'",
+        match="SAE_LENS_ALLOC_BACKEND must be one of reference, torch, triton, triton_prefilter, got 'tritn'",
     ):
         backend_for(CPU)
 
