@@ -41,13 +41,19 @@ from sae_lens_alloc.training.conversion import (
     convert_sae,
     warm_start,
 )
+from sae_lens_alloc.training.run_config import (
+    AllocSAERunnerConfig,
+    AllocSAETrainerConfig,
+)
 from sae_lens_alloc.training.runner import AllocSAETrainingRunner
 from sae_lens_alloc.training.trainer import AllocSAETrainer
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "AllocSAERunnerConfig",
     "AllocSAETrainer",
+    "AllocSAETrainerConfig",
     "AllocSAETrainingRunner",
     "AuxZipfLoss",
     "CalibrationReport",

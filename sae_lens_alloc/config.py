@@ -1,4 +1,4 @@
-"""Reads a YAML file with SAELens' own keys into a LanguageModelSAERunnerConfig, and refuses what cannot work."""
+"""Reads a YAML file with SAELens' own keys into an AllocSAERunnerConfig, and refuses what cannot work."""
 
 import re
 from collections.abc import Generator, Sequence
@@ -8,7 +8,7 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any, get_type_hints
 
-from sae_lens.config import LanguageModelSAERunnerConfig, LoggingConfig
+from sae_lens.config import LoggingConfig
 from sae_lens.registry import SAE_TRAINING_CLASS_REGISTRY
 from sae_lens.saes.sae import SAEConfig, SAEMetadata
 
@@ -17,6 +17,7 @@ from sae_lens_alloc.config_file import parse_value, read_mapping
 from sae_lens_alloc.run_checks import check_run, check_value
 from sae_lens_alloc.saes.allocation_sae_config import AllocationTrainingSAEConfig
 from sae_lens_alloc.saes.mutual_choice_sae import with_schedule
+from sae_lens_alloc.training.run_config import AllocSAERunnerConfig
 from sae_lens_alloc.typed_values import check_choice, convert, in_words, nearest, shown
 
 # Step counts that may be given as a share of the training steps, such as "75%".
@@ -37,11 +38,11 @@ BUDGET_SHARE_KEY = "sae.k_start"
 
 def load_runner_config(
     path: str | Path, overrides: Sequence[str] = ()
-) -> LanguageModelSAERunnerConfig[Any]:
+) -> AllocSAERunnerConfig[Any]:
     """
     Reads a training run from a YAML file and checks it before any model is loaded.
 
-    The file has the fields of SAELens' LanguageModelSAERunnerConfig at top level, those of
+    The file has the fields of AllocSAERunnerConfig at top level, those of
     LoggingConfig under `logger:` and those of a training SAE under `sae:`, together with
     `architecture:`. Without a `logger:` section nothing is logged to W&B. Step counts may be shares of the training steps, such as "75%", and
     `k_start` a share of k, such as "200%". The `runner_cfg.json` that SAELens saves beside an
@@ -62,7 +63,7 @@ def load_runner_config(
 
 def load_fine_tuning_config(
     path: str | Path, overrides: Sequence[str], source: SAEConfig
-) -> tuple[LanguageModelSAERunnerConfig[Any], dict[str, Any]]:
+) -> tuple[AllocSAERunnerConfig[Any], dict[str, Any]]:
     """
     Reads a fine-tuning run as `load_runner_config` reads a training run. What the SAE to
     start from settles may be left out: `sae.d_in`, `sae.d_sae` and `sae.k`. The learning rate warms up
@@ -134,7 +135,7 @@ def _apply_override(settings: dict[str, Any], override: str) -> None:
 
 def build_training_config(
     settings: dict[str, Any],
-) -> LanguageModelSAERunnerConfig[Any]:
+) -> AllocSAERunnerConfig[Any]:
     """`build_runner_config` for a training from random weights, whose schedule is put in."""
     cfg = build_runner_config(settings)
     cfg.sae = with_schedule(cfg.sae, cfg.total_training_steps)
@@ -144,7 +145,7 @@ def build_training_config(
 
 def build_runner_config(
     settings: dict[str, Any],
-) -> LanguageModelSAERunnerConfig[Any]:
+) -> AllocSAERunnerConfig[Any]:
     """
     A training run from settings laid out as in the file that load_runner_config reads.
 
@@ -166,7 +167,7 @@ def build_runner_config(
     sae_class = sae_config_class(sae_settings.pop("architecture", None))
     metadata = sae_settings.pop("metadata", None)
 
-    top_hints = _hints(LanguageModelSAERunnerConfig)
+    top_hints = _hints(AllocSAERunnerConfig)
     logger_hints = _hints(LoggingConfig)
     sae_hints = _hints(sae_class)
     valid_keys = [
@@ -198,7 +199,7 @@ def build_runner_config(
     for name in ("adam_beta1", "adam_beta2"):
         if name in top:  # Adam refuses a pair of an integer and a float
             top[name] = float(top[name])
-    cfg = LanguageModelSAERunnerConfig(sae=sae, logger=logger, **top)
+    cfg = AllocSAERunnerConfig(sae=sae, logger=logger, **top)
     check_run(cfg)
     return cfg
 
@@ -250,7 +251,7 @@ def _check_keys(prefix: str, settings: dict[str, Any], valid_keys: list[str]) ->
 
 def _training_steps(settings: dict[str, Any]) -> Fraction:
     """Training steps of the run, not rounded, for the shares that are taken of them."""
-    defaults = LanguageModelSAERunnerConfig
+    defaults = AllocSAERunnerConfig
     names = {
         "training_tokens": defaults.training_tokens,
         "train_batch_size_tokens": defaults.train_batch_size_tokens,

@@ -17,6 +17,7 @@ from sae_lens_alloc.buffer_setting import buffer_setting, contexts_in_buffer
 from sae_lens_alloc.saes.allocation_sae_config import AllocationTrainingSAEConfig
 from sae_lens_alloc.saes.feature_choice_sae import FeatureChoiceTrainingSAEConfig
 from sae_lens_alloc.saes.mutual_choice_sae import MutualChoiceTrainingSAEConfig
+from sae_lens_alloc.training.run_config import OPTIMIZERS, optimizer_of
 from sae_lens_alloc.typed_values import check_choice, check_number, shown
 
 SAE_SCHEDULE_KEYS = (
@@ -109,6 +110,7 @@ def check_run(cfg: LanguageModelSAERunnerConfig[Any]) -> None:
     _check_schedule(cfg)
     check_learning_rate(cfg)
     _check_sae(cfg.sae, cfg.train_batch_size_tokens, cfg.total_training_steps)
+    check_optimizer(cfg, cfg.sae)
     _check_buffer(cfg)
     _check_outputs(cfg)
 
@@ -168,6 +170,26 @@ def check_learning_rate(
             f"lr_scheduler_name {cfg.lr_scheduler_name!r} needs a step for each of its "
             f"cycles ({cycles}), but lr_warm_up_steps and lr_decay_steps leave {annealed} "
             f"of the {steps} training steps."
+        )
+
+
+def check_optimizer(
+    cfg: LanguageModelSAERunnerConfig[Any] | SAETrainerConfig, sae: TrainingSAEConfig
+) -> None:
+    """Raises ValueError if there is no such optimizer, or it cannot train such an SAE."""
+    name = optimizer_of(cfg)
+    check_choice("optimizer", name, OPTIMIZERS)
+    if name == "adam":
+        return
+    if not isinstance(sae, AllocationTrainingSAEConfig):
+        raise ValueError(
+            f"optimizer {name!r} needs an SAE with an allocation, such as mutual_choice, got "
+            f"{sae.architecture()!r}: leave it out."
+        )
+    if sae.dtype != "float32":
+        raise ValueError(
+            f"optimizer {name!r} needs float32 weights, got sae.dtype {sae.dtype!r}: set it to "
+            "'float32', or leave the optimizer out."
         )
 
 

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch.autograd.function import once_differentiable
 
+from sae_lens_alloc.ops.row_gradients import RowGradient, RowGradients, rows_of
 from sae_lens_alloc.ops.sparse import (
     row_offsets,
     sampled_products,
@@ -23,10 +24,13 @@ class GradientMemory:
     Args:
         W_enc: Tensor like W_enc that nobody reads any more, or None.
         W_dec: Tensor like W_dec that nobody reads any more, or None.
+        rows: Takes the gradients of the features that were selected, instead of whole
+            matrices of gradients; None for whole matrices.
     """
 
     W_enc: torch.Tensor | None = None
     W_dec: torch.Tensor | None = None
+    rows: RowGradients | None = None
 
     def __reduce__(self) -> tuple[type["GradientMemory"], tuple[()]]:
         # a copy of an SAE has no use for it, and it is as large as the weights
@@ -160,20 +164,29 @@ class _PairPreActs(torch.autograd.Function):
             by_feature = features.argsort(stable=True)
             sorted_features = features[by_feature]
             grad_by_feature = grad_pre[by_feature]
-            grad_W_enc = sparse_times_dense_transposed(
-                sorted_features,
-                rows[by_feature] % len(x),
-                grad_by_feature,
-                n_features,
-                x,
-                out=out,
-            )
-            grad_b_enc = torch.segment_reduce(
-                grad_by_feature,
-                "sum",
-                offsets=row_offsets(sorted_features, n_features),
-                initial=0,
-            )
+            tokens = rows[by_feature] % len(x)
+            grad_W_enc, grad_b_enc = None, None
+            row_gradients = None if ctx.memory is None else ctx.memory.rows
+            if row_gradients is None:
+                grad_W_enc = sparse_times_dense_transposed(
+                    sorted_features, tokens, grad_by_feature, n_features, x, out=out
+                )
+                grad_b_enc = _sums(grad_by_feature, sorted_features, n_features)
+            else:
+                kept = slice(None) if real is None else real[by_feature].nonzero()[:, 0]
+                chosen, places = rows_of(sorted_features[kept])
+                row_gradients.put(
+                    W_enc=RowGradient(
+                        chosen,
+                        sparse_times_dense(
+                            places, tokens[kept], grad_by_feature[kept], len(chosen), x
+                        ),
+                    ),
+                    b_enc=RowGradient(
+                        chosen,
+                        _sums(grad_by_feature[kept], places, len(chosen))[:, None],
+                    ),
+                )
             grad_x = None
             if ctx.needs_input_grad[0]:
                 grad_x = sparse_times_dense(
@@ -182,8 +195,13 @@ class _PairPreActs(torch.autograd.Function):
                 grad_x = grad_x.view(-1, *x.shape).sum(0).to(x.dtype)
             grad_subtracted = None
             if ctx.subtracted_dtype is not None:
+                if grad_b_enc is None:
+                    grad_b_enc = _sums(grad_by_feature, sorted_features, n_features)
                 grad_subtracted = -(W_enc.to(grad_pre.dtype) @ grad_b_enc)
                 grad_subtracted = grad_subtracted.to(ctx.subtracted_dtype)
+        if grad_W_enc is None:
+            return grad_x, None, None, grad_subtracted, *[None] * 6
+        assert grad_b_enc is not None
         return (
             grad_x,
             grad_W_enc.to(W_enc.dtype),
@@ -222,8 +240,17 @@ class _DecodePairs(torch.autograd.Function):
             grad_rows = grad_out.to(values.dtype).flatten(0, 1)
             grad_values = sampled_products(rows, features, grad_rows, W_dec)
             by_feature = features.argsort(stable=True)
+            sorted_features = features[by_feature]
+            row_gradients = None if ctx.memory is None else ctx.memory.rows
+            if row_gradients is not None:
+                chosen, places = rows_of(sorted_features)
+                gradient = sparse_times_dense(
+                    places, rows[by_feature], values[by_feature], len(chosen), grad_rows
+                )
+                row_gradients.put(W_dec=RowGradient(chosen, gradient))
+                return grad_values, *[None] * 6
             grad_W_dec = sparse_times_dense(
-                features[by_feature],
+                sorted_features,
                 rows[by_feature],
                 values[by_feature],
                 len(W_dec),
@@ -231,6 +258,15 @@ class _DecodePairs(torch.autograd.Function):
                 out=out,
             )
         return grad_values, grad_W_dec.to(W_dec.dtype), *[None] * 5
+
+
+def _sums(
+    sorted_values: torch.Tensor, sorted_rows: torch.Tensor, n_rows: int
+) -> torch.Tensor:
+    """Sum of the values of each row, shape (n_rows,)."""
+    return torch.segment_reduce(
+        sorted_values, "sum", offsets=row_offsets(sorted_rows, n_rows), initial=0
+    )
 
 
 def _accumulation_dtype(weights: torch.Tensor) -> torch.dtype:

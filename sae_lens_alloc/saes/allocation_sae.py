@@ -543,6 +543,8 @@ class AllocationTrainingSAE(TrainingSAE[T_CONFIG]):
     def process_state_dict_for_saving(self, state_dict: dict[str, Any]) -> None:
         self.checks.report(wait=True)
         super().process_state_dict_for_saving(state_dict)
+        # row_sparse_adam stores it by features, and safetensors by rows
+        state_dict["W_enc"] = state_dict["W_enc"].contiguous()
         self.allocation.write_checkpoint(state_dict, STATISTICS)
 
     @override

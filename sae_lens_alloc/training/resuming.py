@@ -24,6 +24,7 @@ FREE_KEYS = (
     "resume_from_checkpoint",
     *("device", "llm_device", "act_store_device", "prefetch_llm_batches"),
     *("compile_llm", "llm_compilation_mode", "compile_sae", "sae_compilation_mode"),
+    "cuda_graph",
     *("logger", "verbose", "n_eval_batches", "eval_batch_size_prompts"),
     *("streaming", "dataset_trust_remote_code"),
     # SAELens writes it and reads it nowhere

@@ -190,6 +190,7 @@ class AllocSAETrainingRunner(LanguageModelSAETrainingRunner):
         # SAELens' run() builds its trainer itself and offers no seam to pass another class.
         trainer.__class__ = AllocSAETrainer
         assert isinstance(trainer, AllocSAETrainer)
+        trainer.choose_optimizer()
         if self._resumed_from is not None:
             self._load(trainer, self._resumed_from)
         metadata = trainer.sae.cfg.metadata

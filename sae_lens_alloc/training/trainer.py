@@ -15,20 +15,24 @@ from sae_lens.saes.sae import (
     TrainStepOutput,
 )
 from sae_lens.training._interruption import InterruptedException
+from sae_lens.training.optim import get_lr_scheduler
 from sae_lens.training.prefetch import PrefetchingIterator
 from sae_lens.training.sae_trainer import Evaluator, SAETrainer, SaveCheckpointFn
 from sae_lens.training.types import DataProvider
-from torch.optim import SGD
+from torch.optim import SGD, Adam
 from torch.optim.lr_scheduler import ConstantLR
 from typing_extensions import override
 
-from sae_lens_alloc.run_checks import check_learning_rate
+from sae_lens_alloc.run_checks import check_learning_rate, check_optimizer
 from sae_lens_alloc.saes.allocation_sae import AllocationTrainingSAE
 from sae_lens_alloc.saes.mutual_choice_sae import with_schedule
 from sae_lens_alloc.training.checkpoint import partial_path, publish_checkpoint
 from sae_lens_alloc.training.held_out import held_out_metrics
 from sae_lens_alloc.training.metrics_file import append_row
 from sae_lens_alloc.training.output_folder import named_write_errors
+from sae_lens_alloc.training.row_sparse_adam import RowSparseAdam
+from sae_lens_alloc.training.run_config import optimizer_of
+from sae_lens_alloc.training.train_step import train_step
 
 
 class DataEndedError(ValueError):
@@ -84,6 +88,35 @@ class AllocSAETrainer(SAETrainer[T_TRAINING_SAE, T_TRAINING_SAE_CONFIG]):
             )
         sae.cfg = with_schedule(sae.cfg, cfg.total_training_steps)
         super().__init__(cfg, sae, data_provider, evaluator, save_checkpoint_fn)
+        self.choose_optimizer()
+
+    def choose_optimizer(self) -> None:
+        """
+        Takes the optimizer that the config names, before the first step and before a
+        checkpoint is loaded. SAELens made its own and a schedule of the learning rate for it.
+
+        Raises:
+            ValueError: if there is no such optimizer, or it cannot train this SAE.
+        """
+        check_optimizer(self.cfg, self.sae.cfg)
+        if optimizer_of(self.cfg) == "adam":
+            return
+        assert isinstance(self.sae, AllocationTrainingSAE)
+        cfg = self.cfg
+        self.optimizer = RowSparseAdam(
+            self.sae, cfg.lr, (cfg.adam_beta1, cfg.adam_beta2)
+        )
+        assert cfg.lr_end is not None
+        self.lr_scheduler = get_lr_scheduler(
+            cfg.lr_scheduler_name,
+            lr=cfg.lr,
+            optimizer=self.optimizer,
+            warm_up_steps=cfg.lr_warm_up_steps,
+            decay_steps=cfg.lr_decay_steps,
+            training_steps=cfg.total_training_steps,
+            lr_end=cfg.lr_end,
+            num_cycles=cfg.n_restart_cycles,
+        )
 
     def interrupt(self) -> None:
         """
@@ -145,6 +178,13 @@ class AllocSAETrainer(SAETrainer[T_TRAINING_SAE, T_TRAINING_SAE_CONFIG]):
             self._log(output)
         return output
 
+    # private in SAELens, whose own step asks the device who fired
+    @override
+    def _train_step(self, sae: T_TRAINING_SAE, sae_in: torch.Tensor) -> TrainStepOutput:
+        if isinstance(sae, AllocationTrainingSAE):
+            return train_step(self, sae_in)
+        return super()._train_step(sae, sae_in)
+
     def _require_width(self, batch: torch.Tensor) -> None:
         if batch.ndim != 2 or batch.shape[1] != self.sae.cfg.d_in:
             raise ValueError(
@@ -153,11 +193,12 @@ class AllocSAETrainer(SAETrainer[T_TRAINING_SAE, T_TRAINING_SAE_CONFIG]):
             )
 
     def _prepare_optimizer(self) -> None:
-        if torch.device(self.cfg.device).type in ("cpu", "cuda"):
+        by_torch = isinstance(self.optimizer, Adam)
+        if by_torch and torch.device(self.cfg.device).type in ("cpu", "cuda"):
             for group in self.optimizer.param_groups:
                 group["fused"] = True
         sae = self.sae
-        if isinstance(sae, AllocationTrainingSAE):
+        if isinstance(sae, AllocationTrainingSAE) and by_torch:
             self.optimizer.register_step_post_hook(
                 lambda *_: sae.gradient_memory.keep(sae.W_enc, sae.W_dec)
             )

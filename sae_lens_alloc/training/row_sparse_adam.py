@@ -1,0 +1,119 @@
+"""Adam that leaves the features alone that a step did not select."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.nn.utils import get_total_norm
+from torch.optim import Optimizer
+from typing_extensions import override
+
+from sae_lens_alloc.ops.row_adam import adam_rows_
+from sae_lens_alloc.ops.row_gradients import RowGradient, RowGradients
+from sae_lens_alloc.saes.allocation_sae import AllocationTrainingSAE
+
+
+class RowSparseAdam(Optimizer):
+    """
+    Adam whose step costs what the selected features cost: the weights and moments of all the
+    others are neither read nor written (see `ops/row_adam.py` for the formulas). b_dec is
+    updated at every step.
+
+    The state is that of torch.optim.Adam, with the step at which each feature was last updated
+    besides. So a run can go on from a checkpoint of Adam.
+    """
+
+    def __init__(
+        self,
+        sae: AllocationTrainingSAE[Any],
+        lr: float,
+        betas: tuple[float, float],
+        eps: float = 1e-8,
+    ) -> None:
+        """
+        Args:
+            sae: What is trained, of float32 weights. From now on its backward pass gives gradients of the selected
+                features to this optimizer alone, and W_enc is stored feature by feature.
+            lr: Learning rate.
+            betas: Decay of the moments.
+            eps: Term in the denominator.
+        """
+        sae.W_enc.data = _by_feature(sae.W_enc.data)
+        self._sae = sae
+        self._gradients = RowGradients()
+        sae.gradient_memory.rows = self._gradients
+        super().__init__(sae.parameters(), {"lr": lr, "betas": betas, "eps": eps})
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        super().load_state_dict(state_dict)
+        for name, weight in self._sae.named_parameters():
+            state = self.state[weight]
+            if state and "last_step" not in state:  # of torch.optim.Adam
+                fresh = _fresh_state(weight, name)
+                state["last_step"] = fresh["last_step"].fill_(float(state["step"]))
+            if state and name == "W_enc":
+                for moment in ("exp_avg", "exp_avg_sq"):
+                    state[moment] = _by_feature(state[moment])
+
+    @override
+    def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
+        """Updates the weights by gradients whose norm, all together, is clipped to 1."""
+        del closure
+        gradients = self._gradients.take()
+        for name, weight in self._sae.named_parameters():
+            if weight.grad is None:
+                continue
+            if name != "b_dec":
+                raise ValueError(
+                    f"{name} has a gradient that is not of selected features alone, as hooks on "
+                    "the activations of the SAE give it: remove them, or set optimizer to adam."
+                )
+            every_row = torch.zeros(1, dtype=torch.int64, device=weight.device)
+            gradients[name] = RowGradient(every_row, weight.grad[None])
+        norm = get_total_norm([gradient.rows for gradient in gradients.values()])
+        scale = (1.0 / (norm + 1e-6)).clamp(max=1.0)
+        (group,) = self.param_groups
+        for name, gradient in gradients.items():
+            weight = self._sae.get_parameter(name)
+            state = self.state[weight]
+            if not state:
+                state.update(_fresh_state(weight, name))
+            state["step"] += 1
+            adam_rows_(
+                _rows(weight.data, name),
+                _rows(state["exp_avg"], name),
+                _rows(state["exp_avg_sq"], name),
+                state["last_step"],
+                gradient.features,
+                gradient.rows,
+                int(state["step"]),
+                float(group["lr"]),
+                group["betas"],
+                group["eps"],
+                scale,
+            )
+
+
+def _rows(tensor: torch.Tensor, name: str) -> torch.Tensor:
+    """A weight, or one of its moments, as a matrix whose rows are features."""
+    if name == "W_enc":
+        return tensor.T
+    if name == "b_enc":
+        return tensor[:, None]
+    return tensor[None] if name == "b_dec" else tensor
+
+
+def _by_feature(W_enc: torch.Tensor) -> torch.Tensor:
+    """A matrix of shape (d_in, F), stored so that what belongs to a feature lies together."""
+    return W_enc.T.contiguous().T
+
+
+def _fresh_state(weight: torch.Tensor, name: str) -> dict[str, torch.Tensor]:
+    return {
+        "step": torch.zeros(()),  # on the CPU, as torch.optim.Adam has it
+        "exp_avg": torch.zeros_like(weight),
+        "exp_avg_sq": torch.zeros_like(weight),
+        # in float32, which is what loading makes of it
+        "last_step": weight.new_zeros(len(_rows(weight, name))),
+    }

@@ -1,0 +1,57 @@
+"""SAELens' configs of a run and of a trainer, with the settings that are ours."""
+
+from dataclasses import dataclass, fields
+from typing import Any, Generic
+
+from sae_lens.config import LanguageModelSAERunnerConfig, SAETrainerConfig
+from sae_lens.saes.sae import T_TRAINING_SAE_CONFIG
+from typing_extensions import override
+
+OPTIMIZERS = ("adam", "row_sparse_adam")
+
+
+@dataclass
+class AllocSAETrainerConfig(SAETrainerConfig):
+    """
+    SAELens' `SAETrainerConfig` with what `AllocSAETrainer` can do besides.
+
+    Args:
+        optimizer (str): "adam", or "row_sparse_adam", which leaves the features alone that a
+            step did not select; that pays where most of them are not selected in a step.
+        cuda_graph (bool): Whether a step is recorded once and then replayed as a whole, which
+            saves the time of launching its kernels one by one. Only on CUDA.
+    """
+
+    optimizer: str = "adam"
+    cuda_graph: bool = False
+
+
+@dataclass
+class AllocSAERunnerConfig(
+    LanguageModelSAERunnerConfig[T_TRAINING_SAE_CONFIG], Generic[T_TRAINING_SAE_CONFIG]
+):
+    """
+    SAELens' `LanguageModelSAERunnerConfig` with the settings of `AllocSAETrainerConfig`, for
+    `AllocSAETrainingRunner` and YAML files.
+
+    Args:
+        optimizer (str): As for `AllocSAETrainerConfig`.
+        cuda_graph (bool): As for `AllocSAETrainerConfig`.
+    """
+
+    optimizer: str = "adam"
+    cuda_graph: bool = False
+
+    @override
+    def to_sae_trainer_config(self) -> AllocSAETrainerConfig:
+        stock = super().to_sae_trainer_config()
+        return AllocSAETrainerConfig(
+            **{field.name: getattr(stock, field.name) for field in fields(stock)},
+            optimizer=self.optimizer,
+            cuda_graph=self.cuda_graph,
+        )
+
+
+def optimizer_of(cfg: SAETrainerConfig | LanguageModelSAERunnerConfig[Any]) -> str:
+    """The optimizer that a config names; SAELens' own configs mean Adam."""
+    return getattr(cfg, "optimizer", "adam")
