@@ -26,7 +26,7 @@ GRID_KEYS = {
     "sae.architecture": "compare.rows",
 }
 # What a row may set for itself besides its SAE.
-ROW_KEYS = ("lr", "seeds")
+ROW_KEYS = ("lr", "seeds", "optimizer")
 # A comparison keeps its files in a folder of its own, and goes on by cells.
 UNUSED_KEYS = (
     *("output_path", "checkpoint_path", "n_checkpoints", "save_final_checkpoint"),
@@ -47,7 +47,7 @@ class ComparisonConfig:
         rows: SAE settings by name of the row, on top of the shared ones under `sae:`. A row
             whose architecture has no k gives a list for its sparsity coefficient, a value
             for each `k`. A row may have learning rates of its own, `lr`, as many as all
-            have, and more seeds than all, `seeds`, theirs first.
+            have, more seeds than all, `seeds`, theirs first, and an `optimizer`.
         heldout_path: Parquet file with a column `text`, for a language model. Its contexts
             are dealt in turn to the validation and the test split.
         synthetic: Fields of SAELens' SyntheticModelConfig, for synthetic activations.
@@ -123,8 +123,8 @@ class ComparisonConfig:
     def _cell(self, row: str, sparsity: float, lr: float, seed: int) -> Cell:
         key = self.sparsity_key(row)
         sae = {**self.shared["sae"], **self.rows[row], key: sparsity}
-        for of_row in ROW_KEYS:
-            sae.pop(of_row, None)
+        own = {name: sae.pop(name) for name in ROW_KEYS if name in sae}
+        run = {name: own[name] for name in ("optimizer",) if name in own}
         return Cell(
             row=row,
             sparsity_key=key,
@@ -132,7 +132,7 @@ class ComparisonConfig:
             lr=lr,
             seed=seed,
             target_l0s=(sparsity,) if key == "k" else self.k,
-            settings={**self.shared, "sae": sae, "lr": lr, "seed": seed},
+            settings={**self.shared, **run, "sae": sae, "lr": lr, "seed": seed},
             stream=digest(self.stream_settings()),
         )
 
