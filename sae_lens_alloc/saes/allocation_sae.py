@@ -41,6 +41,7 @@ from sae_lens_alloc.saes.auxiliary_loss import (
     decoder_norms,
     outputs_and_parts,
 )
+from sae_lens_alloc.saes.backend_trial import settle_backend
 from sae_lens_alloc.saes.density_state import remove_statistics
 
 T_CONFIG = TypeVar("T_CONFIG", bound=AllocationTrainingSAEConfig)
@@ -215,6 +216,7 @@ class AllocationTrainingSAE(TrainingSAE[T_CONFIG]):
         """
         # The number of pairs differs from batch to batch, which torch.compile would answer
         # with a recompilation per step; `compile_sae` therefore leaves the step as it is.
+        settle_backend(self, self._training_step, step_input)
         eager: Any = torch.compiler.disable(self._training_step)
         return eager(step_input)
 

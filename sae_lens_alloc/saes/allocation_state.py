@@ -1,6 +1,6 @@
 """The running statistics of an allocation, and the allocation of each training batch."""
 
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, get_args
 
 import torch
 from typing_extensions import override
@@ -11,6 +11,7 @@ from sae_lens_alloc.allocation.quotas import most_whole_quotas, take_whole_quota
 from sae_lens_alloc.allocation.sparse_activations import Pairs, SparseActivations
 from sae_lens_alloc.allocation.thresholds import follow_cut, track_threshold
 from sae_lens_alloc.allocation.zipf import ZipfLaw, zipf_quotas
+from sae_lens_alloc.ops.backend import Backend
 from sae_lens_alloc.ops.encode_select import (
     Encoder,
     KnownAffinities,
@@ -18,7 +19,7 @@ from sae_lens_alloc.ops.encode_select import (
     encode_feature_choice,
     encode_mutual_choice,
 )
-from sae_lens_alloc.saes.settling_state import SettlingState
+from sae_lens_alloc.saes.settling_state import UNKNOWN, SettlingState
 
 Rule = Literal["mutual", "feature"]
 
@@ -54,11 +55,13 @@ class AllocationState(SettlingState):
     """
 
     tracked: ClassVar[tuple[str, ...]] = (*SettlingState.tracked, "threshold", "cut")
+    added_later: ClassVar[tuple[str, ...]] = (*SettlingState.added_later, "backend")
 
     threshold: torch.Tensor  # (F,) inference threshold of each feature
     cut: torch.Tensor  # () running cut of Mutual Choice, 0 before the first batch
     quota_carry: torch.Tensor  # (F,) remainders of the fractional quotas
     quota_law: torch.Tensor  # (2,) alpha and beta of the law that sets the quotas
+    backend: torch.Tensor  # () index of the backend that was found fastest, or UNKNOWN
 
     def __init__(
         self,
@@ -79,10 +82,12 @@ class AllocationState(SettlingState):
             "quota_law",
             torch.tensor([NATURAL_LAW.alpha, NATURAL_LAW.beta], device=device),
         )
+        self.register_buffer("backend", torch.full((), UNKNOWN, device=device))
 
     @override
     def _forget_derived(self) -> None:
         super()._forget_derived()
+        self._backend_name: Backend | None = None
         self._cut_is_known: bool | None = None
         self._rank_quotas: tuple[int, int, torch.Tensor, int] | None = None
         self._bounds: torch.Tensor | None = None
@@ -326,6 +331,19 @@ class AllocationState(SettlingState):
         if law is not None:
             self.quota_law.copy_(torch.tensor([law.alpha, law.beta]))
             self._rank_quotas = None
+
+    @property
+    def backend_name(self) -> Backend | None:
+        """The backend that was found fastest, None if none was tried."""
+        if self._backend_name is None:
+            index = int(self.backend)
+            self._backend_name = None if index < 0 else get_args(Backend)[index]
+        return self._backend_name
+
+    def record_backend(self, backend: Backend) -> None:
+        """Keeps the backend for the steps to come, and for those after a checkpoint."""
+        self.backend.fill_(get_args(Backend).index(backend))
+        self._backend_name = backend
 
     def _knows_cut(self) -> bool:
         if not self._cut_is_known:
