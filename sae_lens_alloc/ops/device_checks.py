@@ -1,5 +1,8 @@
 """Checks of what a device computed that never make the host wait for it."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 
 
@@ -12,20 +15,35 @@ class DeviceChecks:
 
     def __init__(self) -> None:
         self._pending: list[tuple[torch.Tensor, torch.cuda.Event | None, str]] = []
+        self._recorded: list[tuple[torch.Tensor, str]] | None = None
 
     def __reduce__(self) -> tuple[type["DeviceChecks"], tuple[()]]:
         # copies of an SAE start with nothing pending; events of a device cannot be copied
         return DeviceChecks, ()
 
-    def require(self, met: torch.Tensor, message: str) -> None:
+    @contextmanager
+    def recorded(self) -> Iterator[list[tuple[torch.Tensor, str]]]:
+        """Within it requirements are not checked but collected, as tensors and messages."""
+        self._recorded = []
+        try:
+            yield self._recorded
+        finally:
+            self._recorded = None
+
+    def require(self, met: torch.Tensor, message: str, step: int) -> None:
         """
         Args:
             met: Boolean of shape ().
-            message: What to say if it is false.
+            message: What to say if it is false, with {step} for the number of the step.
+            step: Number of the training step.
 
         Raises:
             ValueError: at once, if the tensor is on the CPU and false.
         """
+        if self._recorded is not None:
+            self._recorded.append((met, message))
+            return
+        message = message.format(step=step)
         if not _is_late(met):
             if not met:
                 raise ValueError(message)

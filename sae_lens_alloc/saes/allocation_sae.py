@@ -43,6 +43,7 @@ from sae_lens_alloc.saes.auxiliary_loss import (
 )
 from sae_lens_alloc.saes.backend_trial import settle_backend
 from sae_lens_alloc.saes.density_state import remove_statistics
+from sae_lens_alloc.saes.step_plan import StepPlan
 
 T_CONFIG = TypeVar("T_CONFIG", bound=AllocationTrainingSAEConfig)
 
@@ -220,35 +221,81 @@ class AllocationTrainingSAE(TrainingSAE[T_CONFIG]):
         eager: Any = torch.compiler.disable(self._training_step)
         return eager(step_input)
 
-    def _training_step(self, step_input: TrainStepInput) -> TrainStepOutput:
+    def plan_step(self, step_input: TrainStepInput) -> StepPlan:
+        """
+        Begins a training step: what the host decides about it, and, at every tenth step, who
+        is flagged for the auxiliary loss.
+
+        Raises:
+            ValueError: if the batch holds no tokens.
+        """
         sae_in = step_input.sae_in
-        if sae_in.numel() == 0:
+        n_tokens = sae_in.numel() // self.cfg.d_in
+        step = self.allocation.begin_step(step_input.n_training_steps)
+        continues = self.allocation.continues_step
+        if self.times_itself and not continues:
+            self.allocation.begin_timed_step(step)
+        aux_weight = auxiliary_weight(self.cfg, step)
+        if self.cfg.aux_loss == "none":
+            aux_weight = 0.0
+        if aux_weight and not continues:
+            self.allocation.renew_flags(
+                step,
+                step_input.dead_neuron_mask,
+                self.cfg.underuse_fraction if self.cfg.aux_loss == "aux_zipf" else None,
+                n_tokens,
+            )
+        budget = self._budget(n_tokens, step)
+        return StepPlan(
+            step=step,
+            continues=continues,
+            rule=self.rule_at(step),
+            previous_rule=self.rule_at(step - 1) if step else None,
+            budget=budget,
+            n_margin=int(self.cfg.selection_margin * budget),
+            aux_weight=aux_weight,
+        )
+
+    def _training_step(self, step_input: TrainStepInput) -> TrainStepOutput:
+        if step_input.sae_in.numel() == 0:
             raise ValueError(
                 f"The batch of training step {step_input.n_training_steps} holds no tokens "
-                f"(shape {tuple(sae_in.shape)}), so there is nothing to learn from: check the "
-                "source of the activations."
+                f"(shape {tuple(step_input.sae_in.shape)}), so there is nothing to learn "
+                "from: check the source of the activations."
             )
+        self.checks.report()
+        return self.take_step(
+            step_input.sae_in,
+            step_input.n_training_steps,
+            lambda: self.plan_step(step_input),
+        )
+
+    def take_step(
+        self, sae_in: torch.Tensor, number: int, planned: Callable[[], StepPlan]
+    ) -> TrainStepOutput:
+        """
+        What the device does in a training step.
+
+        Args:
+            sae_in: Activations of shape (..., d_in).
+            number: Number of the training step, for messages.
+            planned: Gives the plan, once the activations are known to be finite.
+        """
         inputs = self.process_sae_in(sae_in)
         x = inputs.reshape(-1, self.cfg.d_in)
         encoder = self.encoder()
-        self.checks.report()
-        _require_finite(self, encoder, sae_in, x, step_input.n_training_steps)
-        step = self.allocation.begin_step(step_input.n_training_steps)
-        if self.times_itself and not self.allocation.continues_step:
-            self.allocation.begin_timed_step(step)
-        acts_are_hooked = _has_hooks(self.hook_sae_acts_pre) or _has_hooks(
+        _require_finite(self, encoder, sae_in, x, number)
+        plan = planned()
+        acts_are_hooked = has_hooks(self.hook_sae_acts_pre) or has_hooks(
             self.hook_sae_acts_post
         )
         if not (
-            acts_are_hooked or sae_in.requires_grad or _has_hooks(self.hook_sae_input)
+            acts_are_hooked or sae_in.requires_grad or has_hooks(self.hook_sae_input)
         ):
             # x depends on the weights through b_dec alone, whose gradient
             # pair_pre_acts gives at the cost of a matrix-vector product
             x = x.detach()
-        aux = self._auxiliary_pairs(step_input, step, encoder, x)
-        budget = self._budget(len(x), step)
-        n_margin = int(self.cfg.selection_margin * budget)
-        rule, previous = self.rule_at(step), self.rule_at(step - 1) if step else None
+        aux = self._auxiliary_pairs(plan.aux_weight, encoder, x)
 
         affinities = self._dense_affinities(inputs) if acts_are_hooked else None
         pairs, margin = self.allocation.allocate(
@@ -256,11 +303,11 @@ class AllocationTrainingSAE(TrainingSAE[T_CONFIG]):
             if affinities is None
             else KnownAffinities(affinities.detach().reshape(-1, self.cfg.d_sae)),
             x,
-            budget,
-            rule,
-            previous,
-            n_margin,
-            self.allocation.continues_step,
+            plan.budget,
+            plan.rule,
+            plan.previous_rule,
+            plan.n_margin,
+            plan.continues,
         )
         sets, all_recons = [], []
         if affinities is None:
@@ -288,8 +335,9 @@ class AllocationTrainingSAE(TrainingSAE[T_CONFIG]):
         ]
         self.checks.require(
             torch.isfinite(mse_losses[0]),
-            f"The reconstruction loss became NaN or Inf at training step {step}: the "
+            "The reconstruction loss became NaN or Inf at training step {step}: the "
             "weights have diverged; lower the learning rate or add warm-up steps.",
+            plan.step,
         )
         if self.times_itself:
             self.allocation.note_loss(mse_losses[0].detach())
@@ -442,19 +490,11 @@ class AllocationTrainingSAE(TrainingSAE[T_CONFIG]):
         )
 
     def _auxiliary_pairs(
-        self, step_input: TrainStepInput, step: int, encoder: Encoder, x: torch.Tensor
+        self, weight: float, encoder: Encoder, x: torch.Tensor
     ) -> AuxiliaryPairs | None:
         """Pairs of the auxiliary loss, None where it is off or no feature needs it."""
-        weight = auxiliary_weight(self.cfg, step)
-        if self.cfg.aux_loss == "none" or not weight:
+        if not weight:
             return None
-        if not self.allocation.continues_step:
-            self.allocation.renew_flags(
-                step,
-                step_input.dead_neuron_mask,
-                self.cfg.underuse_fraction if self.cfg.aux_loss == "aux_zipf" else None,
-                len(x),
-            )
         return auxiliary_pairs(
             encoder,
             x,
@@ -555,7 +595,8 @@ class AllocationTrainingSAE(TrainingSAE[T_CONFIG]):
         self.allocation.read_checkpoint(state_dict, STATISTICS)
 
 
-def _has_hooks(hook: HookPoint) -> bool:
+def has_hooks(hook: HookPoint) -> bool:
+    """Whether somebody looks at, or changes, what passes a hook point."""
     return len(hook._forward_hooks) > 0 or len(hook._backward_hooks) > 0
 
 
@@ -603,15 +644,17 @@ def _require_finite(
     extremes = torch.stack([e for w in weights for e in torch.aminmax(w)])
     sae.checks.require(
         torch.isfinite(extremes).all(),
-        f"The weights contain NaN or Inf at training step {step}: they have diverged; "
+        "The weights contain NaN or Inf at training step {step}: they have diverged; "
         "lower the learning rate or add warm-up steps.",
+        step,
     )
     # a GPU is not waited for, and has learned from the batch by the time it is known
     outcome = "" if x.is_cuda else "; nothing was learned from this batch"
-    activations = f"The activations of training step {step}"
+    activations = "The activations of training step {step}"
     sae.checks.require(
         torch.isfinite(sae_in).all(),
         f"{activations} contain NaN or Inf: check the language model and its dtype{outcome}.",
+        step,
     )
     normalized = sae.cfg.normalize_activations == "layer_norm"
     if x.dtype != sae_in.dtype or normalized:
@@ -619,4 +662,5 @@ def _require_finite(
             torch.isfinite(x).all(),
             f"{activations} contain numbers beyond {x.dtype}, the dtype of the SAE: give "
             f"it another, such as float32 or bfloat16{outcome}.",
+            step,
         )

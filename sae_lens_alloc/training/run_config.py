@@ -55,3 +55,8 @@ class AllocSAERunnerConfig(
 def optimizer_of(cfg: SAETrainerConfig | LanguageModelSAERunnerConfig[Any]) -> str:
     """The optimizer that a config names; SAELens' own configs mean Adam."""
     return getattr(cfg, "optimizer", "adam")
+
+
+def uses_cuda_graph(cfg: SAETrainerConfig) -> bool:
+    """Whether a config asks for a CUDA graph; SAELens' own does not."""
+    return getattr(cfg, "cuda_graph", False)

@@ -8,9 +8,12 @@ from sae_lens.training.sae_trainer import SAETrainer
 from torch.nn.utils import clip_grad_norm_
 
 from sae_lens_alloc.training.row_sparse_adam import RowSparseAdam
+from sae_lens_alloc.training.step_graph import StepGraph
 
 
-def train_step(trainer: SAETrainer[Any, Any], sae_in: torch.Tensor) -> TrainStepOutput:
+def train_step(
+    trainer: SAETrainer[Any, Any], sae_in: torch.Tensor, graph: StepGraph | None = None
+) -> TrainStepOutput:
     """
     What `SAETrainer._train_step` does, with the same result. SAELens counts who fired by
     adding up sparse tensors, for which a GPU is asked how many entries there are.
@@ -18,26 +21,34 @@ def train_step(trainer: SAETrainer[Any, Any], sae_in: torch.Tensor) -> TrainStep
     Args:
         trainer: The trainer, of one of our SAEs.
         sae_in: Activations of shape (B, d_in).
+        graph: Takes the forward and backward passes, if there is one.
     """
     trainer.sae.train()
-    with trainer.autocast_if_enabled:
-        output = trainer.sae.training_forward_pass(
-            TrainStepInput(
-                sae_in=sae_in,
-                dead_neuron_mask=trainer.dead_neurons,
-                coefficients=trainer.get_coefficients(),
-                n_training_steps=trainer.n_training_steps,
-                is_logging_step=trainer._is_logging_step(),
-            )
-        )
+    step_input = TrainStepInput(
+        sae_in=sae_in,
+        dead_neuron_mask=trainer.dead_neurons,
+        coefficients=trainer.get_coefficients(),
+        n_training_steps=trainer.n_training_steps,
+        is_logging_step=trainer._is_logging_step(),
+    )
+    if graph is None:
+        with trainer.autocast_if_enabled:
+            output = trainer.sae.training_forward_pass(step_input)
+        output.loss.backward()
+        clip_gradients(trainer)
+    else:
+        output = graph.forward_and_backward(step_input)
     count_firings(trainer, output.feature_acts)
-    output.loss.backward()
-    if not isinstance(trainer.optimizer, RowSparseAdam):  # which clips by itself
-        clip_grad_norm_(trainer.sae.parameters(), 1.0)
     trainer.optimizer.step()
     trainer.optimizer.zero_grad()
     trainer.lr_scheduler.step()
     return output
+
+
+def clip_gradients(trainer: SAETrainer[Any, Any]) -> None:
+    """Clips the norm of all gradients together to 1, as SAELens does."""
+    if not isinstance(trainer.optimizer, RowSparseAdam):  # which clips by itself
+        clip_grad_norm_(trainer.sae.parameters(), 1.0)
 
 
 @torch.no_grad()

@@ -3,7 +3,9 @@
 import shutil
 import warnings
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 import wandb
@@ -31,8 +33,9 @@ from sae_lens_alloc.training.held_out import held_out_metrics
 from sae_lens_alloc.training.metrics_file import append_row
 from sae_lens_alloc.training.output_folder import named_write_errors
 from sae_lens_alloc.training.row_sparse_adam import RowSparseAdam
-from sae_lens_alloc.training.run_config import optimizer_of
-from sae_lens_alloc.training.train_step import train_step
+from sae_lens_alloc.training.run_config import optimizer_of, uses_cuda_graph
+from sae_lens_alloc.training.step_graph import StepGraph
+from sae_lens_alloc.training.train_step import clip_gradients, train_step
 
 
 class DataEndedError(ValueError):
@@ -58,6 +61,7 @@ class AllocSAETrainer(SAETrainer[T_TRAINING_SAE, T_TRAINING_SAE_CONFIG]):
     interrupted: bool = False
 
     _optimizer_is_prepared = False
+    _graph: StepGraph | None = None
 
     def __init__(
         self,
@@ -182,7 +186,7 @@ class AllocSAETrainer(SAETrainer[T_TRAINING_SAE, T_TRAINING_SAE_CONFIG]):
     @override
     def _train_step(self, sae: T_TRAINING_SAE, sae_in: torch.Tensor) -> TrainStepOutput:
         if isinstance(sae, AllocationTrainingSAE):
-            return train_step(self, sae_in)
+            return train_step(self, sae_in, self._graph)
         return super()._train_step(sae, sae_in)
 
     def _require_width(self, batch: torch.Tensor) -> None:
@@ -202,7 +206,18 @@ class AllocSAETrainer(SAETrainer[T_TRAINING_SAE, T_TRAINING_SAE_CONFIG]):
             self.optimizer.register_step_post_hook(
                 lambda *_: sae.gradient_memory.keep(sae.W_enc, sae.W_dec)
             )
+        if isinstance(sae, AllocationTrainingSAE) and uses_cuda_graph(self.cfg):
+            self._graph = self._make_graph(sae)
         self._optimizer_is_prepared = True
+
+    def _make_graph(self, sae: AllocationTrainingSAE[Any]) -> StepGraph | None:
+        if torch.device(self.cfg.device).type != "cuda":
+            logger.warning(
+                f"cuda_graph is off: the SAE is trained on {self.cfg.device}, and graphs "
+                "are for CUDA."
+            )
+            return None
+        return StepGraph(sae, partial(clip_gradients, self), self.autocast_if_enabled)
 
     def _log(self, output: TrainStepOutput) -> None:
         interval = (

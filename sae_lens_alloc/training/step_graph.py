@@ -1,0 +1,180 @@
+"""A training step recorded once and then replayed as a whole: a CUDA graph."""
+
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
+
+import torch
+from sae_lens import logger
+from sae_lens.saes.sae import TrainStepInput, TrainStepOutput
+
+from sae_lens_alloc.ops.backend import uses_triton
+from sae_lens_alloc.ops.pair_autoencoder import GradientMemory
+from sae_lens_alloc.saes.allocation_sae import AllocationTrainingSAE, has_hooks
+from sae_lens_alloc.saes.backend_trial import settle_backend
+from sae_lens_alloc.saes.step_plan import StepPlan
+
+# Steps of the same launches before they are recorded: kernels are compiled and the guesses of
+# the selection found in these.
+STEPS_BEFORE_RECORDING = 3
+
+
+class Recording(Protocol):
+    """What `torch.cuda.CUDAGraph` does, so that tests can record on a CPU."""
+
+    def recording(self) -> AbstractContextManager[None]:
+        """Within it the operations on the device are recorded and not run."""
+        ...
+
+    def replay(self) -> None:
+        """Runs what was recorded, on the same tensors."""
+        ...
+
+
+class CudaGraph:
+    """A CUDA graph."""
+
+    def __init__(self) -> None:
+        self._graph = torch.cuda.CUDAGraph()
+
+    @contextmanager
+    def recording(self) -> Iterator[None]:
+        torch.cuda.synchronize()
+        with torch.cuda.graph(self._graph):
+            yield
+
+    def replay(self) -> None:
+        self._graph.replay()
+
+
+@dataclass(frozen=True)
+class RecordedStep:
+    """
+    Args:
+        recording: The forward pass, the backward pass and the clipping of the gradients.
+        sae_in: The batch that it reads, to be filled before each replay.
+        output: What it leaves.
+        gradients: Gradients that it leaves, by parameter.
+        requirements: Requirements on its tensors, with what to say.
+    """
+
+    recording: Recording
+    sae_in: torch.Tensor
+    output: TrainStepOutput
+    gradients: Sequence[torch.Tensor | None]
+    requirements: Sequence[tuple[torch.Tensor, str]]
+
+
+class StepGraph:
+    """
+    Takes the forward and backward passes of an SAE's training steps. Steps of the same plan
+    are recorded, and from then on replayed, with the same numbers. Where the plan changes from
+    step to step, as while the budget falls, and where nothing can be recorded, steps are taken
+    as ever; where it is for a reason that lasts, the log says which.
+    """
+
+    def __init__(
+        self,
+        sae: AllocationTrainingSAE[Any],
+        clip: Callable[[], object],
+        autocast: AbstractContextManager[Any],
+        make_recording: Callable[[], Recording] = CudaGraph,
+    ) -> None:
+        """
+        Args:
+            sae: The SAE.
+            clip: Clips its gradients.
+            autocast: In which its forward pass runs.
+            make_recording: Makes an empty recording.
+        """
+        self._sae = sae
+        self._clip = clip
+        self._autocast = autocast
+        self._make_recording = make_recording
+        self._recorded: RecordedStep | None = None
+        self._key: object = None
+        self._seen: Counter[object] = Counter()
+        self._failure: str | None = None
+        self._reason: str | None = None
+
+    def forward_and_backward(self, step_input: TrainStepInput) -> TrainStepOutput:
+        """
+        Takes a step up to the clipped gradients of the parameters. What it returns is
+        overwritten by the next step.
+        """
+        sae = self._sae
+        settle_backend(sae, sae._training_step, step_input)
+        reason = self._why_not(step_input.sae_in)
+        if reason is not None and reason != self._reason:
+            logger.warning(f"cuda_graph is off: {reason}.")
+        self._reason = reason
+        if reason is not None:
+            with self._autocast:
+                output = sae.training_forward_pass(step_input)
+            return self._backward(output)
+        sae.checks.report()
+        plan = sae.plan_step(step_input)
+        key = (replace(plan, step=0), step_input.sae_in.shape, step_input.sae_in.dtype)
+        if key != self._key:
+            self._recorded, self._key = None, key
+            self._seen.clear()
+        self._seen[key] += 1
+        if self._recorded is None and self._seen[key] > STEPS_BEFORE_RECORDING:
+            try:
+                self._recorded = self._record(step_input.sae_in, plan)
+            except Exception as error:  # any operation may refuse to be recorded
+                first_line = str(error).strip().partition("\n")[0]
+                self._failure = f"the step cannot be recorded ({first_line})"
+        if self._recorded is None:
+            return self._take(step_input.sae_in, plan)
+        return self._replay(self._recorded, step_input.sae_in, plan)
+
+    def _take(self, sae_in: torch.Tensor, plan: StepPlan) -> TrainStepOutput:
+        with self._autocast:
+            output = self._sae.take_step(sae_in, plan.step, lambda: plan)
+        return self._backward(output)
+
+    def _backward(self, output: TrainStepOutput) -> TrainStepOutput:
+        output.loss.backward()
+        self._clip()
+        return output
+
+    def _record(self, sae_in: torch.Tensor, plan: StepPlan) -> RecordedStep:
+        sae, recording = self._sae, self._make_recording()
+        batch = sae_in.clone()
+        # the recorded gradients have memory of their own
+        memory, sae.gradient_memory = sae.gradient_memory, GradientMemory()
+        try:
+            with sae.checks.recorded() as requirements, recording.recording():
+                output = self._take(batch, plan)
+        finally:
+            sae.gradient_memory = memory
+            gradients = [parameter.grad for parameter in sae.parameters()]
+            sae.zero_grad()
+        return RecordedStep(recording, batch, output, gradients, requirements)
+
+    def _replay(
+        self, recorded: RecordedStep, sae_in: torch.Tensor, plan: StepPlan
+    ) -> TrainStepOutput:
+        recorded.sae_in.copy_(sae_in)
+        recorded.recording.replay()
+        for parameter, gradient in zip(
+            self._sae.parameters(), recorded.gradients, strict=True
+        ):
+            parameter.grad = gradient
+        for met, message in recorded.requirements:
+            self._sae.checks.require(met, message, plan.step)
+        return recorded.output
+
+    def _why_not(self, sae_in: torch.Tensor) -> str | None:
+        """Why nothing can be recorded, None where something can."""
+        hooked = [name for name, hook in self._sae.hook_dict.items() if has_hooks(hook)]
+        if hooked:
+            return f"{hooked[0]} has hooks, which run on the host"
+        if not uses_triton(sae_in.device):
+            return "the kernels that train the SAE ask the device, and only Triton's do not"
+        if self._sae.gradient_memory.rows is not None:
+            return "row_sparse_adam asks the device which features were selected"
+        return self._failure

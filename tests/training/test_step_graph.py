@@ -1,0 +1,189 @@
+"""Steps that are recorded and replayed are the steps that are not, to the last bit."""
+
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from sae_lens import logger
+
+from sae_lens_alloc import AllocSAETrainer, AllocSAETrainerConfig
+from sae_lens_alloc.ops.backend import BACKEND_VARIABLE
+from sae_lens_alloc.saes import allocation_sae
+from sae_lens_alloc.saes.allocation_sae import AllocationTrainingSAE
+from sae_lens_alloc.training.step_graph import STEPS_BEFORE_RECORDING, StepGraph
+from tests.saes.conftest import changed, make_sae, state_of, tokens
+from tests.training.recorded_operations import OperationRecording
+
+N_STEPS = 14
+
+
+@pytest.fixture(autouse=True)
+def on_a_cpu(triton_device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    if triton_device.type == "cuda":
+        pytest.skip("recorded by Triton's interpreter, on a CPU")
+    monkeypatch.setattr(OperationRecording, "replays", 0)
+
+
+@pytest.fixture
+def messages() -> Iterator[list[str]]:
+    found: list[str] = []
+
+    class Keeps(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            found.append(record.getMessage())
+
+    handler = Keeps()
+    logger.addHandler(handler)
+    yield found
+    logger.removeHandler(handler)
+
+
+def train(
+    sae: AllocationTrainingSAE[Any],
+    monkeypatch: pytest.MonkeyPatch,
+    cuda_graph: bool,
+    **overrides: Any,
+) -> AllocSAETrainer[Any, Any]:
+    settings: dict[str, Any] = {
+        "total_training_samples": 12 * N_STEPS,
+        "train_batch_size_samples": 12,
+        "lr": 1e-2,
+        "lr_end": 1e-3,
+        "lr_warm_up_steps": 3,
+        "dead_feature_window": 4,
+        **overrides,
+    }
+    monkeypatch.setattr(
+        AllocSAETrainer,
+        "_make_graph",
+        lambda trainer, sae: StepGraph(
+            sae,
+            lambda: torch.nn.utils.clip_grad_norm_(sae.parameters(), 1.0),
+            trainer.autocast_if_enabled,
+            OperationRecording,
+        ),
+    )
+    cfg = AllocSAETrainerConfig(**settings, cuda_graph=cuda_graph)
+    trainer = AllocSAETrainer(
+        cfg, sae, iter([tokens(12, 8, seed=seed) for seed in range(N_STEPS)])
+    )
+    trainer.fit()
+    return trainer
+
+
+@pytest.mark.parametrize(
+    ("options", "n_replays"),
+    [
+        ({}, 10),
+        ({"selection_margin": 0.5, "apply_b_dec_to_input": True}, 10),
+        ({"aux_loss": "aux_zipf", "selection_margin": 0.25}, 10),
+        ({"architecture": "feature_choice", "aux_loss": "aux_zipf"}, 10),
+        # until the rule changes, and after it
+        ({"feature_choice_steps": 7, "aux_loss": "aux_zipf"}, 5),
+        # while the budget falls nothing is recorded
+        ({"k_start": 6.0, "k_decay_steps": 5, "selection_margin": 0.25}, 5),
+        (
+            {
+                "architecture": "matryoshka_mutual_choice",
+                "matryoshka_widths": [8, 40],
+                "selection_margin": 0.5,
+                "aux_loss": "aux_zipf",
+            },
+            10,
+        ),
+        ({"normalize_activations": "layer_norm"}, 10),
+    ],
+    ids=str,
+)
+def test_replayed_steps_are_the_steps(
+    options: dict[str, Any], n_replays: int, monkeypatch: pytest.MonkeyPatch
+):
+    expected, found = (make_sae(d_sae=40, **options) for _ in range(2))
+    plain = train(expected, monkeypatch, cuda_graph=False)
+    recorded = train(found, monkeypatch, cuda_graph=True)
+    assert OperationRecording.replays == n_replays
+    assert changed(state_of(expected), found) == set()
+    for name in ("act_freq_scores", "n_forward_passes_since_fired"):
+        assert torch.equal(getattr(plain, name), getattr(recorded, name)), name
+
+
+def test_replayed_steps_write_the_metrics_of_the_steps(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    from sae_lens.config import LoggingConfig
+
+    files = []
+    for graph in (False, True):
+        monkeypatch.setattr(
+            AllocSAETrainer, "metrics_path", tmp_path / f"{graph}.jsonl"
+        )
+        logging_config = LoggingConfig(log_to_wandb=False, wandb_log_frequency=2)
+        train(make_sae(d_sae=40), monkeypatch, graph, logger=logging_config)
+        files.append((tmp_path / f"{graph}.jsonl").read_text())
+    assert files[0] == files[1]
+    assert len(files[0].splitlines()) == N_STEPS // 2
+
+
+def test_nan_is_reported_with_the_step(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(
+        "tests.training.test_step_graph.tokens",
+        lambda *shape, seed: tokens(*shape, seed=seed) / (0.0 if seed == 9 else 1.0),
+    )
+    with pytest.raises(ValueError, match="activations of training step 9 contain NaN"):
+        train(make_sae(d_sae=40), monkeypatch, cuda_graph=True)
+    assert OperationRecording.replays == 9 - STEPS_BEFORE_RECORDING + 1
+
+
+@pytest.mark.parametrize("reason", ["hooks", "backend", "optimizer", "refused"])
+def test_what_makes_it_impossible_is_one_sentence(
+    reason: str, messages: list[str], monkeypatch: pytest.MonkeyPatch
+):
+    expected, found = make_sae(d_sae=40), make_sae(d_sae=40)
+    overrides: dict[str, Any] = {}
+    if reason == "hooks":
+        for sae in (expected, found):
+            sae.hook_sae_recons.add_hook(lambda tensor, hook: tensor)  # noqa: ARG005
+        sentence = (
+            "cuda_graph is off: hook_sae_recons has hooks, which run on the host."
+        )
+    elif reason == "backend":
+        monkeypatch.setenv(BACKEND_VARIABLE, "torch")
+        sentence = (
+            "the kernels that train the SAE ask the device, and only Triton's do not"
+        )
+    elif reason == "optimizer":
+        overrides = {"optimizer": "row_sparse_adam"}
+        sentence = "row_sparse_adam asks the device which features were selected"
+    else:
+        monkeypatch.setattr(
+            allocation_sae,
+            "decode_pairs",
+            lambda *args, decode=allocation_sae.decode_pairs, **kwargs: (
+                args[0].sum().item(),
+                decode(*args, **kwargs),
+            )[1],
+        )
+        sentence = "the step cannot be recorded (aten._local_scalar_dense.default asks"
+    train(expected, monkeypatch, cuda_graph=False, **overrides)
+    train(found, monkeypatch, cuda_graph=True, **overrides)
+    assert OperationRecording.replays == 0
+    off = [message for message in messages if "cuda_graph is off" in message]
+    assert len(off) == 1
+    assert sentence in off[0]
+    assert changed(state_of(expected), found) == set()
+
+
+def test_on_a_cpu_it_is_off_with_a_sentence(messages: list[str]):
+    cfg = AllocSAETrainerConfig(
+        total_training_samples=12,
+        train_batch_size_samples=12,
+        lr_end=1e-4,
+        cuda_graph=True,
+    )
+    AllocSAETrainer(cfg, make_sae(), iter([tokens(12, 8)])).fit()
+    assert "cuda_graph is off: the SAE is trained on cpu, and graphs are for CUDA." in (
+        messages
+    )
