@@ -28,6 +28,7 @@ from sae_lens_alloc.saes.matryoshka_mutual_choice_sae import (
     MatryoshkaMutualChoiceTrainingSAEConfig,
 )
 from sae_lens_alloc.saes.mutual_choice_sae import MutualChoiceTrainingSAEConfig
+from sae_lens_alloc.training.run_config import AllocSAETrainerConfig
 from scripts.host_tests import compare as host_tests
 
 DOCS = Path(__file__).parent
@@ -146,7 +147,7 @@ def config_reference() -> str:
         "Fields under `sae:` of a YAML config, or of the config classes in Python. Written by "
         "`python docs/render.py` from the docstrings. The keys outside `sae:` are those of "
         "SAELens' `LanguageModelSAERunnerConfig`, "
-        "[with a few differences](checks.md).\n",
+        "[with a few differences](checks.md), and [two of ours](#the-run).\n",
         "## All of ours\n",
         _field_table(AllocationTrainingSAEConfig, shared),
         "## `mutual_choice`\n",
@@ -163,6 +164,11 @@ def config_reference() -> str:
         "`matryoshka_batchtopk_aux_zipf`, `standard_aux_zipf`, `topk_aux_zipf`\n",
         "The fields of SAELens' own architecture and:\n",
         _field_table(aux, aux_fields),
+        "## The run\n",
+        "Fields at top level, next to SAELens' own. In Python they are fields of "
+        "`AllocSAERunnerConfig` for `AllocSAETrainingRunner`, and of `AllocSAETrainerConfig` for "
+        "`AllocSAETrainer`, which take SAELens' own configs too.\n",
+        _field_table(AllocSAETrainerConfig, {"optimizer", "cuda_graph"}),
     ]
     return "\n".join(sections)
 

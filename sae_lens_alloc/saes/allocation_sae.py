@@ -446,7 +446,7 @@ class AllocationTrainingSAE(TrainingSAE[T_CONFIG]):
         """
         pairs = margin.pairs
         tokens, features = pairs.places.token_indices, pairs.places.feature_indices
-        norms = decoder_norms(self.W_dec)
+        norms = decoder_norms(self.W_dec) if encoder.scale is None else encoder.scale
         W_dec = self.W_dec.to(norms)
         scales = unit_out.reshape(-1, self.cfg.d_in)[:, 0].to(norms)[tokens]
         products, n_levels = torch.zeros_like(scales), torch.zeros_like(scales)
