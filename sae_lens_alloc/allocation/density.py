@@ -2,7 +2,7 @@
 
 import torch
 
-from sae_lens_alloc.allocation.zipf import ZipfLaw
+from sae_lens_alloc.allocation.zipf import FittedLaw, ZipfLaw
 
 # More flagged features than this share the auxiliary loss too thinly.
 MAX_UNDERUSED_SHARE = 0.5
@@ -45,7 +45,10 @@ def fit_floor(n_tokens: int) -> float:
 
 
 def underused_features(
-    density: torch.Tensor, dead: torch.Tensor, law: ZipfLaw | None, fraction: float
+    density: torch.Tensor,
+    dead: torch.Tensor,
+    law: ZipfLaw | FittedLaw | None,
+    fraction: float,
 ) -> torch.Tensor:
     """
     Flags the features that fire less than `fraction` of the law at their rank, and the dead
@@ -54,7 +57,7 @@ def underused_features(
     Args:
         density: Running firing rates per token, shape (F,).
         dead: Boolean mask of dead features, shape (F,).
-        law: The fitted law, or None to flag dead features only.
+        law: The fitted law, or None to flag dead features only, as one that is not known does.
         fraction: Share of the predicted density below which a feature is underutilised.
 
     Returns:

@@ -3,14 +3,16 @@
 import math
 from dataclasses import dataclass
 
-import numpy as np
 import torch
+
+from sae_lens_alloc.allocation.quota_curve import QuotaCurve
 
 # A free beta runs to beta >> F, an exponential in disguise, so it is searched on a grid.
 BETA_GRID = (0.0, 1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0, 128.0, 256.0)
 N_FIT_RANKS = 80
 # Steeper laws, as a handful of features gives them, overflow.
 MAX_ALPHA = 100.0
+MIN_FEATURES = 3
 
 
 @dataclass(frozen=True)
@@ -40,7 +42,7 @@ class ZipfLaw:
 
     def log_shape(self, ranks: torch.Tensor) -> torch.Tensor:
         """log f(ranks) for a scale of 1."""
-        return -self.alpha * (ranks + self.beta).log()
+        return log_shape(ranks, self.alpha, self.beta)
 
     @classmethod
     def fit(cls, densities: torch.Tensor, min_density: float = 0.0) -> "ZipfLaw":
@@ -56,48 +58,117 @@ class ZipfLaw:
         Raises:
             ValueError: if fewer than 3 features are denser than `min_density`.
         """
-        dense = densities[densities > min_density].detach().cpu().double().numpy()
-        if len(dense) < 3:
+        dense = densities[densities > min_density].detach().cpu()
+        if len(dense) < MIN_FEATURES:
             raise ValueError(
-                f"a Zipf law needs at least 3 features denser than {min_density:.2g}, "
-                f"got {len(dense)}."
+                f"a Zipf law needs at least {MIN_FEATURES} features denser than "
+                f"{min_density:.2g}, got {len(dense)}."
             )
-        log_p = np.log(np.sort(dense)[::-1])
-        ranks = np.arange(1, len(dense) + 1, dtype=np.float64)
-        sampled = np.unique(
-            np.geomspace(1, len(dense), num=min(N_FIT_RANKS, len(dense))).round()
-        ).astype(np.int64)
-        fits = [
-            (beta, *_fit_line(np.log(sampled + beta), log_p[sampled - 1]))
-            for beta in BETA_GRID
-        ]
-        beta, slope, intercept, _ = min(fits, key=lambda fit: fit[3])
-        predicted = intercept + slope * np.log(ranks + beta)
+        fitted = FittedLaw.fit(dense, min_density)
+        ranks = torch.arange(1, len(dense) + 1, dtype=torch.float64)
+        predicted = fitted.log_density(ranks)
+        log_p = dense.double().sort(descending=True).values.log()
         tenth = len(dense) // 10
         middle = slice(tenth, len(dense) - tenth)
         return cls(
-            alpha=-slope,
-            beta=beta,
-            scale=float(np.exp(intercept)),
+            alpha=float(fitted.alpha),
+            beta=float(fitted.beta),
+            scale=float(fitted.log_scale.exp()),
             r2=_r2(log_p, predicted),
             r2_middle=_r2(log_p[middle], predicted[middle]),
         )
 
 
-def _fit_line(x: np.ndarray, y: np.ndarray) -> tuple[float, float, float]:
-    """Slope, intercept and sum of squared residuals of the least-squares line."""
-    deviation = x - x.mean()
-    slope = float(deviation @ y / (deviation @ deviation))
-    slope = min(max(slope, -MAX_ALPHA), 0.0)
-    intercept = float(y.mean() - slope * x.mean())
-    return slope, intercept, float(np.sum((y - intercept - slope * x) ** 2))
+@dataclass(frozen=True)
+class FittedLaw:
+    """
+    A law as the device holds it, so that the host need not wait for its numbers.
+
+    Args:
+        alpha: float64 of shape ().
+        beta: float64 of shape ().
+        log_scale: Logarithm of the factor in front, float64 of shape ().
+        known: Boolean of shape (), false where too few features were dense enough for a fit.
+            The other numbers then mean nothing.
+    """
+
+    alpha: torch.Tensor
+    beta: torch.Tensor
+    log_scale: torch.Tensor
+    known: torch.Tensor
+
+    @classmethod
+    def fit(cls, densities: torch.Tensor, min_density: float) -> "FittedLaw":
+        """`ZipfLaw.fit` in a fixed number of steps of fixed size, without its R^2."""
+        log_p = in_float64(densities).sort(descending=True).values.log()
+        n_dense = (densities > min_density).sum().to(log_p.device)
+        ranks, weights = _sampled_ranks(n_dense)
+        # what the weights leave out may be the logarithm of 0
+        y = log_p[(ranks.long() - 1).clamp(0, len(log_p) - 1)].where(weights > 0, 0.0)
+        betas = _numbers(BETA_GRID, y)
+        x = (ranks + betas[:, None]).log()
+        weights = weights / weights.sum()
+        deviations = x - (x * weights).sum(1, keepdim=True)
+        variances = (weights * deviations.square()).sum(1)
+        slopes = (weights * deviations * y).sum(1) / variances
+        slopes = slopes.clamp(-MAX_ALPHA, 0.0)
+        mean = (weights * y).sum()
+        residuals = y - mean - slopes[:, None] * deviations
+        best = (weights * residuals.square()).sum(1).argmin()
+        # `take`, since indexing by a scalar tensor would ask the device for it
+        slope = slopes.take(best)
+        mean_x = (x * weights).sum(1).take(best)
+        return cls(
+            -slope, betas.take(best), mean - slope * mean_x, n_dense >= MIN_FEATURES
+        )
+
+    def density(self, ranks: torch.Tensor) -> torch.Tensor:
+        """As `ZipfLaw.density`, and 0 where the law is not known."""
+        density = self.log_density(in_float64(ranks)).exp().where(self.known, 0.0)
+        return density.to(ranks.device, torch.promote_types(ranks.dtype, torch.float32))
+
+    def log_density(self, ranks: torch.Tensor) -> torch.Tensor:
+        """Logarithm of the density at ranks, float64 of any shape."""
+        return self.log_scale + log_shape(ranks, self.alpha, self.beta)
 
 
-def _r2(actual: np.ndarray, predicted: np.ndarray) -> float:
-    if np.ptp(actual) < 1e-12:
+def log_shape(
+    ranks: torch.Tensor, alpha: float | torch.Tensor, beta: float | torch.Tensor
+) -> torch.Tensor:
+    """Logarithm of (rank + beta) ** -alpha at ranks of any shape."""
+    return -alpha * (ranks + beta).log()
+
+
+def in_float64(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor as float64: on its device, or the CPU where the device has no float64."""
+    if tensor.device.type == "mps":
+        tensor = tensor.cpu()
+    return tensor.double()
+
+
+def _sampled_ranks(n: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """
+    About 80 log-spaced ranks from 1 to n, and weights that leave repeated ones out: all of
+    shape (80,) and float64, for n of shape ().
+    """
+    n = n.double().clamp(min=2)
+    number = torch.arange(N_FIT_RANKS, dtype=torch.float64, device=n.device)
+    share = number / (n.clamp(max=N_FIT_RANKS) - 1)
+    ranks = (share.clamp(max=1) * n.log()).exp().round()
+    is_new = ranks.diff(prepend=torch.zeros_like(ranks[:1])) > 0
+    return ranks, is_new.double()
+
+
+def _numbers(values: tuple[float, ...], like: torch.Tensor) -> torch.Tensor:
+    """Numbers as a tensor. Copied to a GPU at once, they would be waited for."""
+    return torch.stack([torch.full_like(like[0], value) for value in values])
+
+
+def _r2(actual: torch.Tensor, predicted: torch.Tensor) -> float:
+    if float(actual.max() - actual.min()) < 1e-12:
         return float("nan")
-    variance = np.sum((actual - actual.mean()) ** 2)
-    return float(1 - np.sum((actual - predicted) ** 2) / variance)
+    variance = (actual - actual.mean()).square().sum()
+    return float(1 - (actual - predicted).square().sum() / variance)
 
 
 def zipf_quotas(
@@ -125,51 +196,17 @@ def zipf_quotas(
     Raises:
         ValueError: if min_quota for every feature exceeds the budget.
     """
+    require_smallest_quota(min_quota, n_features, budget)
+    log_shape = law.log_shape(torch.arange(1, n_features + 1, dtype=torch.float64))
+    curve = QuotaCurve.of(log_shape, max_quota, min(min_quota, max_quota))
+    return curve.quotas(budget)
+
+
+def require_smallest_quota(min_quota: float, n_features: int, budget: float) -> None:
+    """Raises ValueError if `min_quota` for every feature exceeds the budget."""
     if min_quota * n_features > budget:
         raise ValueError(
             f"min_tokens_per_feature = {min_quota} for {n_features} features needs "
             f"{min_quota * n_features:.0f} pairs per batch, more than the budget of "
             f"{budget:.0f}: lower it, or raise k or the batch size."
         )
-    log_shape = law.log_shape(torch.arange(1, n_features + 1, dtype=torch.float64))
-    return proportional_quotas(log_shape, budget, max_quota, min_quota)
-
-
-def proportional_quotas(
-    log_weights: torch.Tensor,
-    budget: float,
-    max_quota: float | torch.Tensor,
-    min_quota: float = 0.0,
-) -> torch.Tensor:
-    """
-    Quotas in proportion to weights, clamped to [min_quota, max_quota], and renormalised so
-    that they sum to the budget. The sum is smaller only where even max_quota for every
-    feature does not use the budget up.
-
-    Args:
-        log_weights: Logarithms of the weights, finite, float64 of shape (F,).
-        budget: Tokens to give out, M.
-        max_quota: Largest quota, in tokens; one number, or one for each feature, shape (F,).
-        min_quota: Smallest quota, in tokens.
-
-    Returns:
-        float64 tensor of shape (F,).
-    """
-    caps = torch.as_tensor(
-        max_quota, dtype=log_weights.dtype, device=log_weights.device
-    ).expand_as(log_weights)
-    if budget == 0:
-        return torch.zeros_like(log_weights)
-    if caps.sum() <= budget:
-        return caps.clone()
-
-    def quotas(log_factor: float) -> torch.Tensor:
-        return (log_weights + log_factor).exp().clamp(min=min_quota).minimum(caps)
-
-    # The clamped sum grows with the factor, so bisection on its logarithm finds it.
-    low = math.log(budget / len(log_weights)) - float(log_weights.max()) - 1
-    high = math.log(budget) - float(log_weights.min()) + 1
-    for _ in range(200):
-        middle = (low + high) / 2
-        low, high = (middle, high) if quotas(middle).sum() < budget else (low, middle)
-    return quotas(high)

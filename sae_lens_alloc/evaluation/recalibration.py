@@ -12,7 +12,7 @@ from sae_lens.saes.sae import TrainingSAE
 from sae_lens.saes.topk_sae import TopKSAE
 
 from sae_lens_alloc.allocation.mutual_choice import budget_for
-from sae_lens_alloc.allocation.zipf import proportional_quotas
+from sae_lens_alloc.allocation.quota_curve import QuotaCurve
 from sae_lens_alloc.evaluation.calibration import require_activations
 from sae_lens_alloc.evaluation.equal_l0 import set_l0
 from sae_lens_alloc.evaluation.jumprelu_form import jumprelu_form
@@ -232,8 +232,8 @@ def _quotas_in_proportion(
     """Whole quotas in proportion to `counts` that sum to the budget; int64 of shape (F,)."""
     active = (counts > 0).nonzero().squeeze(1)
     quotas = torch.zeros_like(counts, dtype=torch.float64)
-    quotas[active] = proportional_quotas(
-        counts[active].double().log(), budget, caps[active]
-    )
+    if len(active) > 0:
+        log_shares = counts[active].double().log()
+        quotas[active] = QuotaCurve.of(log_shares, caps[active]).quotas(budget)
     # remainders are handed on from feature to feature, so that the sum is right
     return (quotas.cumsum(0) + 1e-6).floor().diff(prepend=quotas.new_zeros(1)).long()

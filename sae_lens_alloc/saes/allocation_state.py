@@ -7,10 +7,17 @@ from typing_extensions import override
 
 from sae_lens_alloc.allocation.density import density_ranks, fit_floor
 from sae_lens_alloc.allocation.margin import Margin, split_at_budget
+from sae_lens_alloc.allocation.quota_curve import QuotaCurve
 from sae_lens_alloc.allocation.quotas import most_whole_quotas, take_whole_quotas
 from sae_lens_alloc.allocation.sparse_activations import Pairs, SparseActivations
 from sae_lens_alloc.allocation.thresholds import follow_cut, track_threshold
-from sae_lens_alloc.allocation.zipf import ZipfLaw, zipf_quotas
+from sae_lens_alloc.allocation.zipf import (
+    FittedLaw,
+    ZipfLaw,
+    in_float64,
+    log_shape,
+    require_smallest_quota,
+)
 from sae_lens_alloc.ops.backend import Backend
 from sae_lens_alloc.ops.encode_select import (
     Encoder,
@@ -19,6 +26,7 @@ from sae_lens_alloc.ops.encode_select import (
     encode_feature_choice,
     encode_mutual_choice,
 )
+from sae_lens_alloc.saes.density_state import kept_in_place
 from sae_lens_alloc.saes.settling_state import UNKNOWN, SettlingState
 
 Rule = Literal["mutual", "feature"]
@@ -89,9 +97,16 @@ class AllocationState(SettlingState):
         super()._forget_derived()
         self._backend_name: Backend | None = None
         self._cut_is_known: bool | None = None
-        self._rank_quotas: tuple[int, int, torch.Tensor, int] | None = None
+        # All tensors that outlive a step stay at their addresses, as a CUDA graph needs it.
+        self._quota_curve: QuotaCurve | None = None
+        self._curve_tokens: int | None = (
+            None  # tokens per batch of the curve, if it holds
+        )
+        self._rank_quotas: torch.Tensor | None = None
+        self._quota_budget: int | None = None  # budget of these quotas, if they hold
         self._bounds: torch.Tensor | None = None
         self._margin_cut: torch.Tensor | None = None
+        self._lowered: torch.Tensor | None = None
 
     @torch.no_grad()
     def allocate(
@@ -124,24 +139,58 @@ class AllocationState(SettlingState):
             ValueError: if min_tokens_per_feature does not fit into the budget.
         """
         after_mutual = previous_rule == "mutual"
-        if rule == "mutual":
-            if not continues:
-                self.begin_totals()
-                self._begin_mutual_step(after_mutual)
-            return self._allocate_mutual(encoder, x, budget, n_margin)
+        if rule == "feature":
+            self.prepare_feature_choice(
+                encoder, x, budget, after_mutual and not continues
+            )
         if not continues:
-            self._begin_feature_step(encoder, x, budget, after_mutual)
+            if rule == "feature":
+                self._restart_thresholds()
             self.begin_totals()
+            if rule == "mutual":
+                self._begin_mutual_step(after_mutual)
+        if rule == "mutual":
+            return self._allocate_mutual(encoder, x, budget, n_margin)
         return self._allocate_feature(encoder, x, budget), None
 
-    _lowered: torch.Tensor  # (F,) thresholds relative to the cut, as the step began
+    @torch.no_grad()
+    def prepare_feature_choice(
+        self,
+        encoder: Encoder | KnownAffinities,
+        x: torch.Tensor,
+        budget: int,
+        begins: bool,
+    ) -> None:
+        """
+        What the host does before Feature Choice allocates a batch, and does not do where the
+        batch is like the one before: a change of rule, a first cut, and the quotas of another
+        budget. The rest of a step is the same launches at every step.
+
+        Args:
+            encoder: What gives the affinities.
+            x: Encoder inputs of shape (B, d_in).
+            budget: Number of pairs M.
+            begins: Whether Feature Choice takes over from Mutual Choice.
+
+        Raises:
+            ValueError: if min_tokens_per_feature does not fit into the budget.
+        """
+        if begins:
+            self._anchor_quota_law(fit_floor(len(x)))
+        if not self._knows_cut():
+            self.begin_totals()
+            self._follow_cut(encode_mutual_choice(encoder, x, budget, None), len(x))
+        if begins:
+            self.threshold.copy_(self.cut)
+        self._prepare_quotas(len(x), budget)
 
     def _begin_mutual_step(self, after_mutual: bool) -> None:
         """Thresholds relative to the cut: 1, and less for features that would hardly fire."""
-        self._lowered = torch.ones_like(self.threshold)
+        lowered = torch.ones_like(self.threshold)
         if after_mutual:
             lowered = (self.threshold / self.cut).nan_to_num(1.0)
-            self._lowered = lowered.clamp(LOWEST_THRESHOLD, 1.0)
+            lowered = lowered.clamp(LOWEST_THRESHOLD, 1.0)
+        self._lowered = kept_in_place(self._lowered, lowered)
 
     def _allocate_mutual(
         self,
@@ -150,10 +199,11 @@ class AllocationState(SettlingState):
         budget: int,
         n_margin: int,
     ) -> tuple[Pairs, Margin | None]:
-        cut = self._totals.start["cut"]
+        cut, lowered = self._totals.start["cut"], self._lowered
+        assert lowered is not None  # of the step's beginning
         knows_cut = self._knows_cut()
         # without a margin all thresholds are the cut, and nothing has to be counted
-        thresholds = self._lowered * cut if n_margin > 0 and knows_cut else None
+        thresholds = lowered * cut if n_margin > 0 and knows_cut else None
         best, above = encode_and_count(
             encoder,
             x,
@@ -166,10 +216,11 @@ class AllocationState(SettlingState):
             return best, None
         pairs, margin = best, None
         if n_margin > 0:
-            self._margin_cut = best.smallest_value().float()
+            self._margin_cut = kept_in_place(
+                self._margin_cut, best.smallest_value().float()
+            )
             pairs, margin = split_at_budget(best, budget, n_margin)
         self._follow_cut(pairs, len(x))
-        lowered = self._lowered
         if above is not None:
             at_least = MIN_DENSITY_SHARE * budget / len(lowered)
             lowered = track_threshold(
@@ -181,24 +232,12 @@ class AllocationState(SettlingState):
         self.update_density(pairs.feature_counts(), len(x))
         return pairs, margin
 
-    def _begin_feature_step(
-        self,
-        encoder: Encoder | KnownAffinities,
-        x: torch.Tensor,
-        budget: int,
-        after_mutual: bool,
-    ) -> None:
-        """At a change of rule, the law of the quotas and thresholds to start from."""
-        if after_mutual:
-            self._anchor_quota_law(fit_floor(len(x)))
-        if not self._knows_cut():
-            self.begin_totals()
-            self._follow_cut(encode_mutual_choice(encoder, x, budget, None), len(x))
-        # never tracked from 0 or infinity, as a source's silenced features have: a factor
-        # would not leave them
+    def _restart_thresholds(self) -> None:
+        """
+        Puts to the cut what is never tracked from: 0, or infinity, as a source's silenced
+        features have. A factor would not leave them.
+        """
         restart = ~(self.threshold > 0) | self.threshold.isinf()
-        if after_mutual:
-            restart = torch.ones_like(restart)
         self.threshold.copy_(self.cut.where(restart, self.threshold))
 
     def _allocate_feature(
@@ -216,7 +255,7 @@ class AllocationState(SettlingState):
             self._likely_bounds(),
             max_pairs,
         )
-        self._bounds = selection.bounds
+        self._bounds = kept_in_place(self._bounds, selection.bounds)
         self.threshold.copy_(
             track_threshold(
                 start["threshold"],
@@ -306,31 +345,53 @@ class AllocationState(SettlingState):
         Fractional quotas m_j of shape (F,), the law at the rank of each feature's demand, and
         the limit for their whole parts.
         """
-        if self._rank_quotas is None or self._rank_quotas[:2] != (n_tokens, budget):
-            alpha, beta = self.quota_law.tolist()
-            by_rank = zipf_quotas(
-                ZipfLaw(alpha, beta, scale=1.0),
-                len(self.density),
-                budget,
-                self.max_density * n_tokens,
-                self.min_tokens_per_feature,
+        self._prepare_quotas(n_tokens, budget)
+        assert self._rank_quotas is not None
+        n_features = len(density)
+        # what the quotas sum to, without asking them
+        total = min(budget, self.max_density * n_tokens * n_features)
+        return (
+            self._rank_quotas[density_ranks(density)],
+            most_whole_quotas(total, n_features),
+        )
+
+    def _prepare_quotas(self, n_tokens: int, budget: int) -> None:
+        """
+        Quotas by rank, float32 of shape (F,), in place. For another budget they are read off
+        the curve of the law, and for another law or size of batch that is made anew.
+        """
+        n_features = len(self.density)
+        require_smallest_quota(self.min_tokens_per_feature, n_features, budget)
+        if self._curve_tokens != n_tokens:
+            max_quota = self.max_density * n_tokens
+            alpha, beta = in_float64(self.quota_law)
+            ranks = torch.arange(1, n_features + 1, device=alpha.device).double()
+            curve = QuotaCurve.of(
+                log_shape(ranks, alpha, beta),
+                max_quota,
+                min(self.min_tokens_per_feature, max_quota),
             )
-            max_pairs = most_whole_quotas(float(by_rank.sum()), len(by_rank))
-            self._rank_quotas = (
-                n_tokens,
-                budget,
-                by_rank.to(self.density),
-                max_pairs,
-            )
-        *_, by_rank, max_pairs = self._rank_quotas
-        return by_rank[density_ranks(density)], max_pairs
+            if self._quota_curve is None:
+                self._quota_curve = curve
+            else:
+                self._quota_curve.copy_(curve)
+            self._curve_tokens, self._quota_budget = n_tokens, None
+        if self._quota_budget != budget:
+            assert self._quota_curve is not None
+            quotas = self._quota_curve.quotas(budget).to(self.density)
+            self._rank_quotas = kept_in_place(self._rank_quotas, quotas)
+            self._quota_budget = budget
 
     def _anchor_quota_law(self, floor: float) -> None:
-        """Takes the law of the quotas from what Mutual Choice found, once and for all."""
-        law = self.fit_above(floor)
-        if law is not None:
-            self.quota_law.copy_(torch.tensor([law.alpha, law.beta]))
-            self._rank_quotas = None
+        """
+        Takes the law of the quotas from what Mutual Choice found, once and for all. It stays
+        where too few features have fired.
+        """
+        law = FittedLaw.fit(self.density, floor)
+        fitted = torch.stack([law.alpha, law.beta])
+        known = law.known.to(self.quota_law.device)
+        self.quota_law.copy_(fitted.to(self.quota_law).where(known, self.quota_law))
+        self._curve_tokens = None
 
     @property
     def backend_name(self) -> Backend | None:

@@ -13,26 +13,38 @@ from sae_lens_alloc.allocation.density import (
     underused_features,
     update_density,
 )
-from sae_lens_alloc.allocation.zipf import ZipfLaw
+from sae_lens_alloc.allocation.zipf import MIN_FEATURES, FittedLaw, ZipfLaw
 
-# Densities move slowly, and looking at them from the host stalls a GPU: once in so many steps.
+# Densities move slowly, and ranking them takes time: once in so many steps.
 STEPS_BETWEEN_FLAGS = 10
 
 T_STATE = TypeVar("T_STATE", bound="DensityState")
 T_TOTAL = TypeVar("T_TOTAL", torch.Tensor, float, int)
 
 
+def kept_in_place(kept: torch.Tensor | None, value: torch.Tensor) -> torch.Tensor:
+    """The tensor that keeps a value: the old one with the new value, or a first one."""
+    return value.clone() if kept is None else kept.copy_(value)
+
+
 class StepTotals:
     """
     Sums over the calls of one training step.
 
-    Args:
-        start: The running statistics as they were before the step, by name.
+    Attributes:
+        start: The running statistics as they were before the step, by name. They stay at
+            their addresses from step to step, as a CUDA graph needs it.
     """
 
-    def __init__(self, start: Mapping[str, torch.Tensor]) -> None:
-        self.start = start
+    def __init__(self) -> None:
+        self.start: dict[str, torch.Tensor] = {}
         self._sums: dict[str, Any] = {}
+
+    def begin(self, statistics: Mapping[str, torch.Tensor]) -> None:
+        """Begins a step at the given running statistics."""
+        self._sums.clear()
+        for name, value in statistics.items():
+            self.start[name] = kept_in_place(self.start.get(name), value)
 
     def add(self, name: str, value: T_TOTAL) -> T_TOTAL:
         """Adds what a call has found, and returns the sum over the calls so far."""
@@ -80,7 +92,7 @@ class DensityState(nn.Module):
         """Drops what is derived from the buffers, or only makes a step faster."""
         self._step_offset: int | None = None
         self._running_step: int | None = None
-        self._totals = StepTotals({})
+        self._totals = StepTotals()
         self._underused_indices: torch.Tensor | None = None
 
     @override
@@ -129,9 +141,7 @@ class DensityState(nn.Module):
 
     def begin_totals(self) -> None:
         """Starts the sums over the calls of a step from the statistics as they are now."""
-        self._totals = StepTotals(
-            {name: getattr(self, name).clone() for name in self.tracked}
-        )
+        self._totals.begin({name: getattr(self, name) for name in self.tracked})
 
     def update_density(self, counts: torch.Tensor, n_tokens: int) -> None:
         """
@@ -160,11 +170,8 @@ class DensityState(nn.Module):
         Args:
             n_tokens: Tokens per batch, which sets the density below which a rate is noise.
         """
-        return self.fit_above(fit_floor(n_tokens))
-
-    def fit_above(self, floor: float) -> ZipfLaw | None:
-        """The same for the densities above a floor."""
-        if int((self.density > floor).sum()) < 3:
+        floor = fit_floor(n_tokens)
+        if int((self.density > floor).sum()) < MIN_FEATURES:
             return None
         return ZipfLaw.fit(self.density, floor)
 
@@ -178,7 +185,7 @@ class DensityState(nn.Module):
         """
         At every tenth step, flags the features that the auxiliary loss trains: those below
         `fraction` of the law and the dead ones, or the dead ones only where `fraction` is
-        None.
+        None. The host is told nothing of it.
 
         Args:
             step: Number of the training step.
@@ -193,7 +200,9 @@ class DensityState(nn.Module):
             return False
         if dead is None:
             dead = torch.zeros_like(self.underused)
-        law = None if fraction is None else self.fit_law(n_tokens)
+        law = None
+        if fraction is not None:
+            law = FittedLaw.fit(self.density, fit_floor(n_tokens))
         self.underused.copy_(
             underused_features(self.density, dead, law, fraction or 0.0)
         )
