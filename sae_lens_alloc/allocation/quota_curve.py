@@ -104,8 +104,8 @@ class QuotaCurve:
 
     def quotas(self, budget: float) -> torch.Tensor:
         """
-        Quotas that sum to a budget, in about 30 launches, five of which go over all features
-        or all the points. The sum is smaller only where even the caps do not use the budget
+        Quotas that sum to a budget, in about 30 launches. Four of them go over all features, the
+        others over one number. The sum is smaller only where even the caps do not use the budget
         up.
 
         Args:

@@ -1,7 +1,7 @@
 """The Triton backend trains as torch's does, and never makes the host wait for the device."""
 
 import contextlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import pytest
@@ -25,8 +25,24 @@ from tests.saes.conftest import (
 D_SAE = 40
 
 
+# What reads a tensor without an operation that a dispatch mode sees, on a CPU at least.
+READERS = ("tolist", "numpy", "cpu", "__array__", "__bool__", "__index__")
+
+
 class RefusesQuestions(TorchDispatchMode):
     """Raises where an operation's result, or its shape, depends on values on the device."""
+
+    @override
+    def __enter__(self) -> "RefusesQuestions":
+        self._readers = pytest.MonkeyPatch()
+        for name in READERS:
+            self._readers.setattr(torch.Tensor, name, _refuse(name))
+        return super().__enter__()
+
+    @override
+    def __exit__(self, *exception: Any) -> None:
+        super().__exit__(*exception)
+        self._readers.undo()
 
     @override
     def __torch_dispatch__(
@@ -40,16 +56,32 @@ class RefusesQuestions(TorchDispatchMode):
             raise AssertionError(
                 "a number is copied to the device, which is waited for"
             )
-        asks = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}
-        # an index has a fixed shape unless it is a mask
-        masks = [
-            index
-            for index in (args[1] if func is torch.ops.aten.index.Tensor else [])
-            if index is not None and index.dtype == torch.bool
-        ]
-        if (asks & set(func.tags) and func is not torch.ops.aten.index.Tensor) or masks:
+        if is_question(func, args):
             raise AssertionError(f"{func} asks the device")
         return func(*args, **(kwargs or {}))
+
+
+# With an index the shape is fixed, unless it is a mask, of which the places are looked up.
+INDEXED = (torch.ops.aten.index, torch.ops.aten.index_put, torch.ops.aten.index_put_)
+
+
+def is_question(func: Any, args: tuple[Any, ...]) -> bool:
+    """Whether a GPU has to be waited for before an operation returns."""
+    if func.overloadpacket in INDEXED:
+        masks = [i for i in args[1] if i is not None and i.dtype == torch.bool]
+        # one value is filled in without a look at the places
+        return bool(masks) and (len(args) < 3 or args[2].numel() > 1)
+    return bool(
+        {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}
+        & set(func.tags)
+    )
+
+
+def _refuse(name: str) -> Callable[..., Any]:
+    def refuse(*_args: Any, **_kwargs: Any) -> Any:
+        raise AssertionError(f"Tensor.{name} asks the device")
+
+    return refuse
 
 
 @contextlib.contextmanager
@@ -173,6 +205,83 @@ def test_a_step_asks_the_device_nothing(
     sae.checks.report(wait=True)
 
 
+# The recipe: Feature Choice with a budget that falls, then Mutual Choice with its margin; or
+# the paper's, the other way round. The rule changes between two of the renewals of the flags.
+N_STEPS, SWITCH = 22, 12
+FALLING = {"k_start": 6.0, "k_decay_steps": 20, "selection_margin": 1.0}
+RECIPES: dict[str, dict[str, Any]] = {
+    "mutual_choice": {"feature_choice_steps": SWITCH},
+    "feature_choice": {"mutual_choice_steps": SWITCH},
+    "matryoshka_mutual_choice": {
+        "feature_choice_steps": SWITCH,
+        "matryoshka_widths": [8, 24],
+    },
+}
+
+
+@pytest.mark.parametrize(
+    "aux_loss",
+    [
+        "none",
+        pytest.param(
+            "aux_zipf",
+            marks=pytest.mark.xfail(
+                strict=True,
+                raises=AssertionError,
+                reason="the auxiliary loss asks how many features are flagged",
+            ),
+        ),
+    ],
+)
+@pytest.mark.parametrize("architecture", RECIPES)
+def test_no_step_of_a_recipe_asks_the_device(
+    architecture: str,
+    aux_loss: str,
+    triton_device: torch.device,
+    monkeypatch: pytest.MonkeyPatch,
+):
+    monkeypatch.setattr(device_checks, "_is_late", lambda tensor: True)  # noqa: ARG005
+    options = {**FALLING, **RECIPES[architecture], "aux_loss": aux_loss}
+    sae, _ = train(2, triton_device, architecture=architecture, **options)
+    dead = torch.arange(D_SAE, device=triton_device) < 20
+    for step in range(2, N_STEPS):
+        x = tokens(12, 8, seed=step).to(triton_device)
+        sae.checks.report(wait=True)
+        with no_questions(triton_device):
+            output = training_step(sae, x, step, dead)
+            output.loss.backward()
+    sae.checks.report(wait=True)
+    assert sae.rule_at(2) != sae.rule_at(N_STEPS - 1)
+
+
+def test_what_outlives_a_step_stays_at_its_address():
+    """As a CUDA graph needs it, which has captured the step before."""
+    sae = make_sae(feature_choice_steps=12, **FALLING, aux_loss="aux_zipf")
+    sae.allocation.quota_law.fill_(1.5)
+
+    def addresses() -> dict[str, int]:
+        state = sae.allocation
+        kept = {**dict(state.named_buffers()), **vars(state), **state._totals.start}
+        kept |= {} if state._quota_curve is None else vars(state._quota_curve)
+        return {
+            name: value.data_ptr()
+            for name, value in kept.items()
+            # asked for by the host, and not part of the step
+            if isinstance(value, torch.Tensor) and name != "_underused_indices"
+        }
+
+    known: dict[str, int] = {}
+    for step in range(20):
+        # another size of batch makes another curve
+        training_step(sae, tokens(12 if step < 6 else 15, 8, seed=step), step)
+        found = addresses()
+        assert known == {name: found[name] for name in known}
+        known = found
+    assert {"_bounds", "_margin_cut", "_lowered", "_rank_quotas", "cap_sums"} <= {
+        *known
+    }
+
+
 def test_the_test_notices_a_question(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv(BACKEND_VARIABLE, "torch")
     sae = make_sae()
@@ -180,6 +289,50 @@ def test_the_test_notices_a_question(monkeypatch: pytest.MonkeyPatch):
         training_step(sae, tokens(16, 8))
     with pytest.raises(AssertionError, match="copied"), RefusesQuestions():
         torch.tensor(2.0)
+
+
+@pytest.mark.parametrize(
+    "question",
+    [
+        lambda x: x.tolist(),
+        lambda x: x.numpy(),
+        lambda x: x.cpu(),
+        lambda x: x[0].item(),
+        lambda x: float(x[0]),
+        lambda x: int(x.sum()),
+        lambda x: bool((x > 0).any()),
+        lambda x: 1 if x[0] > 0 else 0,
+        lambda x: x[x[0].long()] if x[0] else x,
+        lambda x: x[x > 1],
+        lambda x: x.clone().index_put_((x > 1,), torch.ones(2)),
+        lambda x: x.masked_select(x > 1),
+        lambda x: x.nonzero(),
+        lambda x: x.unique(),
+        lambda x: torch.bincount(x.long()),
+        lambda x: torch.repeat_interleave(x.long()),
+        lambda x: torch.equal(x, x),
+        lambda x: torch.tensor([1.0, 2.0]),  # noqa: ARG005
+    ],
+)
+def test_every_kind_of_question_is_noticed(
+    question: Callable[[torch.Tensor], Any],
+):
+    x = torch.tensor([1.0, 2.0, 3.0])
+    question(x)
+    with (
+        pytest.raises(AssertionError, match="asks the device|copied"),
+        RefusesQuestions(),
+    ):
+        question(x)
+
+
+def test_what_has_a_fixed_shape_is_no_question():
+    x, where = torch.tensor([1.0, 2.0, 3.0]), torch.tensor([2, 0])
+    with RefusesQuestions():
+        torch.searchsorted(x, x[1])
+        torch.nonzero_static(x > 1, size=3)
+        x[where].where(x[where] > 1, 0.0)
+        x.sort(), x.cumsum(0), x.argmin(), x.take(where)
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
