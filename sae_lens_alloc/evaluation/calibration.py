@@ -7,8 +7,19 @@ from typing import Any
 import torch
 from sae_lens import SAE
 
-from sae_lens_alloc.evaluation.equal_l0 import threshold_factor
-from sae_lens_alloc.evaluation.usage import by_pairs, measure_usage
+from sae_lens_alloc.allocation.mutual_choice import MutualChoiceCollector, budget_for
+from sae_lens_alloc.allocation.sparse_activations import SparseActivations
+from sae_lens_alloc.evaluation.equal_l0 import (
+    factor_of,
+    relative_encoder,
+    threshold_factor,
+)
+from sae_lens_alloc.evaluation.usage import by_pairs, measure_usage, measure_usages
+from sae_lens_alloc.ops.encode_select import (
+    Encoder,
+    ThresholdCollector,
+    WatchedEncoder,
+)
 from sae_lens_alloc.saes.allocation_sae import AllocationTrainingSAE
 
 BATCH_SIZE = 4096
@@ -69,11 +80,16 @@ def calibrate_thresholds(
     """
     wanted: float = sae.cfg.k if target_l0 is None else target_l0
     require_activations(sae, activations)
-    by_batch = by_pairs(partial(sae.autoencode_pairs, by_threshold=False))
+    tracked = sae.allocation.threshold
+    thresholds = movable_thresholds(tracked)
+    first = _FirstPass(sae, thresholds, (len(activations), wanted))
+    training, before = measure_usages(
+        [by_pairs(first.by_batch), by_pairs(first.by_threshold)],
+        activations,
+        batch_size,
+    )
+    tracked.copy_(thresholds * factor_of(first.relative.finish(), thresholds, wanted))
     by_threshold = by_pairs(partial(sae.autoencode_pairs, by_threshold=True))
-    training = measure_usage(by_batch, activations, batch_size)
-    before = measure_usage(by_threshold, activations, batch_size)
-    scale_thresholds(sae, activations, wanted)
     after = measure_usage(by_threshold, activations, batch_size)
     report = CalibrationReport(
         target_l0=wanted,
@@ -87,6 +103,65 @@ def calibrate_thresholds(
     )
     sae.cfg.metadata.calibration = asdict(report)
     return report
+
+
+class _FirstPass:
+    """
+    Encodes activations once, batch by batch, for three purposes: the training allocation, the
+    thresholds as they are, and the factor by which they will be moved.
+
+    Args:
+        sae: The SAE.
+        thresholds: Thresholds that a factor can move, shape (F,).
+        aim: (tokens of all batches, wanted features per token).
+
+    Attributes:
+        relative: Collects the largest affinities relative to their thresholds.
+    """
+
+    def __init__(
+        self,
+        sae: AllocationTrainingSAE[Any],
+        thresholds: torch.Tensor,
+        aim: tuple[int, float],
+    ) -> None:
+        self.sae = sae
+        n_tokens, target_l0 = aim
+        self.relative = MutualChoiceCollector(
+            (n_tokens, len(thresholds)), budget_for(target_l0, n_tokens), None
+        )
+        self._relative_encoder = relative_encoder(sae.encoder(), thresholds)
+        self._n_seen = 0
+        self._above: SparseActivations | None = None
+
+    def by_batch(self, x: torch.Tensor) -> tuple[SparseActivations, torch.Tensor]:
+        """The training allocation of the next batch, and its reconstruction."""
+        return self.sae.autoencode_selected(x, self._select)
+
+    def by_threshold(self, x: torch.Tensor) -> tuple[SparseActivations, torch.Tensor]:
+        """The same by the thresholds as they are, of the batch that `by_batch` was given."""
+        above = self._above
+        assert above is not None
+        return self.sae.autoencode_selected(x, lambda _encoder, _inputs: above)
+
+    def _select(self, encoder: Encoder, inputs: torch.Tensor) -> SparseActivations:
+        by_threshold = ThresholdCollector(encoder, self.sae.allocation.threshold)
+        seen: set[int] = set()
+
+        def watch(block: slice, products: torch.Tensor) -> None:
+            if block.start in seen:
+                return
+            seen.add(block.start)
+            by_threshold.add(block, products)
+            tokens, features, values = self._relative_encoder.part(block).candidates(
+                products, self.relative.bound
+            )
+            self.relative.add(tokens + self._n_seen, features + block.start, values)
+
+        pairs = self.sae.preview(WatchedEncoder(encoder, watch), inputs)
+        self._above = by_threshold.finish(len(inputs))
+        self._n_seen += len(inputs)
+        return pairs
 
 
 def require_activations(sae: SAE[Any], activations: torch.Tensor) -> None:

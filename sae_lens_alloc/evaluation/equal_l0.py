@@ -4,6 +4,7 @@ import torch
 from sae_lens.saes.jumprelu_sae import JumpReLUSAE
 
 from sae_lens_alloc.allocation.mutual_choice import budget_for
+from sae_lens_alloc.allocation.sparse_activations import SparseActivations
 from sae_lens_alloc.ops.encode_select import Encoder, encode_mutual_choice
 
 # Stands for a threshold of 0 where affinities are divided by it.
@@ -30,6 +31,20 @@ def threshold_factor(
     Raises:
         ValueError: if a threshold is negative or NaN, or no factor gives the wanted L0.
     """
+    relative = relative_encoder(encoder, thresholds)
+    budget = budget_for(target_l0, len(x))
+    guess = torch.ones_like(thresholds[0])
+    pairs = encode_mutual_choice(relative, x, budget, guess).without_padding()
+    return factor_of(pairs, thresholds, target_l0)
+
+
+def relative_encoder(encoder: Encoder, thresholds: torch.Tensor) -> Encoder:
+    """
+    The encoder whose affinities are relative to their thresholds, of shape (F,).
+
+    Raises:
+        ValueError: if a threshold is negative or NaN.
+    """
     if thresholds.isnan().any():
         raise ValueError(
             f"{int(thresholds.isnan().sum())} of {len(thresholds)} thresholds are NaN: the SAE "
@@ -43,22 +58,37 @@ def threshold_factor(
     # pairs of features without a threshold come before all others
     divisor = thresholds.clamp_min(ALWAYS_OPEN)
     scale = 1 / divisor if encoder.scale is None else encoder.scale / divisor
-    relative = Encoder(encoder.W_enc, encoder.b_enc, scale)
-    budget = budget_for(target_l0, len(x))
-    guess = torch.ones((), dtype=scale.dtype, device=scale.device)
-    pairs = encode_mutual_choice(relative, x, budget, guess).without_padding()
+    return Encoder(encoder.W_enc, encoder.b_enc, scale)
+
+
+def factor_of(
+    pairs: SparseActivations, thresholds: torch.Tensor, target_l0: float
+) -> torch.Tensor:
+    """
+    The factor of `threshold_factor`, scalar tensor.
+
+    Args:
+        pairs: The largest affinities relative to their thresholds, `target_l0` per token.
+        thresholds: Thresholds of shape (F,).
+        target_l0: Wanted features per token.
+
+    Raises:
+        ValueError: if no factor gives the wanted L0.
+    """
+    n_tokens = pairs.shape[0]
+    budget = budget_for(target_l0, n_tokens)
     # affinities of silenced features are 0 relative to their threshold
     n_positive = int((pairs.values > 0).sum())
     if budget == 0 or n_positive < budget:
         raise ValueError(
-            f"no thresholds give an L0 of {target_l0} on these {len(x)} tokens: "
-            f"{n_positive / len(x):.3g} affinities per token are positive, those of silenced "
+            f"no thresholds give an L0 of {target_l0} on these {n_tokens} tokens: "
+            f"{n_positive / n_tokens:.3g} affinities per token are positive, those of silenced "
             "features left out."
         )
     last = pairs.values.argmin()
     if thresholds[pairs.feature_indices[last]] == 0:
         raise ValueError(
-            f"no factor gives an L0 of {target_l0} on these {len(x)} tokens: the features "
+            f"no factor gives an L0 of {target_l0} on these {n_tokens} tokens: the features "
             "whose threshold is 0, and stays so, are active more often: set them one by one, "
             "per feature."
         )

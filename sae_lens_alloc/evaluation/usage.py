@@ -1,7 +1,7 @@
 """What an SAE does with its features on some activations."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -231,9 +231,23 @@ def measure_usage(
     Raises:
         ValueError: if the activations do not vary, so that no variance can be explained.
     """
-    meter = UsageMeter(autoencode)
+    return measure_usages([autoencode], activations, batch_size)[0]
+
+
+@torch.no_grad()
+def measure_usages(
+    autoencoders: Sequence[Autoencode],
+    activations: torch.Tensor,
+    batch_size: int = 2048,
+) -> list[Usage]:
+    """
+    `measure_usage` of each of several, which get a batch one after the other before the next
+    one comes.
+    """
+    meters = [UsageMeter(autoencode) for autoencode in autoencoders]
     for batch in activations.split(batch_size):
-        meter.reconstruct(batch)
+        for meter in meters:
+            meter.reconstruct(batch)
     centred = activations.float() - activations.float().mean(0)
     variance = float(centred.square().sum(dtype=torch.float64))
     if variance == 0:
@@ -241,8 +255,11 @@ def measure_usage(
             f"the activations of these {len(activations):,} tokens are all the same, so there "
             "is no variance to explain: give other or more text."
         )
-    return Usage(
-        explained_variance=1 - meter.squared_error / variance,
-        features_per_token=meter.l0_counts,
-        densities=meter.densities,
-    )
+    return [
+        Usage(
+            explained_variance=1 - meter.squared_error / variance,
+            features_per_token=meter.l0_counts,
+            densities=meter.densities,
+        )
+        for meter in meters
+    ]

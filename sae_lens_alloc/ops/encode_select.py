@@ -1,10 +1,12 @@
 """Encoding block by block, so that no dense tokens x features matrix outlives a block."""
 
-from collections.abc import Iterator
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache
 
 import torch
+from typing_extensions import override
 
 from sae_lens_alloc.allocation.candidates import candidate_positions
 from sae_lens_alloc.allocation.feature_choice import RankedCandidates, rank_candidates
@@ -25,8 +27,44 @@ _BLOCK_ELEMENTS = {"cpu": 2**20, "cuda": 2**26}
 _BLOCK_MEMORY_SHARE = 16
 
 
+class BlockEncoder(ABC):
+    """What gives the affinities of a batch by blocks of features."""
+
+    @property
+    @abstractmethod
+    def n_features(self) -> int:
+        """Number of features F."""
+
+    @abstractmethod
+    def part(self, features: slice | torch.Tensor) -> "BlockEncoder":
+        """The encoder of some of the features."""
+
+    @abstractmethod
+    def products(self, x: torch.Tensor) -> torch.Tensor:
+        """Of shape (B, F), from which `candidates` takes what it needs."""
+
+    @abstractmethod
+    def candidates(
+        self, products: torch.Tensor, bound: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """
+        Positive affinities that reach a bound, by token and then by feature.
+
+        Args:
+            products: What `products` gave for the tokens.
+            bound: Lower bound, scalar or of shape (F,), or None for 0.
+
+        Returns:
+            Tokens, features and affinities, all of shape (n,).
+        """
+
+    @abstractmethod
+    def blocks(self, n_tokens: int) -> Iterator[slice]:
+        """The features in blocks, such that a block of affinities stays small."""
+
+
 @dataclass(frozen=True)
-class Encoder:
+class Encoder(BlockEncoder):
     """
     What turns inputs into affinities: a_ij = (x_i W_enc + b_enc)_j * scale_j.
 
@@ -41,31 +79,23 @@ class Encoder:
     scale: torch.Tensor | None
 
     @property
+    @override
     def n_features(self) -> int:
         return self.W_enc.shape[1]
 
+    @override
     def part(self, features: slice | torch.Tensor) -> "Encoder":
-        """The encoder of some of the features."""
         scale = None if self.scale is None else self.scale[features]
         return Encoder(self.W_enc[:, features], self.b_enc[features], scale)
 
+    @override
     def products(self, x: torch.Tensor) -> torch.Tensor:
-        """x W_enc of shape (B, F), from which `candidates` takes what it needs."""
         return x @ self.W_enc
 
+    @override
     def candidates(
         self, products: torch.Tensor, bound: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """
-        Positive affinities that reach a bound, by token and then by feature.
-
-        Args:
-            products: What `products` gave for the tokens.
-            bound: Lower bound, scalar or of shape (F,), or None for 0.
-
-        Returns:
-            Tokens, features and affinities, all of shape (n,).
-        """
         b_enc = self.b_enc.to(_precise(products))
         limits = -b_enc
         if bound is not None:
@@ -90,8 +120,8 @@ class Encoder:
         affinities = products.to(_precise(products)) + self.b_enc
         return affinities if self.scale is None else affinities * self.scale
 
+    @override
     def blocks(self, n_tokens: int) -> Iterator[slice]:
-        """The features in blocks, such that a block of affinities stays small."""
         width = block_width(n_tokens, self.W_enc.device)
         for start in range(0, self.n_features, width):
             yield slice(start, min(start + width, self.n_features))
@@ -105,29 +135,81 @@ class Encoder:
 
 
 @dataclass(frozen=True)
-class KnownAffinities:
+class KnownAffinities(BlockEncoder):
     """Stands in for an Encoder where the affinities, of shape (B, F), exist already."""
 
     known: torch.Tensor
 
     @property
+    @override
     def n_features(self) -> int:
         return self.known.shape[1]
 
+    @override
     def part(self, features: slice | torch.Tensor) -> "KnownAffinities":
         return KnownAffinities(self.known[:, features])
 
+    @override
     def products(self, x: torch.Tensor) -> torch.Tensor:
         return self.known
 
+    @override
     def candidates(
         self, products: torch.Tensor, bound: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         tokens, features = candidate_positions(products, 0.0)
         return tokens, features, products[tokens, features]
 
+    @override
     def blocks(self, n_tokens: int) -> Iterator[slice]:
         yield slice(0, self.n_features)
+
+
+@dataclass(frozen=True)
+class WatchedEncoder(BlockEncoder):
+    """
+    An encoder whose products serve for something else as well.
+
+    Args:
+        encoder: The encoder.
+        watch: Told of the products of each block: the slice of features, and what `products`
+            gave for it. Of a block that has to be encoded again, it is told again.
+    """
+
+    encoder: Encoder
+    watch: Callable[[slice, torch.Tensor], None]
+    features: slice | None = None
+
+    @property
+    @override
+    def n_features(self) -> int:
+        return self.encoder.n_features
+
+    @override
+    def part(self, features: slice | torch.Tensor) -> BlockEncoder:
+        part = self.encoder.part(features)
+        return (
+            WatchedEncoder(part, self.watch, features)
+            if isinstance(features, slice)
+            else part
+        )
+
+    @override
+    def products(self, x: torch.Tensor) -> torch.Tensor:
+        products = self.encoder.products(x)
+        if self.features is not None:
+            self.watch(self.features, products)
+        return products
+
+    @override
+    def candidates(
+        self, products: torch.Tensor, bound: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        return self.encoder.candidates(products, bound)
+
+    @override
+    def blocks(self, n_tokens: int) -> Iterator[slice]:
+        return self.encoder.blocks(n_tokens)
 
 
 def block_width(n_tokens: int, device: torch.device) -> int:
@@ -150,7 +232,7 @@ def _free_elements(device: torch.device) -> int:
 
 @torch.no_grad()
 def encode_mutual_choice(
-    encoder: Encoder | KnownAffinities,
+    encoder: BlockEncoder,
     x: torch.Tensor,
     budget: int,
     cut: torch.Tensor | None,
@@ -174,7 +256,7 @@ def encode_mutual_choice(
 
 @torch.no_grad()
 def encode_and_count(
-    encoder: Encoder | KnownAffinities,
+    encoder: BlockEncoder,
     x: torch.Tensor,
     budget: int,
     cut: torch.Tensor | None,
@@ -224,7 +306,7 @@ def encode_and_count(
 
 @torch.no_grad()
 def encode_feature_choice(
-    encoder: Encoder | KnownAffinities,
+    encoder: BlockEncoder,
     x: torch.Tensor,
     quotas: torch.Tensor,
     thresholds: torch.Tensor,
@@ -298,7 +380,7 @@ def encode_feature_choice(
 
 
 def _ranked_candidates(
-    encoder: Encoder | KnownAffinities,
+    encoder: BlockEncoder,
     products: torch.Tensor,
     candidates: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
     quotas: torch.Tensor,
@@ -351,22 +433,43 @@ def encode_thresholds(
     encoder: Encoder, x: torch.Tensor, thresholds: torch.Tensor
 ) -> SparseActivations:
     """Selects the positive affinities of the tokens x above their feature's threshold, (F,)."""
-    tokens, features, values = [], [], []
+    collector = ThresholdCollector(encoder, thresholds)
     for block in encoder.blocks(len(x)):
-        part = encoder.part(block)
-        block_tokens, block_features, block_values = part.candidates(
-            part.products(x), thresholds[block]
+        collector.add(block, encoder.part(block).products(x))
+    return collector.finish(len(x))
+
+
+class ThresholdCollector:
+    """
+    Keeps the positive affinities above their feature's threshold, block by block.
+
+    Args:
+        encoder: The encoder.
+        thresholds: Shape (F,).
+    """
+
+    def __init__(self, encoder: Encoder, thresholds: torch.Tensor) -> None:
+        self.encoder = encoder
+        self.thresholds = thresholds
+        self._blocks: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = []
+
+    def add(self, block: slice, products: torch.Tensor) -> None:
+        """Adds the affinities of a block of features, of which `products` are given."""
+        thresholds = self.thresholds[block]
+        tokens, features, values = self.encoder.part(block).candidates(
+            products, thresholds
         )
-        above = block_values > thresholds[block][block_features]
-        tokens.append(block_tokens[above])
-        features.append(block_features[above] + block.start)
-        values.append(block_values[above])
-    return SparseActivations.from_unordered(
-        torch.cat(tokens),
-        torch.cat(features),
-        torch.cat(values),
-        (len(x), encoder.n_features),
-    )
+        above = values > thresholds[features]
+        self._blocks.append(
+            (tokens[above], features[above] + block.start, values[above])
+        )
+
+    def finish(self, n_tokens: int) -> SparseActivations:
+        """The pairs of a batch of this many tokens."""
+        tokens, features, values = map(torch.cat, zip(*self._blocks, strict=True))
+        return SparseActivations.from_unordered(
+            tokens, features, values, (n_tokens, self.encoder.n_features)
+        )
 
 
 @torch.no_grad()

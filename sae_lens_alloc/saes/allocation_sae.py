@@ -22,6 +22,7 @@ from sae_lens_alloc.allocation.schedule import budget_per_token
 from sae_lens_alloc.allocation.sparse_activations import Pairs, SparseActivations
 from sae_lens_alloc.ops.device_checks import DeviceChecks
 from sae_lens_alloc.ops.encode_select import (
+    BlockEncoder,
     Encoder,
     KnownAffinities,
     encode_thresholds,
@@ -112,7 +113,7 @@ class AllocationTrainingSAE(TrainingSAE[T_CONFIG]):
         else:
             flat = affinities.detach().reshape(-1, self.cfg.d_sae)
             require_no_nan_or_inf(flat)
-            pairs = self._preview(KnownAffinities(flat), flat)
+            pairs = self.preview(KnownAffinities(flat), flat)
             mask = _mask_of(pairs).view(affinities.shape)
         return self.hook_sae_acts_post(affinities * mask), affinities
 
@@ -121,9 +122,11 @@ class AllocationTrainingSAE(TrainingSAE[T_CONFIG]):
         scale = self._affinity_scale()
         return hidden_pre if scale is None else hidden_pre * scale.to(hidden_pre.dtype)
 
-    def _preview(
-        self, encoder: Encoder | KnownAffinities, x: torch.Tensor
-    ) -> SparseActivations:
+    def preview(self, encoder: BlockEncoder, x: torch.Tensor) -> SparseActivations:
+        """
+        The pairs that a training batch of encoder inputs x, of shape (B, d_in), would get. Does
+        not change any statistics.
+        """
         step = self.allocation.last_step
         return self.allocation.preview(
             encoder, x, self._budget(len(x), step), self.rule_at(step)
@@ -147,7 +150,7 @@ class AllocationTrainingSAE(TrainingSAE[T_CONFIG]):
             return encode_thresholds(encoder, inputs, self.allocation.threshold)
 
         return self.autoencode_selected(
-            x, above_threshold if by_threshold else self._preview
+            x, above_threshold if by_threshold else self.preview
         )
 
     @torch.no_grad()

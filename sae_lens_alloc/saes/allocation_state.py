@@ -20,8 +20,7 @@ from sae_lens_alloc.allocation.zipf import (
 )
 from sae_lens_alloc.ops.backend import Backend
 from sae_lens_alloc.ops.encode_select import (
-    Encoder,
-    KnownAffinities,
+    BlockEncoder,
     encode_and_count,
     encode_feature_choice,
     encode_mutual_choice,
@@ -111,7 +110,7 @@ class AllocationState(SettlingState):
     @torch.no_grad()
     def allocate(
         self,
-        encoder: Encoder | KnownAffinities,
+        encoder: BlockEncoder,
         x: torch.Tensor,
         budget: int,
         rule: Rule,
@@ -156,7 +155,7 @@ class AllocationState(SettlingState):
     @torch.no_grad()
     def prepare_feature_choice(
         self,
-        encoder: Encoder | KnownAffinities,
+        encoder: BlockEncoder,
         x: torch.Tensor,
         budget: int,
         begins: bool,
@@ -194,7 +193,7 @@ class AllocationState(SettlingState):
 
     def _allocate_mutual(
         self,
-        encoder: Encoder | KnownAffinities,
+        encoder: BlockEncoder,
         x: torch.Tensor,
         budget: int,
         n_margin: int,
@@ -241,7 +240,7 @@ class AllocationState(SettlingState):
         self.threshold.copy_(self.cut.where(restart, self.threshold))
 
     def _allocate_feature(
-        self, encoder: Encoder | KnownAffinities, x: torch.Tensor, budget: int
+        self, encoder: BlockEncoder, x: torch.Tensor, budget: int
     ) -> Pairs:
         totals = self._totals
         start = totals.start
@@ -276,7 +275,7 @@ class AllocationState(SettlingState):
     @torch.no_grad()
     def start_from(
         self,
-        encoder: Encoder | KnownAffinities,
+        encoder: BlockEncoder,
         x: torch.Tensor,
         budget: int,
         keep_law: bool,
@@ -306,7 +305,7 @@ class AllocationState(SettlingState):
     @torch.no_grad()
     def preview(
         self,
-        encoder: Encoder | KnownAffinities,
+        encoder: BlockEncoder,
         x: torch.Tensor,
         budget: int,
         rule: Rule,
