@@ -12,13 +12,14 @@ from sae_lens_alloc.allocation.candidates import candidate_positions
 from sae_lens_alloc.allocation.feature_choice import RankedCandidates, rank_candidates
 from sae_lens_alloc.allocation.mutual_choice import MutualChoiceCollector
 from sae_lens_alloc.allocation.sparse_activations import Pairs, SparseActivations
-from sae_lens_alloc.ops.feature_key_selection import (
+from sae_lens_alloc.ops.feature_choice_selection import (
     FeatureChoiceSelection,
     feature_key_encoder,
     moved_bounds,
     select_by_feature_keys,
 )
-from sae_lens_alloc.ops.key_selection import BOUND_SHARE, key_encoder, select_by_keys
+from sae_lens_alloc.ops.mutual_choice_selection import key_encoder, select_by_keys
+from sae_lens_alloc.ops.pair_keys import BOUND_SHARE
 
 # Elements of a block of affinities: small enough for the caches of a CPU, large enough to
 # fill a GPU.

@@ -1,13 +1,13 @@
 """Affinities in tiles that never leave the registers, for the kernels that select from them."""
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 
 from sae_lens_alloc.ops.backend import is_interpreted
-from sae_lens_alloc.ops.key_selection import EncoderTensors
+from sae_lens_alloc.ops.encoder_tensors import EncoderTensors
 
 # A tile twice as large spills registers (ptxas for sm_90).
 TOKENS_PER_TILE = 128
@@ -21,37 +21,56 @@ STAGES = 3
 PROGRAMS_PER_PROCESSOR = 2
 
 
-def tensor_arguments(encoder: EncoderTensors) -> tuple[torch.Tensor | int, ...]:
-    """The first arguments of every kernel that encodes."""
-    x, W_enc, b_enc = encoder.x, encoder.W_enc, encoder.b_enc
-    return (
-        x,
-        W_enc,
-        b_enc,
-        b_enc if encoder.scale is None else encoder.scale,
-        len(x),
-        W_enc.shape[1],
-        x.shape[1],
-        x.stride(0),
-        x.stride(1),
-        W_enc.stride(0),
-        W_enc.stride(1),
+class EncoderArguments(NamedTuple):
+    """EncoderTensors as kernels take them: their first argument. `scale` may be None."""
+
+    x: Any
+    W_enc: Any
+    b_enc: Any
+    scale: Any
+    n_tokens: Any
+    n_features: Any
+    d_in: Any
+    x_token_stride: Any
+    x_input_stride: Any
+    W_input_stride: Any
+    W_feature_stride: Any
+
+
+def encoder_arguments(encoder: EncoderTensors) -> EncoderArguments:
+    """The first argument of every kernel that encodes."""
+    return EncoderArguments(
+        encoder.x,
+        encoder.W_enc,
+        encoder.b_enc,
+        encoder.scale,
+        *encoder.shape,
+        encoder.x.shape[1],
+        *encoder.x.stride(),
+        *encoder.W_enc.stride(),
     )
 
 
 def tile_options(encoder: EncoderTensors) -> dict[str, Any]:
     """The constants of every kernel that encodes, and how it is launched."""
     return {
-        "HAS_SCALE": encoder.scale is not None,
         # Triton's interpreter multiplies the bits of bfloat16 numbers
         "IN_FLOAT32": is_interpreted(),
-        "PRECISION": _product_precision(),
+        "PRECISION": product_precision(),
         "TOKENS": TOKENS_PER_TILE,
         "FEATURES": FEATURES_PER_TILE,
         "INPUTS": STEP_BYTES // encoder.x.element_size(),
         "num_warps": WARPS,
         "num_stages": STAGES,
     }
+
+
+def n_tiles(encoder: EncoderTensors) -> int:
+    """Tiles of all tokens and features."""
+    n_tokens, n_features = encoder.shape
+    return triton.cdiv(n_tokens, TOKENS_PER_TILE) * triton.cdiv(
+        n_features, FEATURES_PER_TILE
+    )
 
 
 def n_programs(device: torch.device) -> int:
@@ -62,59 +81,103 @@ def n_programs(device: torch.device) -> int:
     return PROGRAMS_PER_PROCESSOR * properties.multi_processor_count
 
 
-def _product_precision() -> str:
+def product_precision() -> str:
     """Float32 products in TF32 where torch's own setting allows that for its products."""
     return "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
 
 
+def true_places(mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """
+    Ascending indices of the true entries of a mask of shape (n,), int64 with places for n + 1
+    of which only the first mean anything, and how many these are, int64 of shape ().
+    """
+    n = len(mask)
+    indices = torch.arange(n, device=mask.device)
+    places = torch.where(mask, mask.cumsum(0) - 1, n)
+    return indices.new_zeros(n + 1).scatter_(0, places, indices), mask.sum()
+
+
 @triton.jit
 def affinity_tile(
-    x_ptr,
-    W_enc_ptr,
-    b_enc_ptr,
-    scale_ptr,
-    d_in,
-    x_token_stride,
-    x_input_stride,
-    W_input_stride,
-    W_feature_stride,
-    tokens,
-    features,
-    is_token,
-    is_feature,
-    HAS_SCALE: tl.constexpr,
+    encoder,
+    token_tile,
+    feature_tile,
     IN_FLOAT32: tl.constexpr,
     PRECISION: tl.constexpr,
     TOKENS: tl.constexpr,
     FEATURES: tl.constexpr,
     INPUTS: tl.constexpr,
 ):
-    """Affinities of some tokens and features, float32 of shape (TOKENS, FEATURES)."""
+    """
+    Tokens and features of a tile, which of them exist, and their affinities, float32 of shape
+    (TOKENS, FEATURES).
+    """
+    tokens = token_tile * TOKENS + tl.arange(0, TOKENS)
+    features = feature_tile * FEATURES + tl.arange(0, FEATURES)
+    is_token = tokens < encoder.n_tokens
+    is_feature = features < encoder.n_features
+    products = product_tile(
+        encoder,
+        tokens,
+        features,
+        is_token,
+        is_feature,
+        IN_FLOAT32,
+        PRECISION,
+        TOKENS,
+        FEATURES,
+        INPUTS,
+    )
+    affinities = affinities_of_products(products, encoder, features, is_feature)
+    return tokens, features, is_token, is_feature, affinities
+
+
+@triton.jit
+def product_tile(
+    encoder,
+    tokens,
+    features,
+    is_token,
+    is_feature,
+    IN_FLOAT32: tl.constexpr,
+    PRECISION: tl.constexpr,
+    TOKENS: tl.constexpr,
+    FEATURES: tl.constexpr,
+    INPUTS: tl.constexpr,
+):
+    """Products x W_enc of some tokens and features, float32 of shape (TOKENS, FEATURES)."""
+    # 64 bits throughout: W_enc may have more than 2^31 elements, in whatever layout
+    x_rows = tokens.to(tl.int64)[:, None] * encoder.x_token_stride
+    W_columns = features.to(tl.int64)[None, :] * encoder.W_feature_stride
     products = tl.zeros((TOKENS, FEATURES), dtype=tl.float32)
-    for start in range(0, d_in, INPUTS):
+    for start in range(0, encoder.d_in, INPUTS):
         inputs = start + tl.arange(0, INPUTS)
+        is_input = inputs < encoder.d_in
+        places = inputs.to(tl.int64)
         x = tl.load(
-            x_ptr
-            + tokens.to(tl.int64)[:, None] * x_token_stride
-            + inputs[None, :] * x_input_stride,
-            mask=is_token[:, None] & (inputs < d_in)[None, :],
+            encoder.x + x_rows + places[None, :] * encoder.x_input_stride,
+            mask=is_token[:, None] & is_input[None, :],
             other=0.0,
         )
         W_enc = tl.load(
-            W_enc_ptr
-            + inputs.to(tl.int64)[:, None] * W_input_stride
-            + features[None, :] * W_feature_stride,
-            mask=(inputs < d_in)[:, None] & is_feature[None, :],
+            encoder.W_enc + places[:, None] * encoder.W_input_stride + W_columns,
+            mask=is_input[:, None] & is_feature[None, :],
             other=0.0,
         )
         if IN_FLOAT32:
             x = x.to(tl.float32)
             W_enc = W_enc.to(tl.float32)
         products = tl.dot(x, W_enc, products, input_precision=PRECISION)
-    b_enc = tl.load(b_enc_ptr + features, mask=is_feature, other=0.0)
+    return products
+
+
+@triton.jit
+def affinities_of_products(products, encoder, features, is_feature):
+    """Adds the bias of the features and applies their scale, in that order."""
+    b_enc = tl.load(encoder.b_enc + features, mask=is_feature, other=0.0)
     affinities = products + b_enc.to(tl.float32)[None, :]
-    if HAS_SCALE:
-        scale = tl.load(scale_ptr + features, mask=is_feature, other=0.0)
+    if encoder.scale is not None:
+        scale = tl.load(encoder.scale + features, mask=is_feature, other=0.0)
         affinities = affinities * scale.to(tl.float32)[None, :]
     return affinities
 
@@ -130,3 +193,15 @@ def places_in_buffer(collected, per_row, count_ptr, capacity):
     first = tl.minimum(first, capacity).to(tl.int32)
     row_first = first + tl.cumsum(per_row, axis=0) - per_row
     return row_first[:, None] + tl.cumsum(collected, axis=1) - collected
+
+
+@triton.jit
+def add_counts(counts_ptr, counted, features, is_feature):
+    """Adds on how many tokens of a tile each feature was counted to int64 counts."""
+    counts = tl.sum(counted.to(tl.int32), axis=0)
+    tl.atomic_add(
+        counts_ptr + features,
+        counts.to(tl.int64),
+        mask=is_feature & (counts > 0),
+        sem="relaxed",
+    )

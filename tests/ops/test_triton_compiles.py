@@ -8,29 +8,31 @@ from importlib.util import find_spec
 import pytest
 
 COMPILE = """
-import sys
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from sae_lens_alloc.ops import triton_affinities as affinities
-from sae_lens_alloc.ops import triton_feature_select as feature_select
-from sae_lens_alloc.ops import triton_select as select, triton_sparse as sparse
+from sae_lens_alloc.ops import triton_feature_choice as feature_choice
+from sae_lens_alloc.ops import triton_mutual_choice as mutual_choice
+from sae_lens_alloc.ops import triton_sparse as sparse
 
-TYPES = {"x": "*bf16", "W_enc": "*bf16", "b_enc": "*bf16", "scale": "*fp32",
-         "bound": "*i64", "done": "*i32", "out": "*i64", "count": "*i64",
+TYPES = {"bound": "*i64", "prefix": "*i64", "done": "*i32", "count": "*i64",
          "offsets": "*i64", "rows": "*i64", "columns": "*i64", "values": "*fp32",
          "chosen": "*i8", "tiles": "*i64", "n_tiles": "*i64", "bounds": "*i64",
          "thresholds": "*fp32", "cut": "*fp32", "keys": "*i64", "counts": "*i64",
-         "fewest": "*i64", "most": "*i64", "above": "*i64",
+         "fewest": "*i64", "most": "*i64", "above": "*i64", "out": "*fp32",
          "dense": "*bf16", "left": "*fp32", "right": "*bf16"}
 
-def compile(kernel, out_type, options, **constants):
-    types = {**TYPES, "out": out_type}
+def compile(kernel, options, encoder=None, **constants):
     signature = {
-        name: "constexpr" if name in constants
-        else types[name[:-4]] if name.endswith("_ptr") else "i32"
+        name: encoder if name == "encoder"
+        else "constexpr" if name in constants
+        else TYPES[name[:-4]] if name.endswith("_ptr") else "i32"
         for name in kernel.arg_names
     }
+    if encoder is not None and encoder.scale == "constexpr":
+        place = (kernel.arg_names.index("encoder"), encoder._fields.index("scale"))
+        constants = {**constants, place: None}
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants)
     compiled = triton.compile(
         source, target=GPUTarget("cuda", 90, 32), options=options
@@ -39,29 +41,40 @@ def compile(kernel, out_type, options, **constants):
     # what the smallest of the GPUs since Ampere has
     assert compiled.metadata.shared <= 99 * 1024
 
-def compile_encoding(kernel, **constants):
-    compile(
-        kernel, "*i64",
-        {"num_warps": affinities.WARPS, "num_stages": affinities.STAGES},
-        HAS_SCALE=True, IN_FLOAT32=False, PRECISION="ieee",
-        TOKENS=affinities.TOKENS_PER_TILE, FEATURES=affinities.FEATURES_PER_TILE,
-        INPUTS=affinities.STEP_BYTES // 2, **constants,
+def compile_encoding(kernel, weights="bf16", scale="*fp32", **constants):
+    strides = ["i64"] * 4
+    encoder = affinities.EncoderArguments(
+        f"*{weights}", f"*{weights}", f"*{weights}", scale, "i32", "i32", "i32", *strides
     )
+    constants = {
+        "IN_FLOAT32": False, "PRECISION": "ieee",
+        "TOKENS": affinities.TOKENS_PER_TILE, "FEATURES": affinities.FEATURES_PER_TILE,
+        "INPUTS": affinities.STEP_BYTES // (4 if weights == "fp32" else 2), **constants,
+    }
+    options = {"num_warps": affinities.WARPS, "num_stages": affinities.STAGES}
+    compile(kernel, options, encoder, **constants)
 
-for shift, counts in ((-1, True), (-1, False), (48, False), (0, False)):
-    compile_encoding(select.encode_keys_kernel, SHIFT=shift, COUNTS=counts)
-for all_features in (True, False):
+nothing = {"thresholds_ptr": None, "above_ptr": None}
+compile_encoding(mutual_choice.collect_keys_kernel)
+compile_encoding(mutual_choice.collect_keys_kernel, **nothing)
+compile_encoding(mutual_choice.collect_keys_kernel, scale="constexpr", **nothing)
+for weights, precision in (("fp32", "ieee"), ("fp32", "tf32"), ("fp16", "ieee")):
+    compile_encoding(mutual_choice.collect_keys_kernel, weights, PRECISION=precision)
+for shift in (48, 32, 16, 0):
+    compile_encoding(mutual_choice.count_digits_kernel, SHIFT=shift)
+everywhere = {"chosen_ptr": None, "tiles_ptr": None, "n_tiles_ptr": None}
+for chosen in ({}, everywhere):
     compile_encoding(
-        feature_select.collect_feature_keys_kernel, VALUE_BITS=31, ALL=all_features
+        feature_choice.collect_feature_keys_kernel, VALUE_BITS=31, **chosen
     )
-compile_encoding(feature_select.find_feature_bounds_kernel, VALUE_BITS=31)
+compile_encoding(feature_choice.find_feature_bounds_kernel, VALUE_BITS=31)
 for rows in (1, sparse.COLUMNS):
     compile(
-        sparse.sparse_times_dense_kernel, "*fp32", {},
+        sparse.sparse_times_dense_kernel, {},
         ROWS=rows, PAIRS=sparse.PAIRS, WIDTH=sparse.WIDTH,
     )
 compile(
-    sparse.sampled_products_kernel, "*fp32", {}, PAIRS=sparse.PAIRS, WIDTH=sparse.WIDTH
+    sparse.sampled_products_kernel, {}, PAIRS=sparse.PAIRS, WIDTH=sparse.WIDTH
 )
 """
 

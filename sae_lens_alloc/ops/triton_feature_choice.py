@@ -5,15 +5,17 @@ import triton
 import triton.language as tl
 from typing_extensions import override
 
-from sae_lens_alloc.ops.feature_key_selection import VALUE_BITS, FeatureKeyEncoder
+from sae_lens_alloc.ops.feature_choice_keys import FeatureKeyEncoder
+from sae_lens_alloc.ops.pair_keys import VALUE_BITS
 from sae_lens_alloc.ops.triton_affinities import (
     FEATURES_PER_TILE,
-    TOKENS_PER_TILE,
     affinity_tile,
+    encoder_arguments,
     n_programs,
+    n_tiles,
     places_in_buffer,
-    tensor_arguments,
     tile_options,
+    true_places,
 )
 
 
@@ -28,16 +30,10 @@ class TritonFeatureKeyEncoder(FeatureKeyEncoder):
         count: torch.Tensor,
         features: torch.Tensor | None,
     ) -> torch.Tensor:
-        n_tokens, n_features = self.shape
-        # of no use where all features are looked at
-        chosen = (bounds,) * 3 if features is None else chosen_tiles(features)
-        counts = count.new_zeros(4, n_features)
-        n_tiles = triton.cdiv(n_tokens, TOKENS_PER_TILE) * triton.cdiv(
-            n_features, FEATURES_PER_TILE
-        )
-        collect_feature_keys_kernel[(min(n_tiles, n_programs(keys.device)),)](
-            *tensor_arguments(self),
-            *chosen,
+        counts = count.new_zeros(4, self.shape[1])
+        collect_feature_keys_kernel[(min(n_tiles(self), n_programs(keys.device)),)](
+            encoder_arguments(self),
+            *((None,) * 3 if features is None else chosen_tiles(features)),
             bounds,
             self.thresholds,
             self.cut,
@@ -47,7 +43,6 @@ class TritonFeatureKeyEncoder(FeatureKeyEncoder):
             len(keys),
             self.token_bits,
             VALUE_BITS=VALUE_BITS,
-            ALL=features is None,
             **tile_options(self),
         )
         return counts
@@ -57,9 +52,9 @@ class TritonFeatureKeyEncoder(FeatureKeyEncoder):
         self, features: torch.Tensor, fewest: torch.Tensor, most: torch.Tensor
     ) -> torch.Tensor:
         bounds = torch.full_like(fewest, self.least_key)
-        n_tiles = triton.cdiv(self.shape[1], FEATURES_PER_TILE)
-        find_feature_bounds_kernel[(min(n_tiles, n_programs(bounds.device)),)](
-            *tensor_arguments(self),
+        n_feature_tiles = triton.cdiv(self.shape[1], FEATURES_PER_TILE)
+        find_feature_bounds_kernel[(min(n_feature_tiles, n_programs(bounds.device)),)](
+            encoder_arguments(self),
             *chosen_tiles(features),
             fewest,
             most,
@@ -79,33 +74,19 @@ def chosen_tiles(
     feature: as part of another tile, its products might round differently.
 
     Returns:
-        The mask as int8, ascending indices of tiles with places for all of them, of which
-        only the first mean anything, and how many these are, of shape ().
+        The mask as int8, and the indices of the tiles as `true_places` gives them.
     """
     n_tiles = triton.cdiv(len(features), FEATURES_PER_TILE)
     padded = features.new_zeros(n_tiles * FEATURES_PER_TILE)
     padded[: len(features)] = features
     is_chosen = padded.view(n_tiles, FEATURES_PER_TILE).any(1)
-    places = torch.where(is_chosen, is_chosen.cumsum(0) - 1, n_tiles)
-    tiles = torch.arange(n_tiles, device=features.device)
-    indices = tiles.new_zeros(n_tiles + 1).scatter_(0, places, tiles)
-    return features.to(torch.int8), indices, is_chosen.sum()
+    return features.to(torch.int8), *true_places(is_chosen)
 
 
 @triton.jit
 def collect_feature_keys_kernel(
-    x_ptr,
-    W_enc_ptr,
-    b_enc_ptr,
-    scale_ptr,
-    n_tokens,
-    n_features,
-    d_in,
-    x_token_stride,
-    x_input_stride,
-    W_input_stride,
-    W_feature_stride,
-    chosen_ptr,
+    encoder,
+    chosen_ptr,  # None to look at all features
     tiles_ptr,
     n_tiles_ptr,
     bounds_ptr,
@@ -117,8 +98,6 @@ def collect_feature_keys_kernel(
     capacity,
     token_bits,
     VALUE_BITS: tl.constexpr,
-    ALL: tl.constexpr,  # whether all features are looked at
-    HAS_SCALE: tl.constexpr,
     IN_FLOAT32: tl.constexpr,
     PRECISION: tl.constexpr,
     TOKENS: tl.constexpr,
@@ -128,35 +107,20 @@ def collect_feature_keys_kernel(
     """Computes affinities tile by tile, collects keys and counts by feature."""
     cut = tl.load(cut_ptr).to(tl.float32)
     token_mask = (1 << token_bits) - 1
-    n_token_tiles = tl.cdiv(n_tokens, TOKENS)
-    if ALL:
-        n_tiles = n_token_tiles * tl.cdiv(n_features, FEATURES)
+    n_token_tiles = tl.cdiv(encoder.n_tokens, TOKENS)
+    if chosen_ptr is None:
+        n_tiles = n_token_tiles * tl.cdiv(encoder.n_features, FEATURES)
     else:
         n_tiles = n_token_tiles * tl.load(n_tiles_ptr).to(tl.int32)
-    # in the order of encode_keys_kernel
+    # in the order of collect_keys_kernel
     for tile in range(tl.program_id(0), n_tiles, tl.num_programs(0)):
-        tokens = (tile % n_token_tiles) * TOKENS + tl.arange(0, TOKENS)
         feature_tile = tile // n_token_tiles
-        if not ALL:
+        if chosen_ptr is not None:
             feature_tile = tl.load(tiles_ptr + feature_tile).to(tl.int32)
-        features = feature_tile * FEATURES + tl.arange(0, FEATURES)
-        is_token = tokens < n_tokens
-        is_feature = features < n_features
-        affinities = affinity_tile(
-            x_ptr,
-            W_enc_ptr,
-            b_enc_ptr,
-            scale_ptr,
-            d_in,
-            x_token_stride,
-            x_input_stride,
-            W_input_stride,
-            W_feature_stride,
-            tokens,
-            features,
-            is_token,
-            is_feature,
-            HAS_SCALE,
+        tokens, features, is_token, is_feature, affinities = affinity_tile(
+            encoder,
+            tile % n_token_tiles,
+            feature_tile,
             IN_FLOAT32,
             PRECISION,
             TOKENS,
@@ -168,7 +132,7 @@ def collect_feature_keys_kernel(
         bounds = tl.load(bounds_ptr + features, mask=is_feature, other=0)
         thresholds = tl.load(thresholds_ptr + features, mask=is_feature, other=0.0)
         chosen = is_feature
-        if not ALL:
+        if chosen_ptr is not None:
             chosen &= tl.load(chosen_ptr + features, mask=is_feature, other=0) != 0
         positive = (affinities > 0) & is_token[:, None] & chosen[None, :]
         collected = positive & reaches(bits, low, bounds, token_bits, token_mask)
@@ -182,7 +146,7 @@ def collect_feature_keys_kernel(
         for i in tl.static_range(4):
             counts = (per_feature >> (8 * i)) & 0xFF
             tl.atomic_add(
-                counts_ptr + i * n_features + features,
+                counts_ptr + i * encoder.n_features + features,
                 counts.to(tl.int64),
                 mask=is_feature & (counts > 0),
                 sem="relaxed",
@@ -192,7 +156,7 @@ def collect_feature_keys_kernel(
         per_row = tl.sum(collected, axis=1)
         if tl.sum(per_row, axis=0) > 0:
             places = places_in_buffer(collected, per_row, count_ptr, capacity)
-            inverted = (n_features - 1 - features).to(tl.int64)
+            inverted = (encoder.n_features - 1 - features).to(tl.int64)
             of_features = inverted << (VALUE_BITS + token_bits)
             keys = (bits.to(tl.int64) << token_bits) | low.to(tl.int64)[:, None]
             tl.store(
@@ -204,17 +168,7 @@ def collect_feature_keys_kernel(
 
 @triton.jit
 def find_feature_bounds_kernel(
-    x_ptr,
-    W_enc_ptr,
-    b_enc_ptr,
-    scale_ptr,
-    n_tokens,
-    n_features,
-    d_in,
-    x_token_stride,
-    x_input_stride,
-    W_input_stride,
-    W_feature_stride,
+    encoder,
     chosen_ptr,
     tiles_ptr,
     n_tiles_ptr,
@@ -223,7 +177,6 @@ def find_feature_bounds_kernel(
     bounds_ptr,
     token_bits,
     VALUE_BITS: tl.constexpr,
-    HAS_SCALE: tl.constexpr,
     IN_FLOAT32: tl.constexpr,
     PRECISION: tl.constexpr,
     TOKENS: tl.constexpr,
@@ -237,7 +190,7 @@ def find_feature_bounds_kernel(
     for tile in range(tl.program_id(0), n_tiles, tl.num_programs(0)):
         feature_tile = tl.load(tiles_ptr + tile).to(tl.int32)
         features = feature_tile * FEATURES + tl.arange(0, FEATURES)
-        is_feature = features < n_features
+        is_feature = features < encoder.n_features
         chosen = tl.load(chosen_ptr + features, mask=is_feature, other=0) != 0
         fewest = tl.load(fewest_ptr + features, mask=is_feature, other=0)
         most = tl.load(most_ptr + features, mask=is_feature, other=0)
@@ -248,24 +201,11 @@ def find_feature_bounds_kernel(
         while tl.max(high - low, axis=0) > 1:
             middle = low + (high - low) // 2
             reached = tl.zeros((FEATURES,), dtype=tl.int32)
-            for first_token in range(0, n_tokens, TOKENS):
-                tokens = first_token + tl.arange(0, TOKENS)
-                is_token = tokens < n_tokens
-                affinities = affinity_tile(
-                    x_ptr,
-                    W_enc_ptr,
-                    b_enc_ptr,
-                    scale_ptr,
-                    d_in,
-                    x_token_stride,
-                    x_input_stride,
-                    W_input_stride,
-                    W_feature_stride,
-                    tokens,
-                    features,
-                    is_token,
-                    is_feature,
-                    HAS_SCALE,
+            for token_tile in range(tl.cdiv(encoder.n_tokens, TOKENS)):
+                tokens, _, is_token, _, affinities = affinity_tile(
+                    encoder,
+                    token_tile,
+                    feature_tile,
                     IN_FLOAT32,
                     PRECISION,
                     TOKENS,

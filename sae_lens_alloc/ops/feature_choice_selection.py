@@ -15,25 +15,25 @@ sort by feature and from the best token on.
    which features to look at is on the device, and they end at once where there is none.
 3. Sort the keys, take each feature's best and bring them into row order. Quotas that cannot be
    filled leave padding in the last places.
+
+Features do not compete with each other: where B and F are too large for the keys, groups of
+them are allocated one after the other.
 """
 
 from dataclasses import dataclass
 
 import torch
 
-from sae_lens_alloc.allocation.sparse_activations import PaddedActivations, Pairs
-from sae_lens_alloc.ops.key_selection import (
+from sae_lens_alloc.allocation.sparse_activations import Pairs
+from sae_lens_alloc.ops.encoder_tensors import tensors_for_kernels
+from sae_lens_alloc.ops.feature_choice_keys import FeatureKeyEncoder
+from sae_lens_alloc.ops.pair_keys import (
     BOUND_SHARE,
-    EncoderTensors,
+    feature_groups,
     pair_keys,
     pairs_of_keys,
-    tensors_for_kernels,
 )
 
-# Of positive floats, which order like the floats.
-VALUE_BITS = 31
-# The bits of no number: a key that none reaches.
-ABOVE_ALL = 2**VALUE_BITS - 1
 # Candidates wanted per feature beyond twice its quota: with 8 for a quota of 1, about one
 # feature in 3000 comes out short by chance.
 SPARE_CANDIDATES = 6
@@ -57,125 +57,6 @@ class FeatureChoiceSelection:
     bounds: torch.Tensor
 
 
-@dataclass(frozen=True)
-class FeatureKeyEncoder(EncoderTensors):
-    """
-    The keys of positive affinities by feature. F and B, rounded up to powers of two, multiply
-    to 2^32 at most.
-
-    Args:
-        thresholds: Inference thresholds of shape (F,).
-        cut: Running cut of Mutual Choice, scalar tensor.
-    """
-
-    thresholds: torch.Tensor
-    cut: torch.Tensor
-
-    @property
-    def token_bits(self) -> int:
-        return _bits(self.shape[0])
-
-    @property
-    def token_mask(self) -> int:
-        return 2**self.token_bits - 1
-
-    @property
-    def least_key(self) -> int:
-        """A bound that all keys reach."""
-        return 1 << self.token_bits
-
-    @property
-    def above_all(self) -> int:
-        """A bound that no key reaches."""
-        return ABOVE_ALL << self.token_bits
-
-    def bounds_of(self, affinities: torch.Tensor) -> torch.Tensor:
-        """Bounds that positive affinities reach if they are as large, of shape (F,)."""
-        bits = affinities.float().view(torch.int32).long().clamp(min=1)
-        return bits << self.token_bits
-
-    def affinities_of(self, keys: torch.Tensor) -> torch.Tensor:
-        """Affinities of keys or bounds."""
-        bits = (keys >> self.token_bits) & ABOVE_ALL
-        return bits.int().view(torch.float32)
-
-    def features_of(self, keys: torch.Tensor) -> torch.Tensor:
-        """Features of keys. The last one for padding, which is 0."""
-        return self.shape[1] - 1 - (keys >> (VALUE_BITS + self.token_bits))
-
-    def tokens_of(self, keys: torch.Tensor) -> torch.Tensor:
-        """Tokens of keys."""
-        return self.token_mask - (keys & self.token_mask)
-
-    def collect(
-        self,
-        bounds: torch.Tensor,
-        keys: torch.Tensor,
-        count: torch.Tensor,
-        features: torch.Tensor | None,
-    ) -> torch.Tensor:
-        """
-        Collects the keys that reach their feature's bound, in any order.
-
-        Args:
-            bounds: Keys without the feature, int64 of shape (F,).
-            keys: Buffer of shape (capacity,), int64. Changed in place.
-            count: How many of its places are taken, int64 of shape (). Grows in place by the
-                number of keys that reach the bound, also where they do not fit.
-            features: Boolean mask of the features to look at, shape (F,), or None for all.
-
-        Returns:
-            int64 of shape (4, F): tokens whose affinity reaches the feature's bound, is
-            positive, exceeds the threshold, exceeds the cut; 0 for other features.
-        """
-        affinities, own = self._own_keys(features)
-        reach = (own >= bounds) & (own > 0)
-        inverted = self.shape[1] - 1 - torch.arange(self.shape[1], device=own.device)
-        new = (own + (inverted << (VALUE_BITS + self.token_bits)))[reach]
-        start = int(count)
-        n_stored = min(len(new), max(len(keys) - start, 0))
-        keys[start : start + n_stored] = new[:n_stored]
-        count += len(new)
-        positive = own > 0
-        above = positive & (affinities > self.thresholds)
-        demand = positive & (affinities > self.cut)
-        return torch.stack([m.sum(0) for m in (reach, positive, above, demand)])
-
-    def find_bounds(
-        self, features: torch.Tensor, fewest: torch.Tensor, most: torch.Tensor
-    ) -> torch.Tensor:
-        """
-        Bounds that no fewer and no more keys reach than wanted.
-
-        Args:
-            features: Boolean mask of the features to look at, shape (F,).
-            fewest: Shape (F,), at most as many as the feature has positive affinities.
-            most: Shape (F,), at least `fewest`.
-
-        Returns:
-            int64 of shape (F,). For other features, a bound that all keys reach.
-        """
-        _, own = self._own_keys(features)
-        # the `most`-th largest, if there is one
-        ordered = own.sort(dim=0, descending=True).values
-        bounds = ordered.gather(0, (most - 1).clamp(0, len(own) - 1)[None])[0]
-        bounds = bounds.where(most > 0, self.above_all)
-        return bounds.where(features, self.least_key).clamp(min=self.least_key)
-
-    def _own_keys(
-        self, features: torch.Tensor | None
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Affinities, and keys without the feature, 0 where not positive; shape (B, F)."""
-        affinities = self.affinities()
-        tokens = torch.arange(len(affinities), device=affinities.device)
-        bits = affinities.view(torch.int32).long()
-        keys = (bits << self.token_bits) | (self.token_mask - tokens)[:, None]
-        looked_at = affinities > 0
-        if features is not None:
-            looked_at &= features
-        return affinities, keys.where(looked_at, 0)
-
-
 def feature_key_encoder(
     W_enc: torch.Tensor,
     b_enc: torch.Tensor,
@@ -186,12 +67,14 @@ def feature_key_encoder(
 ) -> FeatureKeyEncoder | None:
     """The kernels that encode to keys, None where the backend has none for such tensors."""
     tensors = tensors_for_kernels(W_enc, b_enc, scale, x)
-    # of the 63 bits of a key
-    if tensors is None or _bits(len(x)) + _bits(W_enc.shape[1]) > 63 - VALUE_BITS:
+    if tensors is None:
         return None
-    from sae_lens_alloc.ops.triton_feature_select import TritonFeatureKeyEncoder
+    # imported where it is used, since Triton need not be installed
+    from sae_lens_alloc.ops.triton_feature_choice import TritonFeatureKeyEncoder
 
-    return TritonFeatureKeyEncoder(*tensors, thresholds, cut)
+    return TritonFeatureKeyEncoder(
+        tensors.x, tensors.W_enc, tensors.b_enc, tensors.scale, thresholds, cut
+    )
 
 
 def select_by_feature_keys(
@@ -214,6 +97,51 @@ def select_by_feature_keys(
     Returns:
         The selection, with padding up to min(max_pairs, B * F) pairs.
     """
+    n_positions = encoder.shape[0] * encoder.shape[1]
+    groups = feature_groups(*encoder.shape)
+    found = [
+        _select_group(
+            encoder.part(group),
+            quotas[group],
+            min(max_pairs, n_positions),
+            guesses[group],
+        )
+        for group in groups
+    ]
+    return FeatureChoiceSelection(
+        pairs_of_keys(
+            [part.keys for part in found],
+            groups,
+            encoder.shape,
+            min(max_pairs, n_positions),
+        ),
+        torch.cat([part.demand for part in found]),
+        torch.cat([part.above for part in found]),
+        torch.cat([part.bounds for part in found]),
+    )
+
+
+@dataclass(frozen=True)
+class _GroupSelection:
+    """
+    Args:
+        keys: Keys of the selected pairs within the group, and padding, int64 of shape (N,).
+        demand: As in FeatureChoiceSelection, as the others are.
+    """
+
+    keys: torch.Tensor
+    demand: torch.Tensor
+    above: torch.Tensor
+    bounds: torch.Tensor
+
+
+def _select_group(
+    encoder: FeatureKeyEncoder,
+    quotas: torch.Tensor,
+    max_pairs: int,
+    guesses: torch.Tensor,
+) -> _GroupSelection:
+    """`select_by_feature_keys` for as many features as keys hold."""
     n_positions = encoder.shape[0] * encoder.shape[1]
     n_places = min(max_pairs, n_positions)
     capacity = min(_capacity(n_places, encoder.shape[1]), n_positions)
@@ -242,8 +170,8 @@ def select_by_feature_keys(
     ranks = torch.where(again, wanted.minimum(counts), wanted) - 1
     right_bounds = _affinities_at(encoder, keys, counts, ranks)
     next_bounds = moved_bounds(guesses, right_bounds, was_wrong=again)
-    return FeatureChoiceSelection(
-        _best_pairs(encoder, keys, counts, quotas, n_places),
+    return _GroupSelection(
+        _best_keys(encoder, keys, counts, quotas, n_places),
         demand,
         above,
         next_bounds.where(has_quota, guesses),
@@ -255,15 +183,16 @@ def _capacity(n_pairs: int, n_features: int) -> int:
     return int(CAPACITY_FACTOR * wanted)
 
 
-def _best_pairs(
+def _best_keys(
     encoder: FeatureKeyEncoder,
     keys: torch.Tensor,
     counts: torch.Tensor,
     quotas: torch.Tensor,
     n_places: int,
-) -> PaddedActivations:
+) -> torch.Tensor:
     """
-    The first `quotas[j]` keys of each feature j as pairs.
+    The first `quotas[j]` keys of each feature j as keys by position (see pair_keys.py), and
+    padding, int64 of shape (n_places,).
 
     Args:
         encoder: What gave the keys.
@@ -281,7 +210,7 @@ def _best_pairs(
     chosen = keys[(places + skipped[features]).clamp(max=len(keys) - 1)]
     positions = encoder.tokens_of(chosen) * n_features + features
     by_position = pair_keys(encoder.affinities_of(chosen), positions)
-    return pairs_of_keys(by_position.where(places < ends[-1], 0), encoder.shape)
+    return by_position.where(places < ends[-1], 0)
 
 
 def _affinities_at(
@@ -311,8 +240,3 @@ def moved_bounds(
     """
     moved = torch.where((bounds == 0) | was_wrong, right, (bounds + right) / 2)
     return torch.where(right.isnan(), bounds * BOUND_SHARE, moved)
-
-
-def _bits(n: int) -> int:
-    """Bits of the whole numbers below n."""
-    return (n - 1).bit_length()

@@ -8,15 +8,16 @@ import torch
 from torch import Tensor
 
 from sae_lens_alloc.allocation.feature_choice import select_feature_choice
-from sae_lens_alloc.ops import feature_key_selection
+from sae_lens_alloc.ops import feature_choice_selection, pair_keys
 from sae_lens_alloc.ops.encode_select import Encoder, encode_feature_choice
-from sae_lens_alloc.ops.feature_key_selection import (
+from sae_lens_alloc.ops.feature_choice_keys import FeatureKeyEncoder
+from sae_lens_alloc.ops.feature_choice_selection import (
     FeatureChoiceSelection,
-    FeatureKeyEncoder,
     feature_key_encoder,
     select_by_feature_keys,
 )
 from tests.helpers import affinities_of, assert_is_selection, exact_tensors
+from tests.ops.reference import ReferenceFeatureKeyEncoder
 
 MakeEncoder = Callable[..., FeatureKeyEncoder]
 
@@ -26,11 +27,10 @@ def make_encoder(request: pytest.FixtureRequest) -> MakeEncoder:
     """A FeatureKeyEncoder of exact tensors by default, with many ties."""
     # also for the reference: where the tests' tensors are
     request.getfixturevalue("triton_device")
-    from sae_lens_alloc.ops.triton_feature_select import TritonFeatureKeyEncoder
+    from sae_lens_alloc.ops.triton_feature_choice import TritonFeatureKeyEncoder
 
-    kind = (
-        FeatureKeyEncoder if request.param == "reference" else TritonFeatureKeyEncoder
-    )
+    is_reference = request.param == "reference"
+    kind = ReferenceFeatureKeyEncoder if is_reference else TritonFeatureKeyEncoder
 
     def make(*tensors: Tensor | None, **options: Any) -> FeatureKeyEncoder:
         _, W_enc, *_ = tensors
@@ -48,7 +48,7 @@ def small_capacity(
 ) -> None:
     """Just the places that are needed, or enough for all positive affinities."""
     factor = 1.0 if request.param == "search" else 100.0
-    monkeypatch.setattr(feature_key_selection, "CAPACITY_FACTOR", factor)
+    monkeypatch.setattr(feature_choice_selection, "CAPACITY_FACTOR", factor)
 
 
 def assert_is_exact(
@@ -234,7 +234,7 @@ def test_equal_affinities_that_overflow_the_buffer_go_to_the_first_tokens(
 def test_a_few_short_features_are_gone_through_again_beside_the_others(
     factor: float, make_encoder: MakeEncoder, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr(feature_key_selection, "CAPACITY_FACTOR", factor)
+    monkeypatch.setattr(feature_choice_selection, "CAPACITY_FACTOR", factor)
     torch.manual_seed(5)
     exact = exact_tensors(20, 80)
     encoder = make_encoder(*exact)
@@ -277,7 +277,9 @@ def test_bounds_settle_where_about_twice_the_quota_passes():
         x = torch.randn(256, 8)
         if step >= 16:
             passing.append((x @ W_enc > bounds).sum(0))
-        encoder = FeatureKeyEncoder(x, W_enc, torch.zeros(100), None, never, never[0])
+        encoder = ReferenceFeatureKeyEncoder(
+            x, W_enc, torch.zeros(100), None, never, never[0]
+        )
         bounds = select_by_feature_keys(encoder, quotas, 2000, bounds).bounds
     mean = torch.stack(passing).float().mean(0)
     wanted = 2 * quotas + 6.0
@@ -308,6 +310,31 @@ def test_the_selection_is_the_same_bit_for_bit_twice_and_for_any_guess(
             first.pairs.places.feature_indices, again.pairs.places.feature_indices
         )
         assert torch.equal(first.pairs.places.values, again.pairs.places.values)
+
+
+@pytest.mark.usefixtures("small_capacity")
+@pytest.mark.parametrize("largest_quota", [0, 1, 6, 100])
+def test_the_selection_over_groups_is_exact(
+    largest_quota: int, make_encoder: MakeEncoder, monkeypatch: pytest.MonkeyPatch
+):
+    # 5 bits of tokens leave 5: groups of 32, 32 and 16 features
+    monkeypatch.setattr(pair_keys, "GROUP_BITS", 10)
+    assert len(pair_keys.feature_groups(20, 80)) == 3
+    torch.manual_seed(10)
+    encoder = make_encoder(*exact_tensors(20, 80))
+    quotas = torch.randint(0, largest_quota + 1, (80,))
+    max_pairs = int(quotas.sum()) + 3
+    mixed = torch.tensor([0.0, 0.5, 1.0, 2.5, 1e6])[torch.arange(80) % 5]
+    for guesses in (torch.zeros(80), mixed, torch.full((80,), 1e6)):
+        selection = select_by_feature_keys(encoder, quotas, max_pairs, guesses)
+        assert_is_exact(selection, encoder, quotas, max_pairs)
+        # features do not compete: each group's bounds are those it has by itself
+        alone = select_by_feature_keys(
+            encoder.part(slice(32, 64)), quotas[32:64], max_pairs, guesses[32:64]
+        )
+        assert torch.equal(
+            selection.bounds[32:64].nan_to_num(), alone.bounds.nan_to_num()
+        )
 
 
 # -- Where it is used
@@ -343,7 +370,3 @@ def test_tensors_that_keys_cannot_hold_take_the_other_way():
 
     assert encoder(x, W_enc) is not None
     assert encoder(x.double(), W_enc.double()) is None
-    # 17 bits for the tokens, 15 for the features, and one more
-    many = torch.zeros(1, 1).expand(2**17, 1)
-    assert encoder(many, torch.zeros(1, 1).expand(1, 2**15)) is not None
-    assert encoder(many, torch.zeros(1, 1).expand(1, 2**15 + 1)) is None

@@ -6,21 +6,24 @@ import pytest
 import torch
 
 from sae_lens_alloc.allocation.mutual_choice import select_mutual_choice
-from sae_lens_alloc.ops import key_selection
+from sae_lens_alloc.ops import mutual_choice_selection
+from sae_lens_alloc.ops import pair_keys as keys_module
 from sae_lens_alloc.ops.encode_select import Encoder, encode_mutual_choice
-from sae_lens_alloc.ops.key_selection import (
-    LEAST_KEY,
-    MAX_POSITIONS,
-    N_DIGITS,
-    SHIFTS,
-    KeyEncoder,
+from sae_lens_alloc.ops.mutual_choice_keys import N_DIGITS, SHIFTS, KeyEncoder
+from sae_lens_alloc.ops.mutual_choice_selection import (
     key_encoder,
     next_digit,
-    pair_keys,
-    pairs_of_keys,
     select_by_keys,
 )
+from sae_lens_alloc.ops.pair_keys import (
+    LEAST_KEY,
+    MAX_POSITIONS,
+    feature_groups,
+    pair_keys,
+    pairs_of_keys,
+)
 from tests.helpers import affinities_of, assert_is_selection, exact_tensors
+from tests.ops.reference import ReferenceKeyEncoder
 
 MakeKeyEncoder = Callable[..., KeyEncoder]
 
@@ -28,9 +31,9 @@ MakeKeyEncoder = Callable[..., KeyEncoder]
 @pytest.fixture(params=["reference", "triton"])
 def make_key_encoder(request: pytest.FixtureRequest) -> MakeKeyEncoder:
     if request.param == "reference":
-        return KeyEncoder
+        return ReferenceKeyEncoder
     request.getfixturevalue("triton_device")
-    from sae_lens_alloc.ops.triton_select import TritonKeyEncoder
+    from sae_lens_alloc.ops.triton_mutual_choice import TritonKeyEncoder
 
     return TritonKeyEncoder
 
@@ -38,8 +41,8 @@ def make_key_encoder(request: pytest.FixtureRequest) -> MakeKeyEncoder:
 @pytest.fixture
 def small_capacity(monkeypatch: pytest.MonkeyPatch) -> None:
     """Twice the budget, so that most guesses overflow."""
-    monkeypatch.setattr(key_selection, "CAPACITY_FACTOR", 2)
-    monkeypatch.setattr(key_selection, "MIN_CAPACITY", 1)
+    monkeypatch.setattr(mutual_choice_selection, "CAPACITY_FACTOR", 2)
+    monkeypatch.setattr(mutual_choice_selection, "MIN_CAPACITY", 1)
 
 
 # -- Keys
@@ -69,7 +72,7 @@ def test_pairs_of_keys_are_those_that_made_them_and_padding_comes_last():
     # of 3 tokens and 5 features: (2, 4), (0, 3), padding, (1, 0)
     keys = pair_keys(torch.tensor([2.0, 0.25, 7.0]), torch.tensor([14, 3, 5]))
     keys = torch.cat([keys[:2], torch.zeros(1, dtype=torch.int64), keys[2:]])
-    pairs = pairs_of_keys(keys, (3, 5))
+    pairs = pairs_of_keys([keys], [slice(0, 5)], (3, 5), 4)
     assert pairs.places.token_indices.tolist() == [0, 1, 2, 2]
     assert pairs.places.feature_indices.tolist() == [3, 0, 4, 4]
     assert pairs.places.values.tolist() == [0.25, 7.0, 2.0, 0.0]
@@ -80,7 +83,7 @@ def test_pairs_of_keys_are_those_that_made_them_and_padding_comes_last():
 # -- Collecting and counting
 
 
-# 150 tokens and 200 features end within a tile of 128 x 128
+# 150 tokens and 200 features end within a tile of 128 x 64
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("with_scale", [True, False])
 def test_collect_gives_the_keys_that_reach_the_bound(
@@ -96,9 +99,10 @@ def test_collect_gives_the_keys_that_reach_the_bound(
     middle = all_keys[len(all_keys) // 2]
     for bound in (torch.full_like(middle, LEAST_KEY), middle, all_keys[-1] + 1):
         expected = all_keys[all_keys >= bound]
-        keys, count = encoder.collect(bound, bound < 0, 30000)
-        assert count.item() == len(expected)
-        assert torch.equal(keys[: len(expected)].sort().values, expected)
+        found = encoder.collect(bound, bound < 0, 30000)
+        assert (found.n_reached, found.is_complete) == (len(expected), True)
+        assert torch.equal(found.keys[: len(expected)].sort().values, expected)
+        assert found.keys[len(expected) :].count_nonzero() == 0
 
 
 def test_collect_counts_what_does_not_fit(make_key_encoder: MakeKeyEncoder):
@@ -106,14 +110,16 @@ def test_collect_counts_what_does_not_fit(make_key_encoder: MakeKeyEncoder):
     tensors = exact_tensors(150, 200)
     affinities = affinities_of(*tensors)
     bound = torch.full((), LEAST_KEY, dtype=torch.int64, device=affinities.device)
-    keys, count = make_key_encoder(*tensors).collect(bound, bound < 0, 70)
-    assert count.item() == (affinities > 0).sum().item()
+    found = make_key_encoder(*tensors).collect(bound, bound < 0, 70)
+    assert found.n_reached == (affinities > 0).sum()
+    assert not found.is_complete
+    keys = found.keys
     assert keys.shape == (70,)
     # those that were stored are among the pairs, each once
-    pairs = pairs_of_keys(keys, (150, 200))
+    pairs = pairs_of_keys([keys], [slice(0, 200)], (150, 200), 70)
     assert len(keys.unique()) == 70
-    found = affinities[pairs.places.token_indices, pairs.places.feature_indices]
-    assert torch.equal(found, pairs.places.values)
+    values = affinities[pairs.places.token_indices, pairs.places.feature_indices]
+    assert torch.equal(values, pairs.places.values)
 
 
 def test_nothing_is_collected_or_counted_where_the_work_is_done(
@@ -121,7 +127,9 @@ def test_nothing_is_collected_or_counted_where_the_work_is_done(
 ):
     encoder = make_key_encoder(*exact_tensors(20, 30))
     bound = torch.zeros((), dtype=torch.int64, device=encoder.x.device)
-    assert encoder.collect(bound, bound == 0, 70)[1].item() == 0
+    found = encoder.collect(bound, bound == 0, 70, torch.zeros(30))
+    assert found.above is not None
+    assert (found.n_reached, found.above.count_nonzero()) == (0, 0)
     assert encoder.histogram(bound, 48, bound == 0).count_nonzero() == 0
 
 
@@ -271,6 +279,59 @@ def test_what_exceeds_its_threshold_is_counted_in_the_same_pass(
         pairs, above = select_by_keys(make_key_encoder(*tensors), 60, guess, thresholds)
         assert above is not None and torch.equal(above, expected)
         assert_is_selection(pairs, select_mutual_choice(affinities, 60))
+
+
+# -- More positions than a key holds
+
+
+def test_feature_groups_by_hand():
+    assert feature_groups(4096, 2**20) == [slice(0, 2**20)]
+    # 13 bits of tokens leave 19 for the features
+    assert feature_groups(4097, 2**20) == [slice(0, 2**19), slice(2**19, 2**20)]
+    assert feature_groups(2**14, 2**18 + 1) == [
+        slice(0, 2**18),
+        slice(2**18, 2**18 + 1),
+    ]
+    assert feature_groups(1, 3) == [slice(0, 3)]
+
+
+@pytest.mark.usefixtures("small_capacity")
+@pytest.mark.parametrize("budget", [1, 7, 60, 500, 5000])
+def test_the_selection_over_groups_is_that_of_one(
+    budget: int, make_key_encoder: MakeKeyEncoder, monkeypatch: pytest.MonkeyPatch
+):
+    # 5 bits of tokens leave 6: groups of 64, 64 and 22 features
+    monkeypatch.setattr(keys_module, "GROUP_BITS", 11)
+    assert len(feature_groups(20, 150)) == 3
+    torch.manual_seed(8)
+    tensors = exact_tensors(20, 150)
+    affinities = affinities_of(*tensors)
+    thresholds = torch.randint(0, 7, (150,)) / 2.0
+    expected = select_mutual_choice(affinities, budget)
+    smallest = expected.values.min().item()
+    for share in GUESSES:
+        guess = None if share is None else torch.tensor(share * smallest)
+        selection, above = select_by_keys(
+            make_key_encoder(*tensors), budget, guess, thresholds
+        )
+        assert len(selection.places.values) == min(budget, 3000)
+        assert_is_selection(selection, expected)
+        assert above is not None
+        assert torch.equal(above, (affinities.clamp(min=0) > thresholds).sum(0))
+
+
+def test_equal_affinities_of_several_groups_go_in_row_order(
+    make_key_encoder: MakeKeyEncoder, monkeypatch: pytest.MonkeyPatch
+):
+    # 5 groups of 32 features, of which the selection takes all on the first 2 tokens
+    monkeypatch.setattr(keys_module, "GROUP_BITS", 11)
+    encoder = make_key_encoder(
+        torch.ones(60, 1), torch.ones(1, 160), torch.zeros(160), None
+    )
+    for guess in (None, torch.tensor(1.0), torch.tensor(2.0)):
+        places = select_by_keys(encoder, 330, guess)[0].places
+        positions = places.token_indices * 160 + places.feature_indices
+        assert positions.tolist() == list(range(330))
 
 
 # -- Where it is used
