@@ -473,37 +473,5 @@ class ThresholdCollector:
         )
 
 
-@torch.no_grad()
-def encode_auxiliary(
-    encoder: Encoder, x: torch.Tensor, features: torch.Tensor, k_aux: int
-) -> SparseActivations:
-    """
-    Selects for each token its `k_aux` largest affinities within some of the features,
-    negative ones too.
-
-    Args:
-        encoder: The encoder.
-        x: Encoder inputs of shape (B, d_in).
-        features: Ascending indices of the features to choose from, int64 of shape (U,).
-        k_aux: Features per token; all of them if there are fewer.
-    """
-    k_aux = min(k_aux, len(features))
-    chosen = features.new_empty(len(x), 0)
-    values = x.new_empty(len(x), 0, dtype=_precise(x))
-    for block in features.split(block_width(len(x), x.device)):
-        affinities = encoder.part(block).affinities(x)
-        values = torch.cat([values, affinities], dim=1)
-        chosen = torch.cat([chosen, block.expand(affinities.shape)], dim=1)
-        best = values.topk(min(k_aux, values.shape[1]), dim=1, sorted=False)
-        values, chosen = best.values, chosen.gather(1, best.indices)
-    chosen, order = chosen.sort(dim=1)
-    return SparseActivations(
-        torch.arange(len(x), device=x.device).repeat_interleave(k_aux),
-        chosen.flatten(),
-        values.gather(1, order).flatten(),
-        (len(x), encoder.n_features),
-    )
-
-
 def _precise(tensor: torch.Tensor) -> torch.dtype:
     return torch.promote_types(tensor.dtype, torch.float32)

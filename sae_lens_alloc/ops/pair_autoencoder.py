@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch.autograd.function import once_differentiable
 
+from sae_lens_alloc.ops.backend import uses_triton
 from sae_lens_alloc.ops.row_gradients import RowGradient, RowGradients, rows_of
 from sae_lens_alloc.ops.sparse import (
     row_offsets,
@@ -105,6 +106,7 @@ def decode_pairs(
     n_tokens: int,
     n_sets: int = 1,
     memory: GradientMemory | None = None,
+    real: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """
     Decodes pairs, with gradients for their values and W_dec.
@@ -120,12 +122,15 @@ def decode_pairs(
         n_tokens: Number of tokens B.
         n_sets: Number of sets of pairs.
         memory: Memory for the gradient of W_dec.
+        real: As in `pair_pre_acts`; padding has a value of 0.
 
     Returns:
         float32 (float64 for float64 weights) tensor of shape (n_sets, B, d_in), without
         b_dec.
     """
-    return _DecodePairs.apply(values, W_dec, rows, features, n_tokens, n_sets, memory)
+    return _DecodePairs.apply(
+        values, W_dec, rows, features, real, n_tokens, n_sets, memory
+    )
 
 
 class _PairPreActs(torch.autograd.Function):
@@ -161,8 +166,7 @@ class _PairPreActs(torch.autograd.Function):
         with torch.autocast(x.device.type, enabled=False):
             if real is not None:
                 grad_pre = torch.where(real, grad_pre, 0.0)
-            by_feature = features.argsort(stable=True)
-            sorted_features = features[by_feature]
+            sorted_features, by_feature = _sort_by_feature(features, real, n_features)
             grad_by_feature = grad_pre[by_feature]
             tokens = rows[by_feature] % len(x)
             grad_W_enc, grad_b_enc = None, None
@@ -173,7 +177,7 @@ class _PairPreActs(torch.autograd.Function):
                 )
                 grad_b_enc = _sums(grad_by_feature, sorted_features, n_features)
             else:
-                kept = slice(None) if real is None else real[by_feature].nonzero()[:, 0]
+                kept = _real_places(real, by_feature)
                 chosen, places = rows_of(sorted_features[kept])
                 row_gradients.put(
                     W_enc=RowGradient(
@@ -190,7 +194,7 @@ class _PairPreActs(torch.autograd.Function):
             grad_x = None
             if ctx.needs_input_grad[0]:
                 grad_x = sparse_times_dense(
-                    rows, features, grad_pre, ctx.n_sets * len(x), W_enc.T
+                    rows, features, grad_pre, ctx.n_sets * len(x), W_enc.T, real=real
                 )
                 grad_x = grad_x.view(-1, *x.shape).sum(0).to(x.dtype)
             grad_subtracted = None
@@ -219,36 +223,43 @@ class _DecodePairs(torch.autograd.Function):
         W_dec: torch.Tensor,
         rows: torch.Tensor,
         features: torch.Tensor,
+        real: torch.Tensor | None,
         n_tokens: int,
         n_sets: int,
         memory: GradientMemory | None,
     ) -> torch.Tensor:
         with torch.autocast(values.device.type, enabled=False):
-            out = sparse_times_dense(rows, features, values, n_sets * n_tokens, W_dec)
-        ctx.save_for_backward(values, W_dec, rows, features)
+            out = sparse_times_dense(
+                rows, features, values, n_sets * n_tokens, W_dec, real=real
+            )
+        ctx.save_for_backward(values, W_dec, rows, features, real)
         ctx.memory = memory
         return out.view(n_sets, n_tokens, -1)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_out: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # type: ignore[override]
-        values, W_dec, rows, features = ctx.saved_tensors
+        values, W_dec, rows, features, real = ctx.saved_tensors
         out = None
         if ctx.memory is not None and W_dec.dtype == values.dtype:
             out = ctx.memory.take_W_dec()
         with torch.autocast(values.device.type, enabled=False):
             grad_rows = grad_out.to(values.dtype).flatten(0, 1)
-            grad_values = sampled_products(rows, features, grad_rows, W_dec)
-            by_feature = features.argsort(stable=True)
-            sorted_features = features[by_feature]
+            grad_values = sampled_products(rows, features, grad_rows, W_dec, real)
+            sorted_features, by_feature = _sort_by_feature(features, real, len(W_dec))
             row_gradients = None if ctx.memory is None else ctx.memory.rows
             if row_gradients is not None:
-                chosen, places = rows_of(sorted_features)
+                kept = _real_places(real, by_feature)
+                chosen, places = rows_of(sorted_features[kept])
                 gradient = sparse_times_dense(
-                    places, rows[by_feature], values[by_feature], len(chosen), grad_rows
+                    places,
+                    rows[by_feature][kept],
+                    values[by_feature][kept],
+                    len(chosen),
+                    grad_rows,
                 )
                 row_gradients.put(W_dec=RowGradient(chosen, gradient))
-                return grad_values, *[None] * 6
+                return grad_values, *[None] * 7
             grad_W_dec = sparse_times_dense(
                 sorted_features,
                 rows[by_feature],
@@ -257,7 +268,23 @@ class _DecodePairs(torch.autograd.Function):
                 grad_rows,
                 out=out,
             )
-        return grad_values, grad_W_dec.to(W_dec.dtype), *[None] * 5
+        return grad_values, grad_W_dec.to(W_dec.dtype), *[None] * 6
+
+
+def _sort_by_feature(
+    features: torch.Tensor, real: torch.Tensor | None, n_features: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Sorted features and the order of the pairs. Triton's kernels get padding behind all rows."""
+    if real is not None and uses_triton(features.device):
+        features = features.where(real, n_features)
+    return features.sort(stable=True)
+
+
+def _real_places(
+    real: torch.Tensor | None, by_feature: torch.Tensor
+) -> torch.Tensor | slice:
+    """Which of the sorted pairs are no padding. A GPU is asked how many they are."""
+    return slice(None) if real is None else real[by_feature].nonzero()[:, 0]
 
 
 def _sums(

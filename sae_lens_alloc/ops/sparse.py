@@ -21,6 +21,23 @@ def row_offsets(sorted_rows: torch.Tensor, n_rows: int) -> torch.Tensor:
     return torch.searchsorted(sorted_rows.contiguous(), rows)
 
 
+def row_extents(
+    sorted_rows: torch.Tensor, n_rows: int, real: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """
+    First place of each row among pairs sorted by row, and the place behind its last real pair,
+    both int64 of shape (n_rows,): padding at the end of a row is left out.
+    """
+    offsets = row_offsets(sorted_rows, n_rows)
+    starts, stops = offsets[:-1], offsets[1:]
+    if real is not None and len(real) > 0:
+        ends = torch.arange(1, len(real) + 1, device=real.device)
+        last_real = torch.where(real, ends, 0).cummax(0).values
+        stops = torch.where(stops > starts, last_real[(stops - 1).clamp(min=0)], starts)
+        stops = stops.maximum(starts)
+    return starts, stops
+
+
 def sparse_times_dense(
     sorted_rows: torch.Tensor,
     columns: torch.Tensor,
@@ -28,6 +45,7 @@ def sparse_times_dense(
     n_rows: int,
     dense: torch.Tensor,
     out: torch.Tensor | None = None,
+    real: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """
     Dense equivalent: `A @ dense` where A of shape (n_rows, len(dense)) holds `values` at
@@ -40,6 +58,8 @@ def sparse_times_dense(
         n_rows: Number of rows of the result.
         dense: Matrix of shape (n_columns, d), of the values' dtype or a lower precision.
         out: Contiguous matrix of shape (n_rows, d) to write to, if there is one.
+        real: Boolean mask of shape (N,), false at padding, whose value is 0; None if there is
+            none. Triton's kernels do no work for padding at the end of a row.
 
     Returns:
         Matrix of shape (n_rows, d), of the values' dtype.
@@ -47,8 +67,8 @@ def sparse_times_dense(
     if out is None:
         out = values.new_empty(n_rows, dense.shape[1])
     if uses_triton(dense.device):
-        offsets = row_offsets(sorted_rows, n_rows)
-        return _triton().sparse_times_dense(offsets, columns, values, dense, out)
+        extents = row_extents(sorted_rows, n_rows, real)
+        return _triton().sparse_times_dense(*extents, columns, values, dense, out)
     dense = dense.to(values.dtype)
     if backend_for(dense.device) == "torch":
         shape = (n_rows, dense.shape[0])
@@ -72,8 +92,8 @@ def sparse_times_dense_transposed(
     if out is None:
         out = values.new_empty(dense.shape[1], n_rows)
     if uses_triton(dense.device):
-        offsets = row_offsets(sorted_rows, n_rows)
-        _triton().sparse_times_dense(offsets, columns, values, dense, out.T)
+        extents = row_extents(sorted_rows, n_rows, None)
+        _triton().sparse_times_dense(*extents, columns, values, dense, out.T)
         return out
     dense = dense.to(values.dtype)
     if backend_for(dense.device) == "reference" or dense.device.type != "cpu":
@@ -91,6 +111,7 @@ def sampled_products(
     columns: torch.Tensor,
     left: torch.Tensor,
     right: torch.Tensor,
+    real: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """
     Dense equivalent: `(left @ right.T)[sorted_rows, columns]`.
@@ -100,12 +121,14 @@ def sampled_products(
         columns: int64 of shape (N,), rows of `right`.
         left: Matrix of shape (n_rows, d), float32 or float64.
         right: Matrix of shape (n_columns, d), of left's dtype or a lower precision.
+        real: Boolean mask of shape (N,), false at padding, or None if there is none. What
+            padding gets is of no meaning; Triton's kernels do no work for it.
 
     Returns:
         Dot products of shape (N,), of left's dtype.
     """
     if uses_triton(left.device):
-        return _triton().sampled_products(sorted_rows, columns, left, right)
+        return _triton().sampled_products(sorted_rows, columns, left, right, real)
     right = right.to(left.dtype)
     if backend_for(left.device) == "torch":
         zeros = left.new_zeros(len(columns))

@@ -13,7 +13,8 @@ COLUMNS = 32
 
 
 def sparse_times_dense(
-    offsets: torch.Tensor,
+    starts: torch.Tensor,
+    stops: torch.Tensor,
     columns: torch.Tensor,
     values: torch.Tensor,
     dense: torch.Tensor,
@@ -21,10 +22,11 @@ def sparse_times_dense(
 ) -> torch.Tensor:
     """
     Dense equivalent: `A @ dense`, where row i of A holds `values[j]` at `columns[j]` for j
-    from offsets[i] to offsets[i + 1]. The order of summation is fixed.
+    from starts[i] to stops[i]. The order of summation is fixed.
 
     Args:
-        offsets: int64 of shape (n_rows + 1,).
+        starts: int64 of shape (n_rows,).
+        stops: int64 of shape (n_rows,).
         columns: int64 of shape (N,).
         values: Shape (N,), float32 or float64, in which sums are accumulated.
         dense: Matrix of shape (n_columns, d), of the values' dtype or a lower precision.
@@ -39,7 +41,8 @@ def sparse_times_dense(
     rows = 1 if out.stride(1) == 1 else COLUMNS
     if out.numel() > 0:
         sparse_times_dense_kernel[triton.cdiv(n_rows, rows), triton.cdiv(width, WIDTH)](
-            offsets,
+            starts,
+            stops,
             columns,
             values,
             dense,
@@ -59,7 +62,8 @@ def sparse_times_dense(
 
 @triton.jit
 def sparse_times_dense_kernel(
-    offsets_ptr,
+    starts_ptr,
+    stops_ptr,
     columns_ptr,
     values_ptr,
     dense_ptr,
@@ -83,9 +87,9 @@ def sparse_times_dense_kernel(
     tile = tl.zeros((WIDTH, ROWS), dtype=dtype)
     for i in range(ROWS):
         row = tl.minimum(first_row + i, n_rows - 1)
-        stop = tl.load(offsets_ptr + row + 1)
+        stop = tl.load(stops_ptr + row)
         total = tl.zeros((WIDTH,), dtype=dtype)
-        for start in range(tl.load(offsets_ptr + row), stop, PAIRS):
+        for start in range(tl.load(starts_ptr + row), stop, PAIRS):
             pairs = start + tl.arange(0, PAIRS)
             is_pair = pairs < stop
             columns = tl.load(columns_ptr + pairs, mask=is_pair, other=0)
@@ -114,15 +118,17 @@ def sampled_products(
     columns: torch.Tensor,
     left: torch.Tensor,
     right: torch.Tensor,
+    real: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """
-    Dense equivalent: `(left @ right.T)[rows, columns]`.
+    Dense equivalent: `(left @ right.T)[rows, columns]`, 0 where `real` is false.
 
     Args:
         rows: int64 of shape (N,), rows of `left`; ascending ones are read once.
         columns: int64 of shape (N,), rows of `right`.
         left: Matrix of shape (n_rows, d), float32 or float64, in which sums are accumulated.
         right: Matrix of shape (n_columns, d), of left's dtype or a lower precision.
+        real: Boolean mask of shape (N,), false where nothing is to be computed, or None.
 
     Returns:
         Dot products of shape (N,), of left's dtype.
@@ -132,6 +138,7 @@ def sampled_products(
         sampled_products_kernel[(triton.cdiv(len(out), PAIRS),)](
             rows,
             columns,
+            None if real is None else real.to(torch.int8),
             left,
             right,
             out,
@@ -151,6 +158,7 @@ def sampled_products(
 def sampled_products_kernel(
     rows_ptr,
     columns_ptr,
+    real_ptr,  # None where all pairs are real
     left_ptr,
     right_ptr,
     out_ptr,
@@ -165,7 +173,12 @@ def sampled_products_kernel(
 ):
     """The dot products of PAIRS pairs."""
     pairs = tl.program_id(0) * PAIRS + tl.arange(0, PAIRS)
-    is_pair = pairs < n_pairs
+    is_place = pairs < n_pairs
+    is_pair = is_place
+    if real_ptr is not None:
+        is_pair &= tl.load(real_ptr + pairs, mask=is_place, other=0) != 0
+        # nothing to do where all is padding
+        width = tl.where(tl.sum(is_pair.to(tl.int32), axis=0) > 0, width, 0)
     rows = tl.load(rows_ptr + pairs, mask=is_pair, other=0)
     columns = tl.load(columns_ptr + pairs, mask=is_pair, other=0)
     dtype = left_ptr.dtype.element_ty
@@ -188,4 +201,4 @@ def sampled_products_kernel(
             other=0.0,
         )
         total += tl.sum(left * right.to(dtype), axis=1)
-    tl.store(out_ptr + pairs, total, mask=is_pair)
+    tl.store(out_ptr + pairs, total, mask=is_place)

@@ -391,6 +391,7 @@ class AllocationTrainingSAE(TrainingSAE[T_CONFIG]):
             pairs.places.token_indices + i * len(x) for i, pairs in enumerate(encoded)
         ]
         features = [pairs.places.feature_indices for pairs in encoded]
+        real = _real_pairs(encoded)
         pre_acts = pair_pre_acts(
             x,
             self.W_enc,
@@ -401,7 +402,7 @@ class AllocationTrainingSAE(TrainingSAE[T_CONFIG]):
             n_sets=len(encoded),
             subtracted=self.b_dec if self._subtracts_b_dec(x) else None,
             memory=self.gradient_memory,
-            real=_real_pairs(encoded),
+            real=real,
         )
         if not sets:
             return [], pre_acts
@@ -414,6 +415,7 @@ class AllocationTrainingSAE(TrainingSAE[T_CONFIG]):
             len(x),
             n_sets=len(sets),
             memory=self.gradient_memory,
+            real=None if real is None else real[:n_decoded],
         )
         return list(recons), pre_acts[n_decoded:]
 
@@ -456,7 +458,9 @@ class AllocationTrainingSAE(TrainingSAE[T_CONFIG]):
         for width, residual in residuals.items():
             takes_part = features < width
             errors = residual.reshape(-1, self.cfg.d_in).to(norms)
-            products += takes_part * sampled_products(tokens, features, errors, W_dec)
+            products += takes_part * sampled_products(
+                tokens, features, errors, W_dec, pairs.real
+            )
             n_levels += takes_part
         gradient = selection_gradient(
             margin,
@@ -501,7 +505,7 @@ class AllocationTrainingSAE(TrainingSAE[T_CONFIG]):
         return auxiliary_pairs(
             encoder,
             x,
-            self.allocation.underused_indices,
+            self.allocation.flagged,
             self.cfg.features_per_token_in_aux_loss(),
             weight,
         )

@@ -236,12 +236,11 @@ class AuxZipfLoss(TrainingSAE[AuxZipfTrainingSAEConfig]):
         encoder = Encoder(
             self.W_enc.detach(), self._encoder_bias().detach(), self._affinity_scale()
         )
-        aux = auxiliary_pairs(
-            encoder, x, self.aux_zipf.underused_indices, self._k_aux(), weight
-        )
+        aux = auxiliary_pairs(encoder, x, self.aux_zipf.flagged, self._k_aux(), weight)
         if aux is None:
             return None
-        rows, features = aux.pairs.token_indices, aux.pairs.feature_indices
+        places, real = aux.pairs.places, aux.pairs.real
+        rows, features = places.token_indices, places.feature_indices
         pre_acts = pair_pre_acts(
             x,
             self.W_enc,
@@ -249,8 +248,9 @@ class AuxZipfLoss(TrainingSAE[AuxZipfTrainingSAEConfig]):
             rows,
             features,
             encoder.pre_acts(aux.pairs),
+            real=real,
         )
-        recons = decode_pairs(pre_acts, self.W_dec, rows, features, len(x))
+        recons = decode_pairs(pre_acts, self.W_dec, rows, features, len(x), real=real)
         recons = recons.view(inputs.shape)
         _, (aux_out,) = outputs_and_parts(
             self.run_time_activation_norm_fn_out, [torch.zeros_like(recons)], [recons]

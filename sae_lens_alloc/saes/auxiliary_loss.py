@@ -8,8 +8,9 @@ from sae_lens.saes.sae import SAEMetadata, TrainingSAEConfig
 from typing_extensions import override
 
 from sae_lens_alloc.allocation.schedule import aux_loss_fade
-from sae_lens_alloc.allocation.sparse_activations import SparseActivations
-from sae_lens_alloc.ops.encode_select import Encoder, encode_auxiliary
+from sae_lens_alloc.allocation.sparse_activations import Pairs
+from sae_lens_alloc.ops.auxiliary_selection import FlaggedFeatures, encode_auxiliary
+from sae_lens_alloc.ops.encode_select import Encoder
 
 
 @dataclass
@@ -85,11 +86,12 @@ class AuxiliaryPairs:
 
     Args:
         pairs: Pairs of tokens and flagged features, with their affinities.
-        coefficient: Factor of the mean squared error of their reconstruction.
+        coefficient: Factor of the mean squared error of their reconstruction, a scalar tensor
+            where the number of flagged features is known to the device alone.
     """
 
-    pairs: SparseActivations
-    coefficient: float
+    pairs: Pairs
+    coefficient: float | torch.Tensor
 
 
 def auxiliary_weight(cfg: AuxiliaryLossTrainingSAEConfig, step: int) -> float:
@@ -100,26 +102,29 @@ def auxiliary_weight(cfg: AuxiliaryLossTrainingSAEConfig, step: int) -> float:
 def auxiliary_pairs(
     encoder: Encoder,
     x: torch.Tensor,
-    flagged: torch.Tensor,
+    flagged: FlaggedFeatures,
     k_aux: int,
     weight: float,
 ) -> AuxiliaryPairs | None:
     """
-    The pairs by which flagged features reconstruct the error, None where none is flagged.
+    The pairs by which flagged features reconstruct the error. None where none is flagged;
+    the Triton backend, which does not ask how many are, has only padding then, and a
+    coefficient of 0.
 
     Args:
         encoder: The encoder.
         x: Encoder inputs of shape (B, d_in).
-        flagged: Ascending indices of the flagged features, int64 of shape (U,).
+        flagged: The flagged features, U of them.
         k_aux: Features per token.
         weight: Coefficient of the loss, which is scaled down where U is less than k_aux.
     """
-    if len(flagged) == 0:
+    pairs = encode_auxiliary(encoder, x.detach(), flagged, k_aux)
+    if pairs.real is not None:
+        share = (flagged.mask.sum() / k_aux).clamp(max=1.0)
+        return AuxiliaryPairs(pairs, weight * share)
+    if len(flagged.indices) == 0:
         return None
-    return AuxiliaryPairs(
-        encode_auxiliary(encoder, x.detach(), flagged, k_aux),
-        weight * min(len(flagged) / k_aux, 1.0),
-    )
+    return AuxiliaryPairs(pairs, weight * min(len(flagged.indices) / k_aux, 1.0))
 
 
 def outputs_and_parts(

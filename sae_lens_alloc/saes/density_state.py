@@ -14,6 +14,7 @@ from sae_lens_alloc.allocation.density import (
     update_density,
 )
 from sae_lens_alloc.allocation.zipf import MIN_FEATURES, FittedLaw, ZipfLaw
+from sae_lens_alloc.ops.auxiliary_selection import FlaggedFeatures
 
 # Densities move slowly, and ranking them takes time: once in so many steps.
 STEPS_BETWEEN_FLAGS = 10
@@ -93,7 +94,7 @@ class DensityState(nn.Module):
         self._step_offset: int | None = None
         self._running_step: int | None = None
         self._totals = StepTotals()
-        self._underused_indices: torch.Tensor | None = None
+        self._flagged: FlaggedFeatures | None = None
 
     @override
     def _apply(
@@ -206,15 +207,15 @@ class DensityState(nn.Module):
         self.underused.copy_(
             underused_features(self.density, dead, law, fraction or 0.0)
         )
-        self._underused_indices = None
+        self._flagged = None
         return True
 
     @property
-    def underused_indices(self) -> torch.Tensor:
-        """Ascending indices of the flagged features, int64 of shape (U,)."""
-        if self._underused_indices is None:
-            self._underused_indices = self.underused.nonzero().squeeze(1)
-        return self._underused_indices
+    def flagged(self) -> FlaggedFeatures:
+        """The features that the auxiliary loss trains, until the flags are next renewed."""
+        if self._flagged is None:
+            self._flagged = FlaggedFeatures(self.underused)
+        return self._flagged
 
     def metrics(self, n_tokens: int) -> dict[str, Callable[[], torch.Tensor | float]]:
         """

@@ -25,9 +25,9 @@ from sae_lens_alloc.evaluation.calibration import (
 )
 from sae_lens_alloc.evaluation.jumprelu_form import gate_as_thresholds
 from sae_lens_alloc.evaluation.usage import by_pairs, measure_usage
+from sae_lens_alloc.ops.auxiliary_selection import FlaggedFeatures, encode_auxiliary
 from sae_lens_alloc.ops.encode_select import (
     Encoder,
-    encode_auxiliary,
     encode_thresholds,
 )
 from sae_lens_alloc.saes.allocation_sae import AllocationTrainingSAE, decoder_norms
@@ -423,11 +423,14 @@ def _source_selection(
     source_scale = _affinity_scale(source, converted)
     units = torch.as_tensor(_units(source, converted), device=converted.device)
     units = units.expand_as(converted.allocation.threshold)
-    all_features = torch.arange(converted.cfg.d_sae, device=converted.device)
+    all_features = FlaggedFeatures(
+        torch.ones(converted.cfg.d_sae, dtype=torch.bool, device=converted.device)
+    )
 
     def best_of_each_token(encoder: Encoder, x: torch.Tensor) -> SparseActivations:
         as_source = Encoder(encoder.W_enc, encoder.b_enc, source_scale)
-        pairs = encode_auxiliary(as_source, x, all_features, source.cfg.k)
+        selected = encode_auxiliary(as_source, x, all_features, source.cfg.k)
+        pairs = selected.without_padding()
         active = pairs.values > 0
         features = pairs.feature_indices[active]
         return SparseActivations(

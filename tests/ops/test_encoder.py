@@ -1,4 +1,4 @@
-"""Encoder, Mutual Choice, thresholds and auxiliary pairs against dense brute force."""
+"""Encoder, Mutual Choice and thresholds against dense brute force."""
 
 import pytest
 import torch
@@ -9,7 +9,6 @@ from sae_lens_alloc.ops.encode_select import (
     Encoder,
     KnownAffinities,
     block_width,
-    encode_auxiliary,
     encode_mutual_choice,
     encode_thresholds,
 )
@@ -20,7 +19,7 @@ CPU = torch.device("cpu")
 
 @pytest.fixture
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Blocks of 64 features (and of 64 tokens in the auxiliary loss)."""
+    """Blocks of 64 features."""
     monkeypatch.setitem(encode_select._BLOCK_ELEMENTS, "cpu", 1)
 
 
@@ -341,74 +340,3 @@ def test_encode_thresholds_without_any_pair():
     selection = encode_thresholds(encoder, x, torch.full((10,), 1e6))
     assert stored_pairs(selection) == []
     assert selection.to_dense().shape == (3, 10)
-
-
-# -- The auxiliary loss
-
-
-def test_encode_auxiliary_by_hand():
-    # affinities of the one input are x itself
-    encoder = Encoder(torch.eye(5), torch.zeros(5), None)
-    x = torch.tensor([[9.0, -1.0, 8.0, -3.0, -2.0], [0.0, 1.0, 5.0, 2.0, 3.0]])
-    # of features 1, 3, 4: [-1, -3, -2] takes -1 and -2, [1, 2, 3] takes 2 and 3
-    selection = encode_auxiliary(encoder, x, torch.tensor([1, 3, 4]), 2)
-    assert stored_pairs(selection) == [(0, 1, -1), (0, 4, -2), (1, 3, 2), (1, 4, 3)]
-    assert selection.shape == (2, 5)
-
-
-@pytest.mark.usefixtures("small_blocks")
-@pytest.mark.parametrize("with_scale", [True, False])
-@pytest.mark.parametrize("k_aux", [1, 3, 24, 25, 26, 1000])
-def test_encode_auxiliary_takes_the_largest_raw_affinities(
-    k_aux: int, with_scale: bool
-):
-    torch.manual_seed(10)
-    scale = torch.rand(90) + 0.5 if with_scale else None
-    encoder = Encoder(torch.randn(8, 90), torch.randn(90) - 3, scale)
-    # three chunks of tokens, the last of 2
-    x = torch.randn(130, 8)
-    features = torch.randperm(90)[:25].sort().values
-    affinities = dense_affinities(encoder, x)
-    selection = encode_auxiliary(encoder, x, features, k_aux)
-    expected = [
-        (token, feature)
-        for token in range(130)
-        for feature in sorted(
-            sorted(features.tolist(), key=lambda f: -affinities[token, f].item())[
-                :k_aux
-            ]
-        )
-    ]
-    pairs = stored_pairs(selection)
-    assert [pair[:2] for pair in pairs] == expected
-    values = affinities[selection.token_indices, selection.feature_indices]
-    assert torch.allclose(selection.values.double(), values, rtol=1e-5, atol=1e-5)
-    assert k_aux < 3 or (selection.values < 0).any()
-
-
-def test_encode_auxiliary_does_not_look_at_other_features():
-    encoder = exact_encoder(10)
-    encoder.W_enc[:, [0, 1, 3, 8]] = float("nan")
-    assert encoder.scale is not None
-    encoder.scale[[0, 1, 3, 8]] = float("inf")
-    features = torch.tensor([2, 4, 5, 6, 7, 9])
-    selection = encode_auxiliary(encoder, exact_inputs(4), features, 3)
-    assert torch.isfinite(selection.values).all()
-    assert selection.feature_indices.unique().tolist() == sorted(
-        set(selection.feature_indices.tolist()) & set(features.tolist())
-    )
-
-
-def test_encode_auxiliary_of_bfloat16_weights():
-    torch.manual_seed(11)
-    encoder = exact_encoder(20, dtype=torch.bfloat16)
-    x = exact_inputs(6, torch.bfloat16)
-    features = torch.arange(3, 20, 4)
-    selection = encode_auxiliary(encoder, x, features, len(features))
-    affinities = dense_affinities(encoder, x)
-    assert selection.values.dtype == torch.float32
-    assert stored_pairs(selection) == [
-        (token, feature, affinities[token, feature].item())
-        for token in range(6)
-        for feature in features.tolist()
-    ]

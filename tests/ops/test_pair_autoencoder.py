@@ -85,7 +85,9 @@ def reconstruct_pairs(
     values = pair_pre_acts(
         x, W_enc, b_enc, rows, features, pre_acts, n_sets, memory=memory, **others
     )
-    return decode_pairs(values, W_dec, rows, features, len(x), n_sets, memory)
+    return decode_pairs(
+        values, W_dec, rows, features, len(x), n_sets, memory, others.get("real")
+    )
 
 
 def reconstruct(
@@ -300,6 +302,43 @@ def test_padding_changes_neither_outputs_nor_gradients():
     assert torch.allclose(actual, expected, rtol=1e-6, atol=1e-6)
     for grad, expected_grad in zip(grads, expected_grads, strict=True):
         assert torch.allclose(grad, expected_grad, rtol=1e-6, atol=1e-6)
+
+
+def test_triton_does_no_work_for_padding_forward_and_backward(
+    triton_device: torch.device,
+):
+    weights, mask = random_weights(dtype=torch.float32), masks(2)
+    # no pair is of the last feature, to which the padding of both sets points
+    mask[:, :, F - 1] = 0
+    rows, features = indices(mask)
+    x, W_enc, b_enc, W_dec = weights
+    pre_acts = (x @ W_enc + b_enc)[rows % B, features].detach()
+    expected = reconstruct_pairs(*weights, rows, features, pre_acts, 2)
+    grad_out = torch.randn(2, B, D_IN)
+    expected_grads = torch.autograd.grad(expected, weights, grad_out)
+
+    with torch.no_grad():
+        W_enc[:, F - 1], W_dec[F - 1] = float("nan"), float("nan")
+    n_first = int((rows < B).sum())
+    padding = torch.ones(50, dtype=torch.int64)
+
+    def padded(pairs: torch.Tensor, first: int, second: int) -> torch.Tensor:
+        parts = (pairs[:n_first], first * padding, pairs[n_first:], second * padding)
+        return torch.cat([part.to(pairs.dtype) for part in parts])
+
+    actual = reconstruct_pairs(
+        *weights,
+        padded(rows, B - 1, 2 * B - 1),
+        padded(features, F - 1, F - 1),
+        padded(pre_acts, 0, 0),
+        2,
+        real=padded(torch.ones_like(rows, dtype=torch.bool), False, False),
+    )
+    grads = torch.autograd.grad(actual, weights, grad_out)
+    assert torch.allclose(actual, expected, rtol=1e-6, atol=1e-6)
+    for grad, expected_grad in zip(grads, expected_grads, strict=True):
+        assert torch.allclose(grad, expected_grad, rtol=1e-6, atol=1e-6)
+    assert actual.device.type == triton_device.type
 
 
 def test_inputs_without_gradient_get_none():

@@ -6,6 +6,7 @@ import torch
 from sae_lens_alloc.ops import sparse
 from sae_lens_alloc.ops.backend import BACKEND_VARIABLE
 from sae_lens_alloc.ops.sparse import (
+    row_extents,
     row_offsets,
     sampled_products,
     sparse_times_dense,
@@ -205,6 +206,50 @@ def test_products_of_dense_matrices_in_other_layouts(layout: str):
     )
     sampled = sampled_products(rows, columns, left, dense)
     assert_close(sampled, (left @ dense.T)[rows, columns], torch.float64)
+
+
+def test_row_extents_leave_out_padding_at_the_end_of_a_row():
+    rows = torch.tensor([0, 0, 0, 2, 2, 3, 3, 3])
+    #         padding within a row, a row of padding, two at the end of one
+    real = torch.tensor([1, 0, 1, 0, 0, 1, 0, 0], dtype=torch.bool)
+    starts, stops = row_extents(rows, 6, real)
+    assert starts.tolist() == [0, 3, 3, 5, 8, 8]
+    assert stops.tolist() == [3, 3, 3, 6, 8, 8]
+    starts, stops = row_extents(rows, 6, None)
+    assert stops.tolist() == [3, 3, 5, 8, 8, 8]
+    nothing = torch.empty(0, dtype=torch.int64)
+    assert row_extents(nothing, 1, nothing.bool())[1].tolist() == [0]
+
+
+@pytest.mark.usefixtures("backend")
+def test_padding_changes_no_product():
+    torch.manual_seed(8)
+    rows, columns, values = random_pairs(20, 30, 0.3)
+    real = torch.rand(len(rows)) < 0.6
+    values = values * real
+    dense, left = torch.randn(30, 6).double(), torch.randn(20, 6).double()
+    matrix = dense_matrix(rows, columns, values, (20, 30))
+    product = sparse_times_dense(rows, columns, values, 20, dense, real=real)
+    assert_close(product, matrix @ dense, torch.float64)
+    sampled = sampled_products(rows, columns, left, dense, real)
+    expected = (left @ dense.T)[rows, columns]
+    assert_close(sampled[real], expected[real], torch.float64)
+
+
+def test_triton_does_no_work_for_padding(triton_device: torch.device):
+    # two rows of one pair and, as where a GPU has nothing to select, 100 places of padding
+    rows = torch.tensor([0] + [1] * 101)
+    columns = torch.tensor([1, 2] + [3] * 100)
+    values = torch.tensor([2.0, 3.0] + [0.0] * 100)
+    real = torch.arange(102) < 2
+    dense = torch.arange(8.0).view(4, 2)
+    # what the padding points to would show, as 0 times NaN is NaN
+    dense[3] = float("nan")
+    product = sparse_times_dense(rows, columns, values, 2, dense, real=real)
+    assert product.tolist() == [[4, 6], [12, 15]]
+    sampled = sampled_products(rows, columns, torch.ones(2, 2), dense, real)
+    assert sampled.tolist() == [5, 9] + [0] * 100
+    assert sampled.device.type == triton_device.type
 
 
 @pytest.mark.parametrize("chunk_pairs", [1, 2, 3, 6, 7, 11, 12, 13, 100])

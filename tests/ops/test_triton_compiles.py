@@ -12,15 +12,17 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from sae_lens_alloc.ops import triton_affinities as affinities
+from sae_lens_alloc.ops import triton_auxiliary as auxiliary
 from sae_lens_alloc.ops import triton_feature_choice as feature_choice
 from sae_lens_alloc.ops import triton_mutual_choice as mutual_choice
 from sae_lens_alloc.ops import triton_sparse as sparse
 
 TYPES = {"bound": "*i64", "prefix": "*i64", "done": "*i32", "count": "*i64",
-         "offsets": "*i64", "rows": "*i64", "columns": "*i64", "values": "*fp32",
+         "starts": "*i64", "stops": "*i64", "real": "*i8", "rows": "*i64", "columns": "*i64", "values": "*fp32",
          "chosen": "*i8", "tiles": "*i64", "n_tiles": "*i64", "bounds": "*i64",
          "thresholds": "*fp32", "cut": "*fp32", "keys": "*i64", "counts": "*i64",
          "fewest": "*i64", "most": "*i64", "above": "*i64", "out": "*fp32",
+         "features": "*i64", "n_flagged": "*i64", "below": "*i64",
          "dense": "*bf16", "left": "*fp32", "right": "*bf16"}
 
 def compile(kernel, options, encoder=None, **constants):
@@ -55,12 +57,10 @@ def compile_encoding(kernel, weights="bf16", scale="*fp32", **constants):
     compile(kernel, options, encoder, **constants)
 
 nothing = {"thresholds_ptr": None, "above_ptr": None}
-compile_encoding(mutual_choice.collect_keys_kernel)
-compile_encoding(mutual_choice.collect_keys_kernel, **nothing)
-compile_encoding(mutual_choice.collect_keys_kernel, scale="constexpr", **nothing)
-for weights, precision in (("fp32", "ieee"), ("fp32", "tf32"), ("fp16", "ieee")):
+for weights, precision in (("fp32", "ieee"), ("fp32", "tf32"), ("bf16", "ieee")):
     compile_encoding(mutual_choice.collect_keys_kernel, weights, PRECISION=precision)
-for shift in (48, 32, 16, 0):
+compile_encoding(mutual_choice.collect_keys_kernel, scale="constexpr", **nothing)
+for shift in (48, 0):
     compile_encoding(mutual_choice.count_digits_kernel, SHIFT=shift)
 everywhere = {"chosen_ptr": None, "tiles_ptr": None, "n_tiles_ptr": None}
 for chosen in ({}, everywhere):
@@ -68,14 +68,21 @@ for chosen in ({}, everywhere):
         feature_choice.collect_feature_keys_kernel, VALUE_BITS=31, **chosen
     )
 compile_encoding(feature_choice.find_feature_bounds_kernel, VALUE_BITS=31)
+for slots in (32, auxiliary.MAX_SLOTS):
+    compile_encoding(
+        auxiliary.largest_keys_kernel, LEAST=auxiliary.LEAST, SLOTS=slots,
+        TOKENS=auxiliary.tokens_per_tile(slots),
+    )
 for rows in (1, sparse.COLUMNS):
     compile(
         sparse.sparse_times_dense_kernel, {},
         ROWS=rows, PAIRS=sparse.PAIRS, WIDTH=sparse.WIDTH,
     )
-compile(
-    sparse.sampled_products_kernel, {}, PAIRS=sparse.PAIRS, WIDTH=sparse.WIDTH
-)
+for real in ({}, {"real_ptr": None}):
+    compile(
+        sparse.sampled_products_kernel, {},
+        PAIRS=sparse.PAIRS, WIDTH=sparse.WIDTH, **real,
+    )
 """
 
 

@@ -295,7 +295,7 @@ def test_aux_loss_adds_no_host_sync_between_two_flag_steps(
     for sae in (with_aux, without):
         for step in range(2):
             training_step(sae, tokens(16, 8), step, dead=dead_mask())
-    assert len(with_aux.allocation.underused_indices) >= len(DEAD)
+    assert len(with_aux.allocation.flagged.indices) >= len(DEAD)
     assert count_syncs(with_aux, step=2) == count_syncs(without, step=2)
     # the counter does count: flagging looks at the densities and at the mask
     assert count_syncs(with_aux, step=10) != count_syncs(without, step=10)
