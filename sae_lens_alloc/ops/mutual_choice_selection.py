@@ -47,8 +47,10 @@ def key_encoder(
         return None
     # imported where it is used, since Triton need not be installed
     from sae_lens_alloc.ops.triton_mutual_choice import TritonKeyEncoder
+    from sae_lens_alloc.ops.triton_prefilter import PrefilterKeyEncoder, can_prefilter
 
-    return TritonKeyEncoder(tensors.x, tensors.W_enc, tensors.b_enc, tensors.scale)
+    kind = PrefilterKeyEncoder if can_prefilter(tensors) else TritonKeyEncoder
+    return kind(tensors.x, tensors.W_enc, tensors.b_enc, tensors.scale)
 
 
 def select_by_keys(

@@ -15,6 +15,7 @@ from sae_lens_alloc.ops import triton_affinities as affinities
 from sae_lens_alloc.ops import triton_auxiliary as auxiliary
 from sae_lens_alloc.ops import triton_feature_choice as feature_choice
 from sae_lens_alloc.ops import triton_mutual_choice as mutual_choice
+from sae_lens_alloc.ops import triton_prefilter as prefilter
 from sae_lens_alloc.ops import triton_sparse as sparse
 
 TYPES = {"bound": "*i64", "prefix": "*i64", "done": "*i32", "count": "*i64",
@@ -22,7 +23,8 @@ TYPES = {"bound": "*i64", "prefix": "*i64", "done": "*i32", "count": "*i64",
          "chosen": "*i8", "tiles": "*i64", "n_tiles": "*i64", "bounds": "*i64",
          "thresholds": "*fp32", "cut": "*fp32", "keys": "*i64", "counts": "*i64",
          "fewest": "*i64", "most": "*i64", "above": "*i64", "out": "*fp32",
-         "features": "*i64", "n_flagged": "*i64", "below": "*i64",
+         "token_errors": "*fp32", "feature_norms": "*fp32", "guess": "*fp32",
+         "found": "*i64", "features": "*i64", "n_flagged": "*i64", "below": "*i64",
          "dense": "*bf16", "left": "*fp32", "right": "*bf16"}
 
 def compile(kernel, options, encoder=None, **constants):
@@ -62,6 +64,11 @@ for weights, precision in (("fp32", "ieee"), ("fp32", "tf32"), ("bf16", "ieee"))
 compile_encoding(mutual_choice.collect_keys_kernel, scale="constexpr", **nothing)
 for shift in (48, 0):
     compile_encoding(mutual_choice.count_digits_kernel, SHIFT=shift)
+for counts in ({}, nothing):
+    compile_encoding(
+        prefilter.candidates_kernel, LEAST_ERROR=prefilter.LEAST_ERROR,
+        UNCERTAIN_BIT=prefilter.UNCERTAIN_BIT, **counts,
+    )
 everywhere = {"chosen_ptr": None, "tiles_ptr": None, "n_tiles_ptr": None}
 for chosen in ({}, everywhere):
     compile_encoding(
