@@ -28,6 +28,7 @@ from sae_lens_alloc import (
     MutualChoiceTrainingSAE,
     MutualChoiceTrainingSAEConfig,
 )
+from sae_lens_alloc.ops.backend import BACKEND_VARIABLE
 from sae_lens_alloc.training.trainer import DataEndedError
 
 MANY_STEPS = 10**6
@@ -39,10 +40,32 @@ DECAY_STEPS = 10**4
 
 @dataclass(frozen=True)
 class Machine:
-    """Where and how precisely to compute: a torch device, and bfloat16 autocast or not."""
+    """
+    Where and how to compute.
+
+    Args:
+        device: A torch device.
+        autocast: Under bfloat16 autocast.
+        matmul: Torch's precision of float32 products: "highest", or "high" for TF32.
+        backend: Backend of ours, None for the one that it chooses itself.
+        cuda_graph: Ours in one CUDA graph.
+    """
 
     device: str = "cpu"
     autocast: bool = False
+    matmul: str = "highest"
+    backend: str | None = None
+    cuda_graph: bool = False
+
+    @property
+    def is_cuda(self) -> bool:
+        return torch.device(self.device).type == "cuda"
+
+    def prepare(self) -> None:
+        """Settings of the whole process."""
+        torch.set_float32_matmul_precision(self.matmul)
+        if self.backend is not None:
+            os.environ[BACKEND_VARIABLE] = self.backend
 
 
 @dataclass
@@ -175,7 +198,9 @@ def sae_lens_jumprelu(shape: Shape, machine: Machine) -> Subject:
 def _with_sae_lens_trainer(
     trainer_class: type[SAETrainer[Any, Any]], sae: Any, shape: Shape, machine: Machine
 ) -> Subject:
+    options = {"cuda_graph": True} if machine.cuda_graph else {}
     trainer = trainer_class(
+        **options,
         cfg=SAETrainerConfig(
             total_training_samples=MANY_STEPS * shape.batch,
             train_batch_size_samples=shape.batch,
@@ -216,7 +241,7 @@ def sparsify_topk(shape: Shape, machine: Machine, optimizer: str = "signum") -> 
             hookpoints=["activations"],
             log_to_wandb=False,
         ),
-        dataset=_OneBatchPerItem(model, iter(())),
+        dataset=_OneBatchPerItem(model, iter(()), machine.matmul),
         model=model,
     )
     # `fit` ends with a checkpoint
@@ -229,7 +254,9 @@ def sparsify_topk(shape: Shape, machine: Machine, optimizer: str = "signum") -> 
 
     def train(batches: Iterator[torch.Tensor]) -> None:
         trainer.dataset = _OneBatchPerItem(
-            model, _before_each(batches, kill) if shape.aux else batches
+            model,
+            _before_each(batches, kill) if shape.aux else batches,
+            machine.matmul,
         )
         trainer.fit()
 
@@ -264,16 +291,19 @@ class _ActivationsOnly(torch.nn.Module):
 class _OneBatchPerItem:
     """A dataset whose items are "texts" of B tokens with the next batch as activations."""
 
-    def __init__(self, model: _ActivationsOnly, batches: Iterator[torch.Tensor]):
+    def __init__(
+        self, model: _ActivationsOnly, batches: Iterator[torch.Tensor], matmul: str
+    ):
         self.model = model
         self.batches = batches
+        self.matmul = matmul
 
     def __len__(self) -> int:
         return MANY_STEPS
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
-        # `fit` asks for TF32, which would stay for the floor and is not what is compared.
-        torch.set_float32_matmul_precision("highest")
+        # `fit` asks for TF32, which would stay for the floor and may not be what is compared.
+        torch.set_float32_matmul_precision(self.matmul)
         self.model.batch = next(self.batches)
         return {"input_ids": torch.zeros(len(self.model.batch), dtype=torch.long)}
 

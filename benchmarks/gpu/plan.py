@@ -1,0 +1,188 @@
+"""All measurements of the campaign, the ones that matter most first within each part."""
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+from benchmarks.gpu import language_model, rates, steps, synthetic
+from benchmarks.gpu.gradient_checks import check_gradients
+from benchmarks.gpu.kernel_checks import KERNELS, check_kernels
+from benchmarks.gpu.scale import PRECISIONS, Scale
+from benchmarks.gpu.task import Task
+from benchmarks.shape import Shape
+from benchmarks.subjects import SUBJECTS, Machine
+
+RATES = "rates"
+# Torch's backend last: it is what the others must beat.
+BACKENDS = ("triton", "triton_prefilter", "torch")
+OURS = ("mutual_choice", "mutual_choice, first quarter")
+# Rivals by how soon they are measured.
+RIVALS = (
+    "SAELens batchtopk",
+    "sparsify topk",
+    "SAELens topk",
+    "SAELens jumprelu",
+    "dictionary_learning batchtopk",
+    "sparsify topk, Adam",
+    "dictionary_learning topk",
+)
+CHOSEN = ("mutual_choice", None, False)
+# Subject, backend and CUDA graph of the rows of a step table, in the order in which they are
+# measured. The low-precision prefilter is for float32 alone. Torch's backend asks the device how
+# many pairs there are, so that it cannot be a graph.
+FIRST_ROWS = (
+    ("mutual_choice", "triton", False),
+    ("SAELens batchtopk", None, False),
+    ("mutual_choice, first quarter", "triton", False),
+    ("mutual_choice", "triton", True),
+    ("mutual_choice", "triton_prefilter", False),
+    ("sparsify topk", None, False),
+    ("mutual_choice", "torch", False),
+)
+LATER_ROWS = (
+    CHOSEN,
+    ("mutual_choice", "triton_prefilter", True),
+    ("mutual_choice, first quarter", "triton", True),
+    ("mutual_choice, first quarter", "triton_prefilter", False),
+    ("mutual_choice, first quarter", "triton_prefilter", True),
+    ("mutual_choice, first quarter", "torch", False),
+    *((rival, None, False) for rival in RIVALS[2:]),
+)
+WIDE_ROWS = tuple(row for row in FIRST_ROWS if row[1] != "triton_prefilter")
+
+
+def all_tasks(scale: Scale, device: str) -> list[Task]:
+    """The whole campaign, part by part."""
+    return [
+        *kernel_tasks(scale, device),
+        *step_tasks(scale, device),
+        *memory_tasks(scale, device),
+        *pipeline_tasks(scale, device),
+        *synthetic_tasks(scale, device),
+    ]
+
+
+def kernel_tasks(scale: Scale, device: str) -> Iterator[Task]:
+    """Every kernel of every backend, and gradients, against their references."""
+    checked = scale.checked[1:]
+    for backend in BACKENDS:
+        for kernel in KERNELS:
+            if backend == "triton_prefilter" and kernel == "products":
+                continue  # those of triton
+            yield Task(
+                "kernels",
+                f"{kernel}, {backend}",
+                check_kernels,
+                (kernel, backend, scale.checked, device),
+                seconds=15,
+            )
+        yield Task(
+            "kernels",
+            f"gradients, {backend}",
+            check_gradients,
+            (backend, checked[0], device),
+            seconds=15,
+        )
+
+
+def step_tasks(scale: Scale, device: str) -> Iterator[Task]:
+    """The rates of the card, and the step tables."""
+    yield Task("steps", RATES, rates.measure_rates, (scale, device))
+    tables = (
+        (FIRST_ROWS, scale.centre, PRECISIONS),
+        (FIRST_ROWS[:2], scale.centre.with_aux(), PRECISIONS),
+        (WIDE_ROWS[:3], scale.wide, ("bfloat16 autocast",)),
+        (LATER_ROWS, scale.centre, PRECISIONS),
+        (FIRST_ROWS[2:] + LATER_ROWS, scale.centre.with_aux(), PRECISIONS),
+        (WIDE_ROWS[3:], scale.wide, ("bfloat16 autocast",)),
+        (WIDE_ROWS, scale.wide.with_aux(), ("bfloat16 autocast",)),
+    )
+    for rows, shape, precisions in tables:
+        for precision in precisions:
+            for row in rows:
+                if row[1] == "triton_prefilter" and precision != "float32":
+                    continue
+                yield from _step_task(row, shape, precision, scale, device)
+
+
+def _step_task(
+    row: tuple[str, str | None, bool],
+    shape: Shape,
+    precision: str,
+    scale: Scale,
+    device: str,
+) -> Iterator[Task]:
+    subject, backend, cuda_graph = row
+    if scale.subjects is not None and subject not in scale.subjects:
+        return
+    if shape.aux and not SUBJECTS[subject].has_aux:
+        return
+    machine = Machine(
+        device, backend=backend, cuda_graph=cuda_graph, **PRECISIONS[precision]
+    )
+    facts = steps.facts(subject, shape, machine, precision)
+    name = [subject, backend, "graph" if cuda_graph else None, precision]
+    name += [f"d_sae {shape.d_sae}", "10% dead" if shape.aux else None]
+    yield Task(
+        "steps",
+        ", ".join(part for part in name if part is not None),
+        steps.measure_step,
+        (subject, shape, machine, scale.pace),
+        facts=facts,
+        like=f"{subject} {backend} {shape.d_sae}",
+    )
+
+
+def memory_tasks(scale: Scale, device: str) -> Iterator[Task]:
+    """Peak memory over d_sae, with a tenth of the features dead."""
+    for d_in in scale.memory_d_in:
+        for subject, backend in ((OURS[0], "triton"), (RIVALS[0], None)):
+            for d_sae in scale.memory_d_sae:
+                shape = replace(scale.centre, d_in=d_in, d_sae=d_sae).with_aux()
+                machine = Machine(device, backend=backend)
+                yield Task(
+                    "memory",
+                    f"{subject}, d_in {d_in}, d_sae {d_sae}",
+                    steps.measure_memory,
+                    (subject, shape, machine),
+                    facts=steps.facts(subject, shape, machine),
+                    like=f"{subject} {d_in}",
+                )
+
+
+def pipeline_tasks(scale: Scale, device: str) -> Iterator[Task]:
+    """Whole trainings on a language model, as ours starts them: with the backend it chooses."""
+    for precision in ("float32", "bfloat16 autocast"):
+        for architecture in (language_model.OURS, "batchtopk"):
+            machine = Machine(device, **PRECISIONS[precision])
+            yield Task(
+                "pipeline",
+                f"{architecture}, {precision}",
+                language_model.measure_pipeline,
+                (architecture, scale.language_model, machine),
+                facts={"architecture": architecture, "precision": precision},
+                seconds=30,
+            )
+
+
+def synthetic_tasks(scale: Scale, device: str) -> Iterator[Task]:
+    """
+    The shortest trainings, by which the seconds of the others are foretold, and then the longest
+    that fit for all architectures alike.
+    """
+    sizes = scale.synthetic
+    for samples in (sizes.samples[0], *reversed(sizes.samples[1:])):
+        for architecture in synthetic.ARCHITECTURES:
+            machine = Machine(device)
+            yield Task(
+                "synthetic",
+                f"{architecture}, {samples} samples",
+                synthetic.train_and_evaluate,
+                (architecture, samples, sizes, machine),
+                facts={"architecture": architecture, "samples": samples},
+                # 50,000 samples a second, and the model of the data
+                seconds=20 + samples / 50_000,
+                like=architecture,
+                size=samples,
+                together=str(samples),
+                limit=600,
+            )
