@@ -103,8 +103,8 @@ def _train(
     torch.manual_seed(0)
     if not machine.is_cuda:
         # Libraries load code on first use, which is not the step's memory.
-        tiny = Shape(d_in=8, d_sae=64, k=2, batch=16, aux=shape.aux)
-        SUBJECTS[name].build(tiny, machine).train(iter(_data(tiny, machine)))
+        tiny = Shape(d_in=8, d_sae=40, k=2, batch=8, aux=shape.aux)
+        SUBJECTS[name].build(tiny, machine).train(iter(_data(tiny, machine)[:2]))
     before = _bytes_before(machine)
     subject = SUBJECTS[name].build(shape, machine)
     subject.train(batches)

@@ -198,7 +198,7 @@ def sae_lens_jumprelu(shape: Shape, machine: Machine) -> Subject:
 def _with_sae_lens_trainer(
     trainer_class: type[SAETrainer[Any, Any]], sae: Any, shape: Shape, machine: Machine
 ) -> Subject:
-    options = {"cuda_graph": True} if machine.cuda_graph else {}
+    options: dict[str, Any] = {"cuda_graph": True} if machine.cuda_graph else {}
     trainer = trainer_class(
         **options,
         cfg=SAETrainerConfig(

@@ -3,6 +3,7 @@
 import itertools
 import os
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -21,6 +22,40 @@ from sae_lens_alloc.ops.sparse import (
     sparse_times_dense,
     sparse_times_dense_transposed,
 )
+
+
+@dataclass(frozen=True)
+class Setting:
+    """
+    Args:
+        shape: Sizes of the tensors.
+        dtype: Dtype of weights and inputs.
+        backend: Backend that is checked.
+        device: Where.
+    """
+
+    shape: Shape
+    dtype: torch.dtype
+    backend: str
+    device: str
+
+    def __str__(self) -> str:
+        shape = self.shape
+        size = f"{shape.batch} x {shape.d_in} to {shape.d_sae}"
+        return f"{size}, {str(self.dtype).removeprefix('torch.')}"
+
+    def tolerance(self, inputs: EncoderInputs) -> float:
+        """How far affinities may be off."""
+        # torch's products of low precision are rounded to it, Triton's kernels keep float32
+        is_triton = self.backend.startswith("triton")
+        return inputs.tolerance(torch.float32 if is_triton else self.dtype)
+
+    def inputs(self) -> Iterator[tuple[str, EncoderInputs]]:
+        """What affinities come from, by name."""
+        torch.manual_seed(0)
+        yield "real numbers", random_inputs(self.shape, self.dtype, self.device)
+        yield "ties", exact_inputs(self.shape, self.dtype, self.device)
+
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # Sums in float32 are off by less.
@@ -42,10 +77,8 @@ def check_kernels(
     torch.set_float32_matmul_precision("highest")
     n_cases, wrong = 0, {}
     for shape, dtype in itertools.product(shapes, DTYPES):
-        where = (
-            f"{shape.batch} x {shape.d_in} to {shape.d_sae}, {str(dtype).split('.')[1]}"
-        )
-        for name, check in KERNELS[kernel](shape, dtype, backend, device):
+        setting = Setting(shape, dtype, backend, device)
+        for name, check in KERNELS[kernel](setting):
             n_cases += 1
             try:
                 complaint = check()
@@ -53,12 +86,13 @@ def check_kernels(
                 first_line = (str(error).strip() or "no message").splitlines()[0]
                 complaint = f"{type(error).__name__}: {first_line}"
             if complaint is not None:
-                wrong[f"{name}, {where}"] = complaint
+                wrong[f"{name}, {setting}"] = complaint
     return {"n_cases": n_cases, "wrong": wrong}
 
 
-def products(shape: Shape, dtype: torch.dtype, backend: str, device: str) -> Cases:
+def products(setting: Setting) -> Cases:
     """Products of pairs in float32 with dense matrices of a dtype."""
+    shape, device = setting.shape, setting.device
     generator = torch.Generator(device).manual_seed(1)
     n_pairs = shape.k * shape.batch
     positions = torch.randint(
@@ -72,7 +106,7 @@ def products(shape: Shape, dtype: torch.dtype, backend: str, device: str) -> Cas
     ).index_put_((rows, columns), values.double())
     dense = torch.randn(shape.d_sae, shape.d_in, generator=generator, device=device)
     left = torch.randn(shape.batch, shape.d_in, generator=generator, device=device)
-    dense = dense.to(dtype)
+    dense = dense.to(setting.dtype)
     arguments = (rows, columns, values, shape.batch, dense)
 
     def too_far(actual: torch.Tensor, expected: torch.Tensor) -> str | None:
@@ -98,10 +132,11 @@ def products(shape: Shape, dtype: torch.dtype, backend: str, device: str) -> Cas
     )
 
 
-def mutual_choice(shape: Shape, dtype: torch.dtype, backend: str, device: str) -> Cases:
+def mutual_choice(setting: Setting) -> Cases:
     """The budget's pairs and the counts above thresholds, whatever the guess of the cut is."""
-    for kind, inputs in _inputs(shape, dtype, device):
-        affinities, tolerance = inputs.affinities, _tolerance(inputs, dtype, backend)
+    shape, device = setting.shape, setting.device
+    for kind, inputs in setting.inputs():
+        affinities, tolerance = inputs.affinities, setting.tolerance(inputs)
         budget = shape.k * shape.batch
         largest = affinities.flatten().topk(budget).values
         cut = largest[-1].clamp(min=1e-3).float()
@@ -127,12 +162,11 @@ def mutual_choice(shape: Shape, dtype: torch.dtype, backend: str, device: str) -
             yield f"{kind}, guess {name}", lambda guess=guess, check=check: check(guess)
 
 
-def feature_choice(
-    shape: Shape, dtype: torch.dtype, backend: str, device: str
-) -> Cases:
+def feature_choice(setting: Setting) -> Cases:
     """Each feature's quota, demand and count above its threshold, whatever its bound is."""
-    for kind, inputs in _inputs(shape, dtype, device):
-        affinities, tolerance = inputs.affinities, _tolerance(inputs, dtype, backend)
+    shape, device = setting.shape, setting.device
+    for kind, inputs in setting.inputs():
+        affinities, tolerance = inputs.affinities, setting.tolerance(inputs)
         mean_quota = max(1, shape.k * shape.batch // shape.d_sae)
         quotas = torch.randint(0, 2 * mean_quota + 1, (shape.d_sae,), device=device)
         quotas.clamp_(max=shape.batch)
@@ -176,10 +210,11 @@ def feature_choice(
             yield f"{kind}, bound {name}", lambda bound=bound, check=check: check(bound)
 
 
-def auxiliary(shape: Shape, dtype: torch.dtype, backend: str, device: str) -> Cases:
+def auxiliary(setting: Setting) -> Cases:
     """Each token's largest affinities of the flagged features, negative ones too."""
-    for kind, inputs in _inputs(shape, dtype, device):
-        tolerance = _tolerance(inputs, dtype, backend)
+    shape, device = setting.shape, setting.device
+    for kind, inputs in setting.inputs():
+        tolerance = setting.tolerance(inputs)
         for share, k_aux in ((0.1, shape.k), (0.1, shape.d_in // 2), (1.0, shape.k)):
             flagged = torch.rand(shape.d_sae, device=device) < share
             flagged[0] = True
@@ -204,22 +239,9 @@ def auxiliary(shape: Shape, dtype: torch.dtype, backend: str, device: str) -> Ca
             yield f"{kind}, {k_aux} of {share:.0%}", check
 
 
-KERNELS: dict[str, Callable[[Shape, torch.dtype, str, str], Cases]] = {
+KERNELS: dict[str, Callable[[Setting], Cases]] = {
     "products": products,
     "mutual_choice": mutual_choice,
     "feature_choice": feature_choice,
     "auxiliary": auxiliary,
 }
-
-
-def _inputs(
-    shape: Shape, dtype: torch.dtype, device: str
-) -> Iterator[tuple[str, EncoderInputs]]:
-    torch.manual_seed(0)
-    yield "real numbers", random_inputs(shape, dtype, device)
-    yield "ties", exact_inputs(shape, dtype, device)
-
-
-def _tolerance(inputs: EncoderInputs, dtype: torch.dtype, backend: str) -> float:
-    # torch's products of low precision are rounded to it, those of Triton's kernels are not
-    return inputs.tolerance(torch.float32 if backend.startswith("triton") else dtype)

@@ -4,7 +4,8 @@ tokens: nothing is downloaded, and the time does not depend on what the weights 
 """
 
 import time
-from dataclasses import replace
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -38,56 +39,38 @@ def measure_pipeline(
     the second training longer than the first.
     """
     machine.prepare()
+    torch.manual_seed(0)
+    model, text = language_model(scale, machine), random_text(scale)
+
+    def train(tokens: int) -> None:
+        with TemporaryDirectory() as output:
+            cfg = _config(architecture, scale, machine, tokens, Path(output))
+            runner_class = (
+                AllocSAETrainingRunner
+                if architecture == OURS
+                else LanguageModelSAETrainingRunner
+            )
+            runner_class(cfg, override_dataset=text, override_model=model).run()
+
     # what is compiled or loaded at first use does not count
-    short = replace(scale, training_tokens=WARM_UP_STEPS * scale.batch)
-    _train(architecture, short, machine, None)
-    seconds = _train(architecture, scale, machine, None)
+    train(WARM_UP_STEPS * scale.batch)
+    with _timed_fit(machine) as taken:
+        train(scale.training_tokens)
     clock = Clock(lambda: synchronize(machine))
     time_the_parts(clock)
     with clock.part("run"):
-        _train(architecture, scale, machine, clock)
+        train(scale.training_tokens)
     return {
         "training_tokens": scale.training_tokens,
-        "tokens_per_second": scale.training_tokens / seconds,
+        "tokens_per_second": scale.training_tokens / sum(taken),
         "seconds": clock.seconds(),
         "background_seconds": clock.seconds_of_other_threads(),
     }
 
 
-def _train(
-    architecture: str,
-    scale: LanguageModelScale,
-    machine: Machine,
-    clock: Clock | None,
-) -> float:
-    """Runs a whole training, and returns the seconds of its loop."""
-    taken: list[float] = []
-    with TemporaryDirectory() as output:
-        runner = _runner(architecture, scale, machine, Path(output))
-        fit = SAETrainer.fit
-        if clock is None:
-
-            def timed_fit(self: SAETrainer[Any, Any]) -> Any:
-                synchronize(machine)
-                start = time.perf_counter()
-                sae = fit(self)
-                synchronize(machine)
-                taken.append(time.perf_counter() - start)
-                return sae
-
-            SAETrainer.fit = timed_fit
-        try:
-            runner.run()
-        finally:
-            SAETrainer.fit = fit
-    return sum(taken)
-
-
-def _runner(
-    architecture: str, scale: LanguageModelScale, machine: Machine, output: Path
-) -> LanguageModelSAETrainingRunner:
-    torch.manual_seed(0)
-    model = HookedTransformer(
+def language_model(scale: LanguageModelScale, machine: Machine) -> HookedTransformer:
+    """A randomly initialised model."""
+    return HookedTransformer(
         HookedTransformerConfig(
             n_layers=scale.n_layers,
             d_model=scale.d_model,
@@ -99,16 +82,44 @@ def _runner(
             device=machine.device,
         )
     )
-    # twice what is trained on, for the held-out activations and the calibration
+
+
+def random_text(scale: LanguageModelScale) -> Dataset:
+    """Tokens for the training, and as many again to hold out and to calibrate on."""
     n_texts = 2 * scale.training_tokens // scale.context_size + 4 * CONTEXTS_PER_BATCH
     tokens = torch.randint(scale.vocabulary, (n_texts, scale.context_size))
-    text = Dataset.from_dict({"input_ids": tokens.tolist()})
-    runner_class = (
-        AllocSAETrainingRunner
-        if architecture == OURS
-        else LanguageModelSAETrainingRunner
-    )
-    cfg = LanguageModelSAERunnerConfig.from_dict(
+    return Dataset.from_dict({"input_ids": tokens.tolist()})
+
+
+@contextmanager
+def _timed_fit(machine: Machine) -> Iterator[list[float]]:
+    """A list of the seconds that each training loop within takes."""
+    taken: list[float] = []
+    fit = SAETrainer.fit
+
+    def timed(self: SAETrainer[Any, Any]) -> Any:
+        synchronize(machine)
+        start = time.perf_counter()
+        sae = fit(self)
+        synchronize(machine)
+        taken.append(time.perf_counter() - start)
+        return sae
+
+    SAETrainer.fit = timed
+    try:
+        yield taken
+    finally:
+        SAETrainer.fit = fit
+
+
+def _config(
+    architecture: str,
+    scale: LanguageModelScale,
+    machine: Machine,
+    tokens: int,
+    output: Path,
+) -> LanguageModelSAERunnerConfig[Any]:
+    return LanguageModelSAERunnerConfig.from_dict(
         {
             "sae": {
                 "architecture": architecture,
@@ -122,7 +133,7 @@ def _runner(
             "context_size": scale.context_size,
             "is_dataset_tokenized": True,
             "prepend_bos": False,
-            "training_tokens": scale.training_tokens,
+            "training_tokens": tokens,
             "train_batch_size_tokens": scale.batch,
             "n_batches_in_buffer": 16,
             "store_batch_size_prompts": CONTEXTS_PER_BATCH,
@@ -137,4 +148,3 @@ def _runner(
             "logger": {"log_to_wandb": False},
         }
     )
-    return runner_class(cfg, override_dataset=text, override_model=model)

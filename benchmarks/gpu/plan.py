@@ -88,11 +88,11 @@ def step_tasks(scale: Scale, device: str) -> Iterator[Task]:
     """The rates of the card, and the step tables."""
     yield Task("steps", RATES, rates.measure_rates, (scale, device))
     tables = (
-        (FIRST_ROWS, scale.centre, PRECISIONS),
-        (FIRST_ROWS[:2], scale.centre.with_aux(), PRECISIONS),
+        (FIRST_ROWS, scale.centre, scale.precisions),
+        (FIRST_ROWS[:2], scale.centre.with_aux(), scale.precisions),
         (WIDE_ROWS[:3], scale.wide, ("bfloat16 autocast",)),
-        (LATER_ROWS, scale.centre, PRECISIONS),
-        (FIRST_ROWS[2:] + LATER_ROWS, scale.centre.with_aux(), PRECISIONS),
+        (LATER_ROWS, scale.centre, scale.precisions),
+        (FIRST_ROWS[2:] + LATER_ROWS, scale.centre.with_aux(), scale.precisions),
         (WIDE_ROWS[3:], scale.wide, ("bfloat16 autocast",)),
         (WIDE_ROWS, scale.wide.with_aux(), ("bfloat16 autocast",)),
     )
@@ -116,8 +116,8 @@ def _step_task(
         return
     if shape.aux and not SUBJECTS[subject].has_aux:
         return
-    machine = Machine(
-        device, backend=backend, cuda_graph=cuda_graph, **PRECISIONS[precision]
+    machine = replace(
+        PRECISIONS[precision], device=device, backend=backend, cuda_graph=cuda_graph
     )
     facts = steps.facts(subject, shape, machine, precision)
     name = [subject, backend, "graph" if cuda_graph else None, precision]
@@ -153,7 +153,7 @@ def pipeline_tasks(scale: Scale, device: str) -> Iterator[Task]:
     """Whole trainings on a language model, as ours starts them: with the backend it chooses."""
     for precision in ("float32", "bfloat16 autocast"):
         for architecture in (language_model.OURS, "batchtopk"):
-            machine = Machine(device, **PRECISIONS[precision])
+            machine = replace(PRECISIONS[precision], device=device)
             yield Task(
                 "pipeline",
                 f"{architecture}, {precision}",

@@ -53,9 +53,10 @@ def measure_rates(scale: Scale, device: str) -> dict[str, Any]:
 
     square = Shape(d_in=scale.product, d_sae=scale.product, batch=scale.product)
     flops: dict[str, dict[str, float]] = {}
-    for precision, settings in PRECISIONS.items():
-        torch.set_float32_matmul_precision(str(settings.get("matmul", "highest")))
-        dtype = torch.bfloat16 if "autocast" in settings else torch.float32
+    for precision in scale.precisions:
+        computed = PRECISIONS[precision]
+        computed.prepare()
+        dtype = torch.bfloat16 if computed.autocast else torch.float32
         flops[precision] = {}
         for name, shape in {"square": square, "encoder": scale.centre}.items():
             left = torch.randn(shape.batch, shape.d_in, device=device, dtype=dtype)

@@ -4,12 +4,13 @@ from dataclasses import dataclass
 
 from benchmarks.measure import GPU_PACE, Pace
 from benchmarks.shape import Shape
+from benchmarks.subjects import Machine
 
-# Settings of `Machine` for each precision that steps are measured in.
+# How precisely each step table computes.
 PRECISIONS = {
-    "float32": {"matmul": "highest"},
-    "bfloat16 autocast": {"autocast": True},
-    "TF32": {"matmul": "high"},
+    "float32": Machine(),
+    "bfloat16 autocast": Machine(autocast=True),
+    "TF32": Machine(matmul="high"),
 }
 
 
@@ -84,6 +85,7 @@ class Scale:
         centre: Shape of the step table.
         wide: Shape of the second one, in bfloat16.
         pace: How often steps are timed, None for what the device asks for.
+        precisions: Those of the step table at the centre.
         subjects: Subjects of the step tables, None for all.
         memory_d_in: Widths of the activations in the memory table.
         memory_d_sae: Numbers of features there, the most interesting first.
@@ -102,6 +104,7 @@ class Scale:
     centre: Shape = Shape(d_in=768, d_sae=32_768, k=32, batch=4096)
     wide: Shape = Shape(d_in=2304, d_sae=65_536, k=32, batch=8192)
     pace: Pace | None = GPU_PACE
+    precisions: tuple[str, ...] = tuple(PRECISIONS)
     subjects: tuple[str, ...] | None = None
     memory_d_in: tuple[int, ...] = (768, 4096)
     memory_d_sae: tuple[int, ...] = (2**20, 2**17, 2**15, 2**18, 2**19, 2**16)
@@ -119,12 +122,13 @@ REHEARSAL = Scale(
         Shape(d_in=16, d_sae=64, k=2, batch=16),
         Shape(d_in=5, d_sae=33, k=3, batch=7),
     ),
-    centre=Shape(d_in=8, d_sae=64, k=2, batch=16),
-    wide=Shape(d_in=12, d_sae=128, k=2, batch=32),
+    centre=Shape(d_in=8, d_sae=24, k=2, batch=6),
+    wide=Shape(d_in=12, d_sae=40, k=2, batch=8),
     pace=Pace(warm_up_steps=1, steps_per_round=1, rounds=1),
+    precisions=("float32", "bfloat16 autocast"),
     subjects=("mutual_choice", "SAELens batchtopk", "sparsify topk"),
     memory_d_in=(8,),
-    memory_d_sae=(128, 64),
+    memory_d_sae=(40,),
     product=64,
     copied=2**16,
     language_model=LanguageModelScale(
