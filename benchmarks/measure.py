@@ -99,7 +99,10 @@ def peak_memory(name: str, shape: Shape, machine: Machine) -> dict[str, Any]:
 def _train(
     name: str, shape: Shape, machine: Machine, batches: Iterator[torch.Tensor]
 ) -> dict[str, Any]:
-    """Trains a subject on the batches, and returns the memory this took."""
+    """
+    Trains a subject on the batches, and returns the memory this took, and whether it replays
+    a CUDA graph where it was asked to.
+    """
     torch.manual_seed(0)
     if not machine.is_cuda:
         # Libraries load code on first use, which is not the step's memory.
@@ -109,10 +112,13 @@ def _train(
     subject = SUBJECTS[name].build(shape, machine)
     subject.train(batches)
     persistent = subject.persistent_bytes()
-    return {
+    result = {
         "persistent_bytes": persistent,
         "working_bytes": _peak_bytes(machine) - before - persistent,
     }
+    if machine.cuda_graph:
+        result["replays_graph"] = subject.replays_graph()
+    return result
 
 
 def _timed(

@@ -14,18 +14,6 @@ from benchmarks.subjects import SUBJECTS, Machine
 RATES = "rates"
 # Torch's backend last: it is what the others must beat.
 BACKENDS = ("triton", "triton_prefilter", "torch")
-OURS = ("mutual_choice", "mutual_choice, first quarter")
-# Rivals by how soon they are measured.
-RIVALS = (
-    "SAELens batchtopk",
-    "sparsify topk",
-    "SAELens topk",
-    "SAELens jumprelu",
-    "dictionary_learning batchtopk",
-    "sparsify topk, Adam",
-    "dictionary_learning topk",
-)
-CHOSEN = ("mutual_choice", None, False)
 # Subject, backend and CUDA graph of the rows of a step table, in the order in which they are
 # measured. The low-precision prefilter is for float32 alone. Torch's backend asks the device how
 # many pairs there are, so that it cannot be a graph.
@@ -39,13 +27,23 @@ FIRST_ROWS = (
     ("mutual_choice", "torch", False),
 )
 LATER_ROWS = (
-    CHOSEN,
+    ("mutual_choice", None, False),  # as ours starts a training
     ("mutual_choice", "triton_prefilter", True),
+    ("mutual_choice, row-sparse Adam", "triton", False),
     ("mutual_choice, first quarter", "triton", True),
     ("mutual_choice, first quarter", "triton_prefilter", False),
     ("mutual_choice, first quarter", "triton_prefilter", True),
     ("mutual_choice, first quarter", "torch", False),
-    *((rival, None, False) for rival in RIVALS[2:]),
+    ("SAELens topk", None, False),
+    ("SAELens jumprelu", None, False),
+    ("dictionary_learning batchtopk", None, False),
+    ("sparsify topk, Adam", None, False),
+    ("dictionary_learning topk", None, False),
+)
+MEMORY_ROWS = (
+    ("mutual_choice", "triton"),
+    ("SAELens batchtopk", None),
+    ("mutual_choice, row-sparse Adam", "triton"),
 )
 WIDE_ROWS = tuple(row for row in FIRST_ROWS if row[1] != "triton_prefilter")
 
@@ -135,7 +133,7 @@ def _step_task(
 def memory_tasks(scale: Scale, device: str) -> Iterator[Task]:
     """Peak memory over d_sae, with a tenth of the features dead."""
     for d_in in scale.memory_d_in:
-        for subject, backend in ((OURS[0], "triton"), (RIVALS[0], None)):
+        for subject, backend in MEMORY_ROWS:
             for d_sae in scale.memory_d_sae:
                 shape = replace(scale.centre, d_in=d_in, d_sae=d_sae).with_aux()
                 machine = Machine(device, backend=backend)

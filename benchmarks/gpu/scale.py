@@ -126,7 +126,10 @@ REHEARSAL = Scale(
     wide=Shape(d_in=12, d_sae=40, k=2, batch=8),
     pace=Pace(warm_up_steps=1, steps_per_round=1, rounds=1),
     precisions=("float32", "bfloat16 autocast"),
-    subjects=("mutual_choice", "SAELens batchtopk", "sparsify topk"),
+    subjects=(
+        *("mutual_choice", "mutual_choice, first quarter"),
+        *("mutual_choice, row-sparse Adam", "SAELens batchtopk", "sparsify topk"),
+    ),
     memory_d_in=(8,),
     memory_d_sae=(40,),
     product=64,

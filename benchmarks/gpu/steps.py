@@ -1,6 +1,5 @@
 """Training steps and their memory on a card: `benchmarks.measure`, where all is there for it."""
 
-import inspect
 from dataclasses import asdict
 from typing import Any
 
@@ -10,7 +9,6 @@ from benchmarks.gpu.task import NotAvailableError
 from benchmarks.measure import Pace, peak_memory, time_step
 from benchmarks.shape import Shape
 from benchmarks.subjects import SUBJECTS, Machine
-from sae_lens_alloc import AllocSAETrainer
 from sae_lens_alloc.ops.backend import backend_for, why_unavailable
 
 
@@ -34,16 +32,10 @@ def measure_memory(name: str, shape: Shape, machine: Machine) -> dict[str, Any]:
 
 
 def require_available(name: str, machine: Machine) -> None:
-    """
-    Raises NotAvailableError if the library of a subject, the backend or the CUDA graph is not
-    there.
-    """
+    """Raises NotAvailableError if the library of a subject or the backend is not there."""
     kind = SUBJECTS[name]
     if not kind.is_installed:
         raise NotAvailableError(f"{kind.module} is not installed")
-    parameters = inspect.signature(AllocSAETrainer.__init__).parameters
-    if machine.cuda_graph and "cuda_graph" not in parameters:
-        raise NotAvailableError("the trainer has no cuda_graph")
     if machine.backend is not None:
         backend: Any = machine.backend
         reason = why_unavailable(backend, torch.device(machine.device))

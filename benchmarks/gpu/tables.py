@@ -103,7 +103,7 @@ def _step_table(rows: list[Row], precision: str, rates: Row) -> str:
     ]
     for row in sorted(rows, key=lambda row: (row["aux"], seconds(row))):
         lines.append(
-            f"| {row['subject']} | {_backend(row)} | {'yes' if row['cuda_graph'] else ''} "
+            f"| {row['subject']} | {_backend(row)} | {_graph(row)} "
             f"| {'10%' if row['aux'] else 'none'} | {_spread(row['seconds'])} "
             f"| {times_floor(row):.2f} | {_times_faster(row, rows)} "
             f"| {row['batch'] / seconds(row):,.0f} "
@@ -117,6 +117,12 @@ def _backend(row: Row) -> str:
     if used is None:
         return ""
     return used if row["backend"] else f"{used} (its own choice)"
+
+
+def _graph(row: Row) -> str:
+    if not row["cuda_graph"]:
+        return ""
+    return "yes" if row["replays_graph"] else "asked for, none recorded"
 
 
 def _times_faster(row: Row, rows: list[Row]) -> str:
