@@ -107,7 +107,7 @@ def _train(
     if not machine.is_cuda:
         # Libraries load code on first use, which is not the step's memory.
         tiny = Shape(d_in=8, d_sae=40, k=2, batch=8, aux=shape.aux)
-        SUBJECTS[name].build(tiny, machine).train(iter(_data(tiny, machine)[:2]))
+        SUBJECTS[name].build(tiny, machine).train(iter(_data(tiny, machine)[:1]))
     before = _bytes_before(machine)
     subject = SUBJECTS[name].build(shape, machine)
     subject.train(batches)

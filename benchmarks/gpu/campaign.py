@@ -74,7 +74,8 @@ def run_campaign(results: Results, tasks: Sequence[Task], minutes: float) -> boo
         minutes: Time from now.
 
     Returns:
-        Whether all of them are done.
+        Whether none is missing or failed. What needs something that is not there is tried
+        again in the next run, but is not missing.
     """
     start = time.monotonic()
     deadline = start + 60 * minutes
@@ -97,7 +98,8 @@ def run_campaign(results: Results, tasks: Sequence[Task], minutes: float) -> boo
                 result["wall_seconds"] = round(time.monotonic() - began, 2)
                 results.keep(task, result)
                 print(f"{key}: {_summary(result)}", file=sys.stderr, flush=True)
-    return all(results.is_done(task) for task in tasks)
+    found = [results.find(task) for task in tasks]
+    return all(result is not None and "failed" not in result for result in found)
 
 
 def run_task(task: Task, seconds: float) -> Result:

@@ -6,7 +6,7 @@ from dataclasses import replace
 from benchmarks.gpu import language_model, rates, steps, synthetic
 from benchmarks.gpu.gradient_checks import check_gradients
 from benchmarks.gpu.kernel_checks import KERNELS, check_kernels
-from benchmarks.gpu.scale import PRECISIONS, Scale
+from benchmarks.gpu.scale import PRECISIONS, Scale, StepRow
 from benchmarks.gpu.task import Task
 from benchmarks.shape import Shape
 from benchmarks.subjects import SUBJECTS, Machine
@@ -14,38 +14,11 @@ from benchmarks.subjects import SUBJECTS, Machine
 RATES = "rates"
 # Torch's backend last: it is what the others must beat.
 BACKENDS = ("triton", "triton_prefilter", "torch")
-# Subject, backend and CUDA graph of the rows of a step table, in the order in which they are
-# measured. The low-precision prefilter is for float32 alone. Torch's backend asks the device how
-# many pairs there are, so that it cannot be a graph.
-FIRST_ROWS = (
-    ("mutual_choice", "triton", False),
-    ("SAELens batchtopk", None, False),
-    ("mutual_choice, first quarter", "triton", False),
-    ("mutual_choice", "triton", True),
-    ("mutual_choice", "triton_prefilter", False),
-    ("sparsify topk", None, False),
-    ("mutual_choice", "torch", False),
-)
-LATER_ROWS = (
-    ("mutual_choice", None, False),  # as ours starts a training
-    ("mutual_choice", "triton_prefilter", True),
-    ("mutual_choice, row-sparse Adam", "triton", False),
-    ("mutual_choice, first quarter", "triton", True),
-    ("mutual_choice, first quarter", "triton_prefilter", False),
-    ("mutual_choice, first quarter", "triton_prefilter", True),
-    ("mutual_choice, first quarter", "torch", False),
-    ("SAELens topk", None, False),
-    ("SAELens jumprelu", None, False),
-    ("dictionary_learning batchtopk", None, False),
-    ("sparsify topk, Adam", None, False),
-    ("dictionary_learning topk", None, False),
-)
 MEMORY_ROWS = (
     ("mutual_choice", "triton"),
     ("SAELens batchtopk", None),
     ("mutual_choice, row-sparse Adam", "triton"),
 )
-WIDE_ROWS = tuple(row for row in FIRST_ROWS if row[1] != "triton_prefilter")
 
 
 def all_tasks(scale: Scale, device: str) -> list[Task]:
@@ -85,33 +58,33 @@ def kernel_tasks(scale: Scale, device: str) -> Iterator[Task]:
 def step_tasks(scale: Scale, device: str) -> Iterator[Task]:
     """The rates of the card, and the step tables."""
     yield Task("steps", RATES, rates.measure_rates, (scale, device))
+    first, later = scale.first_rows, scale.later_rows
+    dead, in_bfloat16 = scale.centre.with_aux(), ("bfloat16 autocast",)
     tables = (
-        (FIRST_ROWS, scale.centre, scale.precisions),
-        (FIRST_ROWS[:2], scale.centre.with_aux(), scale.precisions),
-        (WIDE_ROWS[:3], scale.wide, ("bfloat16 autocast",)),
-        (LATER_ROWS, scale.centre, scale.precisions),
-        (FIRST_ROWS[2:] + LATER_ROWS, scale.centre.with_aux(), scale.precisions),
-        (WIDE_ROWS[3:], scale.wide, ("bfloat16 autocast",)),
-        (WIDE_ROWS, scale.wide.with_aux(), ("bfloat16 autocast",)),
+        (first, scale.centre, scale.precisions),
+        (first[:2], dead, scale.precisions),
+        (first[:3], scale.wide, in_bfloat16),
+        (later, scale.centre, scale.precisions),
+        (first[2:] + later, dead, scale.precisions),
+        (first[3:], scale.wide, in_bfloat16),
+        (first, scale.wide.with_aux(), in_bfloat16),
     )
     for rows, shape, precisions in tables:
         for precision in precisions:
             for row in rows:
-                if row[1] == "triton_prefilter" and precision != "float32":
-                    continue
-                yield from _step_task(row, shape, precision, scale, device)
+                # the low-precision prefilter is for float32 alone
+                if row[1] != "triton_prefilter" or precision == "float32":
+                    yield from _step_task(row, shape, precision, scale, device)
 
 
 def _step_task(
-    row: tuple[str, str | None, bool],
+    row: StepRow,
     shape: Shape,
     precision: str,
     scale: Scale,
     device: str,
 ) -> Iterator[Task]:
     subject, backend, cuda_graph = row
-    if scale.subjects is not None and subject not in scale.subjects:
-        return
     if shape.aux and not SUBJECTS[subject].has_aux:
         return
     machine = replace(

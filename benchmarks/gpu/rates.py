@@ -53,8 +53,7 @@ def measure_rates(scale: Scale, device: str) -> dict[str, Any]:
 
     square = Shape(d_in=scale.product, d_sae=scale.product, batch=scale.product)
     flops: dict[str, dict[str, float]] = {}
-    for precision in scale.precisions:
-        computed = PRECISIONS[precision]
+    for precision, computed in PRECISIONS.items():
         computed.prepare()
         dtype = torch.bfloat16 if computed.autocast else torch.float32
         flops[precision] = {}

@@ -14,6 +14,34 @@ PRECISIONS = {
 }
 
 
+# Subject, backend, and whether a CUDA graph is asked for. Torch's backend asks the device how many
+# pairs there are, so that it cannot be a graph.
+StepRow = tuple[str, str | None, bool]
+FIRST_ROWS: tuple[StepRow, ...] = (
+    ("mutual_choice", "triton", False),
+    ("SAELens batchtopk", None, False),
+    ("mutual_choice, first quarter", "triton", False),
+    ("mutual_choice", "triton", True),
+    ("mutual_choice", "triton_prefilter", False),
+    ("sparsify topk", None, False),
+    ("mutual_choice", "torch", False),
+)
+LATER_ROWS: tuple[StepRow, ...] = (
+    ("mutual_choice", None, False),  # as ours starts a training
+    ("mutual_choice", "triton_prefilter", True),
+    ("mutual_choice, row-sparse Adam", "triton", False),
+    ("mutual_choice, first quarter", "triton", True),
+    ("mutual_choice, first quarter", "triton_prefilter", False),
+    ("mutual_choice, first quarter", "triton_prefilter", True),
+    ("mutual_choice, first quarter", "torch", False),
+    ("SAELens topk", None, False),
+    ("SAELens jumprelu", None, False),
+    ("dictionary_learning batchtopk", None, False),
+    ("sparsify topk, Adam", None, False),
+    ("dictionary_learning topk", None, False),
+)
+
+
 @dataclass(frozen=True)
 class LanguageModelScale:
     """
@@ -86,7 +114,8 @@ class Scale:
         wide: Shape of the second one, in bfloat16.
         pace: How often steps are timed, None for what the device asks for.
         precisions: Those of the step table at the centre.
-        subjects: Subjects of the step tables, None for all.
+        first_rows: Rows of the step tables in the order in which they are measured.
+        later_rows: Further rows at the centre.
         memory_d_in: Widths of the activations in the memory table.
         memory_d_sae: Numbers of features there, the most interesting first.
         product: Side of the square matrices whose product gives the rate of products.
@@ -105,7 +134,8 @@ class Scale:
     wide: Shape = Shape(d_in=2304, d_sae=65_536, k=32, batch=8192)
     pace: Pace | None = GPU_PACE
     precisions: tuple[str, ...] = tuple(PRECISIONS)
-    subjects: tuple[str, ...] | None = None
+    first_rows: tuple[StepRow, ...] = FIRST_ROWS
+    later_rows: tuple[StepRow, ...] = LATER_ROWS
     memory_d_in: tuple[int, ...] = (768, 4096)
     memory_d_sae: tuple[int, ...] = (2**20, 2**17, 2**15, 2**18, 2**19, 2**16)
     product: int = 8192
@@ -120,18 +150,26 @@ REHEARSAL = Scale(
     name="rehearsal",
     checked=(
         Shape(d_in=16, d_sae=64, k=2, batch=16),
-        Shape(d_in=5, d_sae=33, k=3, batch=7),
+        Shape(d_in=5, d_sae=13, k=2, batch=5),
     ),
-    centre=Shape(d_in=8, d_sae=24, k=2, batch=6),
-    wide=Shape(d_in=12, d_sae=40, k=2, batch=8),
+    centre=Shape(d_in=8, d_sae=12, k=2, batch=4),
+    wide=Shape(d_in=12, d_sae=16, k=2, batch=4),
     pace=Pace(warm_up_steps=1, steps_per_round=1, rounds=1),
-    precisions=("float32", "bfloat16 autocast"),
-    subjects=(
-        *("mutual_choice", "mutual_choice, first quarter"),
-        *("mutual_choice, row-sparse Adam", "SAELens batchtopk", "sparsify topk"),
+    precisions=("float32",),
+    first_rows=(
+        ("mutual_choice", "triton", False),
+        ("SAELens batchtopk", None, False),
+        ("mutual_choice, first quarter", "triton", False),
+        ("mutual_choice", "triton_prefilter", False),
+    ),
+    later_rows=(
+        ("mutual_choice", None, False),
+        ("mutual_choice", "triton", True),
+        ("mutual_choice, row-sparse Adam", "triton", False),
+        ("sparsify topk", None, False),
     ),
     memory_d_in=(8,),
-    memory_d_sae=(40,),
+    memory_d_sae=(16,),
     product=64,
     copied=2**16,
     language_model=LanguageModelScale(
