@@ -6,9 +6,11 @@ import traceback
 from collections.abc import Callable
 from contextlib import redirect_stderr, redirect_stdout
 from multiprocessing.connection import Connection
+from threading import Lock
 from typing import Any
 
 TRACEBACK_LINES = 12
+_starting = Lock()
 
 
 class ProcessFailed(Exception):
@@ -50,7 +52,8 @@ def in_own_process(
     process = context.Process(
         target=_send_result, args=(sender, function, arguments), daemon=True
     )
-    process.start()
+    with _starting:
+        process.start()
     sender.close()
     try:
         if not receiver.poll(seconds):

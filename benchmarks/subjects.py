@@ -1,11 +1,13 @@
 """What is compared: each library's own training loop, from batch to updated weights."""
 
 import os
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from importlib import import_module
 from importlib.util import find_spec
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -338,6 +340,11 @@ def dictionary_learning_topk(shape: Shape, machine: Machine) -> Subject:
 def _with_dictionary_learning_trainer(
     trainer_name: str, shape: Shape, machine: Machine
 ) -> Subject:
+    if "nnsight" not in sys.modules and find_spec("nnsight") is None:
+        # needed by its activation buffer, which is not in use here
+        stand_in: Any = ModuleType("nnsight")
+        stand_in.LanguageModel = None
+        sys.modules["nnsight"] = stand_in
     trainer: Any = getattr(import_module("dictionary_learning.trainers"), trainer_name)(
         steps=MANY_STEPS,
         activation_dim=shape.d_in,

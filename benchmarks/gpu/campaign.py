@@ -3,7 +3,9 @@
 import sys
 import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 from benchmarks.gpu.task import NotAvailableError, Result, Task
@@ -20,6 +22,10 @@ PARTS = {
     "pipeline": 0.85,
     "synthetic": 1.0,
 }
+# Where nothing is timed, several tasks run at once: most of their time is spent compiling.
+JOBS = {"kernels": 4}
+# Parts in which too little memory is a result, that another try would not change.
+MEMORY_IS_A_RESULT = ("steps", "memory")
 
 
 class Results:
@@ -27,6 +33,7 @@ class Results:
 
     def __init__(self, folder: Path, about: dict[str, Any]) -> None:
         self.path = folder / FILENAME
+        self._lock = Lock()
         self.content = load_results(self.path, about) or {
             **about,
             **{part: {} for part in PARTS},
@@ -37,21 +44,25 @@ class Results:
         return self.content[task.part].get(task.name)
 
     def is_done(self, task: Task) -> bool:
-        """Whether there is a result that another try would not change."""
+        """Whether there is a result that is not to be tried again."""
         result = self.find(task)
-        return result is not None and not {"failed", "not_available"} & result.keys()
+        return result is not None and not (
+            has_failed(result) or "not_available" in result
+        )
 
     def keep(self, task: Task, result: Result) -> None:
         """Writes the result of a task."""
-        self.content[task.part][task.name] = {**task.facts, **result}
-        write_results(self.path, self.content)
+        with self._lock:
+            self.content[task.part][task.name] = {**task.facts, **result}
+            write_results(self.path, self.content)
 
     def expected_seconds(self, task: Task, tasks: Sequence[Task]) -> float:
         """What a task will take: the most that one of its kind took, else its own guess."""
         found = [
             expected_from(result, task.size / other.size)
             for other in tasks
-            if other.like == task.like
+            if task.like
+            and other.like == task.like
             and self.is_done(other)
             and (result := self.find(other)) is not None
         ]
@@ -62,6 +73,11 @@ def expected_from(result: Result, times_larger: float) -> float:
     """Seconds of a task so many times as large as one that was done, but for what is fixed."""
     fixed = result.get("fixed_seconds", 0.0)
     return fixed + (result["wall_seconds"] - fixed) * max(1.0, times_larger)
+
+
+def has_failed(result: Result) -> bool:
+    """Whether a task gave no result, or found something wrong."""
+    return "failed" in result or bool(result.get("wrong"))
 
 
 def run_campaign(results: Results, tasks: Sequence[Task], minutes: float) -> bool:
@@ -79,27 +95,30 @@ def run_campaign(results: Results, tasks: Sequence[Task], minutes: float) -> boo
     """
     start = time.monotonic()
     deadline = start + 60 * minutes
-    tried: set[str] = set()
+    tried: set[tuple[str, str]] = set()
+
+    def attempt(task: Task, of_part: Sequence[Task], leave: float) -> None:
+        now, key = time.monotonic(), (task.part, task.name)
+        if results.is_done(task) or key in tried or now >= leave:
+            return
+        if _seconds_of_all(results, task, of_part) > deadline - now:
+            return
+        tried.add(key)
+        result = run_task(task, min(task.limit, deadline - now))
+        result["wall_seconds"] = round(time.monotonic() - now, 2)
+        results.keep(task, result)
+        print(f"{': '.join(key)}: {summary(result)}", file=sys.stderr, flush=True)
+
     for is_first_round in (True, False):
         for part, share in PARTS.items():
             leave = start + 60 * minutes * share if is_first_round else deadline
             of_part = [task for task in tasks if task.part == part]
             # what failed before comes after what was never tried
-            for task in sorted(of_part, key=lambda t: results.find(t) is not None):
-                key = f"{part}: {task.name}"
-                if results.is_done(task) or key in tried or time.monotonic() >= leave:
-                    continue
-                left = deadline - time.monotonic()
-                if _seconds_of_all(results, task, of_part) > left:
-                    continue
-                tried.add(key)
-                began = time.monotonic()
-                result = run_task(task, min(task.limit, left))
-                result["wall_seconds"] = round(time.monotonic() - began, 2)
-                results.keep(task, result)
-                print(f"{key}: {_summary(result)}", file=sys.stderr, flush=True)
+            order = sorted(of_part, key=lambda t: results.find(t) is not None)
+            with ThreadPoolExecutor(JOBS.get(part, 1)) as pool:
+                list(pool.map(lambda t: attempt(t, of_part, leave), order))
     found = [results.find(task) for task in tasks]
-    return all(result is not None and "failed" not in result for result in found)
+    return all(result is not None and not has_failed(result) for result in found)
 
 
 def run_task(task: Task, seconds: float) -> Result:
@@ -107,7 +126,7 @@ def run_task(task: Task, seconds: float) -> Result:
     try:
         return in_own_process(task.measure, *task.arguments, seconds=seconds)
     except ProcessFailed as failure:
-        if failure.kind == "OutOfMemoryError":
+        if failure.kind == "OutOfMemoryError" and task.part in MEMORY_IS_A_RESULT:
             return {"out_of_memory": failure.message}
         if failure.kind == NotAvailableError.__name__:
             return {"not_available": failure.message.split(": ", 1)[1]}
@@ -126,8 +145,10 @@ def _seconds_of_all(results: Results, task: Task, of_part: Sequence[Task]) -> fl
     return sum(results.expected_seconds(other, of_part) for other in group)
 
 
-def _summary(result: Result) -> str:
+def summary(result: Result) -> str:
+    """A result in a line."""
     for reason in ("failed", "not_available", "out_of_memory"):
         if reason in result:
             return f"{reason.replace('_', ' ')}: {result[reason]}"
-    return f"{result['wall_seconds']:.1f} s"
+    wrong = f", {len(result['wrong'])} wrong" if result.get("wrong") else ""
+    return f"{result['wall_seconds']:.1f} s{wrong}"

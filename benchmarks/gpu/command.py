@@ -19,7 +19,7 @@ from benchmarks.gpu.campaign import Results, run_campaign
 from benchmarks.gpu.plan import all_tasks
 from benchmarks.gpu.rates import describe_card
 from benchmarks.gpu.scale import CARD, REHEARSAL
-from benchmarks.gpu.tables import summary
+from benchmarks.gpu.tables import section
 from benchmarks.own_process import ProcessFailed, in_own_process
 from benchmarks.results import installed_versions
 
@@ -74,7 +74,7 @@ def main(arguments: Sequence[str]) -> None:
     results = Results(args.out, about)
     minutes = args.minutes - (time.monotonic() - started) / 60
     finished = run_campaign(results, all_tasks(scale, args.device), minutes)
-    print(summary(results.content))
+    print(section(results.content))
     if not finished:
         print("not finished: run it again to go on", file=sys.stderr)
         sys.exit(3)

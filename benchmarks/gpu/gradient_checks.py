@@ -59,22 +59,16 @@ def architectures(shape: Shape, device: str) -> dict[str, Any]:
         feature_choice_steps=0,
         matryoshka_widths=[shape.d_sae // 4, shape.d_sae],
     )
-    first: dict[str, Any] = {
-        "feature_choice_steps": N_STEPS,
-        "k_start": 2.0 * shape.k,
-        "k_decay_steps": N_STEPS,
-    }
+    first_phase = replace(
+        mutual,
+        feature_choice_steps=N_STEPS,
+        k_start=2.0 * shape.k,
+        k_decay_steps=N_STEPS,
+    )
     return {
         "mutual_choice": (MutualChoiceTrainingSAE, mutual),
-        "mutual_choice, first quarter": (
-            MutualChoiceTrainingSAE,
-            replace(mutual, **first),
-        ),
+        "mutual_choice, first quarter": (MutualChoiceTrainingSAE, first_phase),
         "matryoshka_mutual_choice": (MatryoshkaMutualChoiceTrainingSAE, nested),
-        "matryoshka_mutual_choice, first half": (
-            MatryoshkaMutualChoiceTrainingSAE,
-            replace(nested, **first),
-        ),
         "feature_choice": (
             FeatureChoiceTrainingSAE,
             FeatureChoiceTrainingSAEConfig(**size),

@@ -3,9 +3,11 @@
 from collections.abc import Iterator
 from dataclasses import replace
 
+import torch
+
 from benchmarks.gpu import language_model, rates, steps, synthetic
 from benchmarks.gpu.gradient_checks import check_gradients
-from benchmarks.gpu.kernel_checks import KERNELS, check_kernels
+from benchmarks.gpu.kernel_checks import DTYPES, KERNELS, check_kernels
 from benchmarks.gpu.scale import PRECISIONS, Scale, StepRow
 from benchmarks.gpu.task import Task
 from benchmarks.shape import Shape
@@ -34,24 +36,27 @@ def all_tasks(scale: Scale, device: str) -> list[Task]:
 
 def kernel_tasks(scale: Scale, device: str) -> Iterator[Task]:
     """Every kernel of every backend, and gradients, against their references."""
-    checked = scale.checked[1:]
     for backend in BACKENDS:
         for kernel in KERNELS:
             if backend == "triton_prefilter" and kernel == "products":
                 continue  # those of triton
-            yield Task(
-                "kernels",
-                f"{kernel}, {backend}",
-                check_kernels,
-                (kernel, backend, scale.checked, device),
-                seconds=15,
-            )
+            for dtype in DTYPES:
+                if backend == "triton_prefilter" and dtype != torch.float32:
+                    continue  # the low-precision prefilter is for float32 alone
+                yield Task(
+                    "kernels",
+                    f"{kernel}, {backend}, {str(dtype).removeprefix('torch.')}",
+                    check_kernels,
+                    (kernel, backend, dtype, scale.checked, device),
+                    seconds=20,
+                    like=f"{kernel}, {backend}",
+                )
         yield Task(
             "kernels",
             f"gradients, {backend}",
             check_gradients,
-            (backend, checked[0], device),
-            seconds=15,
+            (backend, scale.checked[1], device),
+            seconds=20,
         )
 
 
@@ -122,7 +127,7 @@ def memory_tasks(scale: Scale, device: str) -> Iterator[Task]:
 
 def pipeline_tasks(scale: Scale, device: str) -> Iterator[Task]:
     """Whole trainings on a language model, as ours starts them: with the backend it chooses."""
-    for precision in ("float32", "bfloat16 autocast"):
+    for precision in scale.precisions[:2]:
         for architecture in (language_model.OURS, "batchtopk"):
             machine = replace(PRECISIONS[precision], device=device)
             yield Task(
@@ -132,6 +137,7 @@ def pipeline_tasks(scale: Scale, device: str) -> Iterator[Task]:
                 (architecture, scale.language_model, machine),
                 facts={"architecture": architecture, "precision": precision},
                 seconds=30,
+                like=architecture,
             )
 
 

@@ -113,7 +113,7 @@ class Scale:
         centre: Shape of the step table.
         wide: Shape of the second one, in bfloat16.
         pace: How often steps are timed, None for what the device asks for.
-        precisions: Those of the step table at the centre.
+        precisions: Those of the step table at the centre; the first two, of the pipeline.
         first_rows: Rows of the step tables in the order in which they are measured.
         later_rows: Further rows at the centre.
         memory_d_in: Widths of the activations in the memory table.
@@ -176,7 +176,7 @@ REHEARSAL = Scale(
         d_model=16,
         n_layers=2,
         n_heads=2,
-        context_size=32,
+        context_size=128,
         vocabulary=50,
         hooked_layer=1,
         d_sae=64,

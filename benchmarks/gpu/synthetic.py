@@ -4,9 +4,11 @@ budget and learning rate fall over its whole length, so that a longer one is ano
 and not the same one continued.
 """
 
+import copy
 import tempfile
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,10 +20,12 @@ from sae_lens.synthetic import SyntheticModel, SyntheticModelConfig
 from benchmarks.gpu.scale import SyntheticScale
 from benchmarks.subjects import Machine
 from sae_lens_alloc import AllocSAETrainer
+from sae_lens_alloc.evaluation.comparison.config import load_comparison
 from sae_lens_alloc.evaluation.comparison.operating_point import at_l0
 from sae_lens_alloc.evaluation.comparison.synthetic import known_feature_metrics
 from sae_lens_alloc.evaluation.usage import as_user, measure_usage
 
+SYNTHSAEBENCH_2K = Path(__file__).parents[2] / "configs" / "compare_synthetic_2k.yaml"
 LEARNING_RATE = 3e-4
 # Share of the steps over which the learning rate falls to 0 at the end, as in docs/results.md.
 DECAY = 1 / 3
@@ -34,42 +38,17 @@ ARCHITECTURES = (
 
 
 def model_config(scale: SyntheticScale) -> SyntheticModelConfig:
-    """The benchmark as published, at the scale of features, dimensions and roots asked for."""
-    return SyntheticModelConfig.from_dict(
-        {
-            "num_features": scale.num_features,
-            "hidden_dim": scale.hidden_dim,
-            "firing_probability": {
-                "generator_name": "zipfian",
-                "exponent": 0.5,
-                "max_prob": 0.4,
-                "min_prob": 5e-4,
-            },
-            "hierarchy": {
-                "total_root_nodes": scale.root_nodes,
-                "branching_factor": 4,
-                "max_depth": 3,
-                "mutually_exclusive_portion": 1.0,
-                "mutually_exclusive_min_depth": 0,
-                "compensate_probabilities": True,
-                "scale_children_by_parent": True,
-            },
-            "orthogonalization": {"num_steps": 100, "lr": 3e-4},
-            "correlation": {"rank": 25, "correlation_scale": 0.1},
-            "mean_firing_magnitudes": {
-                "generator_name": "linear",
-                "start": 5.0,
-                "end": 4.0,
-            },
-            "std_firing_magnitudes": {
-                "generator_name": "folded_normal",
-                "mean": 0.5,
-                "std": 0.5,
-            },
-            "bias": 0.5,
-            "seed": 42,
-        }
-    )
+    """
+    The model of the data as published. SynthSAEBench-2k differs from SynthSAEBench-16k in
+    these three sizes alone.
+    """
+    comparison, _ = load_comparison(SYNTHSAEBENCH_2K)
+    assert comparison.synthetic is not None
+    settings = copy.deepcopy(dict(comparison.synthetic))
+    settings["num_features"] = scale.num_features
+    settings["hidden_dim"] = scale.hidden_dim
+    settings["hierarchy"]["total_root_nodes"] = scale.root_nodes
+    return SyntheticModelConfig.from_dict(settings)
 
 
 def train_and_evaluate(

@@ -1,9 +1,11 @@
 """Markdown tables of what `python -m benchmarks gpu` measured."""
 
+import json
 import statistics
+from pathlib import Path
 from typing import Any
 
-from benchmarks.gpu.campaign import PARTS
+from benchmarks.gpu.campaign import FILENAME, PARTS
 from benchmarks.gpu.plan import RATES
 from benchmarks.gpu.rates import floor_of_rates
 from benchmarks.gpu.scale import PRECISIONS
@@ -28,25 +30,42 @@ METRICS = {
 }
 
 
-def summary(report: Row) -> str:
-    """All tables there is anything for, and what has no result."""
-    tables = [
-        measured_on(report),
-        kernels_table(report),
-        *step_tables(report),
-        memory_table(report),
-        pipeline_table(report),
-        synthetic_table(report),
-        missing(report),
-    ]
-    return "\n\n".join(table for table in tables if table)
+def section_of(results: Path) -> str:
+    """The results of a campaign as a section of a document, or how to get them."""
+    if not results.exists():
+        return (
+            "Nothing has been measured on a GPU yet: `python -m benchmarks gpu OUT --minutes 8` "
+            f"measures it where there is one, and its `OUT/{FILENAME}`, kept as "
+            f"`docs/results/{results.name}`, is what `make docs` shows here."
+        )
+    return section(json.loads(results.read_text()))
+
+
+def section(report: Row) -> str:
+    """All tables that there is anything for, and what has no result."""
+    tables = {
+        "Kernels against plain formulas in float64": [kernels_table(report)],
+        "A training step": step_tables(report),
+        "Memory": [memory_table(report)],
+        "The whole pipeline on a random language model": [pipeline_table(report)],
+        "SynthSAEBench": [synthetic_table(report)],
+        "Without a result": [missing(report)],
+    }
+    parts = [measured_on(report)]
+    for heading, of_part in tables.items():
+        if any(of_part):
+            parts += [f"### {heading}", *of_part]
+    return "\n\n".join(parts)
 
 
 def measured_on(report: Row) -> str:
     """The card and the versions, in a sentence."""
     versions = ", ".join(f"{name} {v}" for name, v in report["versions"].items())
+    card = report["card"]["name"]
+    if "memory_bytes" in report["card"]:
+        card += f", {report['card']['memory_bytes'] / 1e9:.0f} GB"
     sizes = ", tiny sizes (a rehearsal)" if report["scale"] == "rehearsal" else ""
-    return f"{report['card']['name']}{sizes}; {versions}."
+    return f"{card}{sizes}; {versions}."
 
 
 def kernels_table(report: Row) -> str:
@@ -207,7 +226,7 @@ def missing(report: Row) -> str:
         for reason in NO_RESULT
         if reason in row and not (part == "memory" and reason == "out_of_memory")
     ]
-    return "\n".join(["Without a result:\n", *lines]) if lines else ""
+    return "\n".join(lines)
 
 
 def _with_result(part: dict[str, Row]) -> dict[str, Row]:
