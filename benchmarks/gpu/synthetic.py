@@ -18,11 +18,15 @@ from sae_lens.saes.sae import TrainingSAE, TrainingSAEConfig
 from sae_lens.synthetic import SyntheticModel, SyntheticModelConfig
 
 from benchmarks.gpu.scale import SyntheticScale
+from benchmarks.measure import synchronize
 from benchmarks.subjects import Machine
 from sae_lens_alloc import AllocSAETrainer
 from sae_lens_alloc.evaluation.comparison.config import load_comparison
 from sae_lens_alloc.evaluation.comparison.operating_point import at_l0
-from sae_lens_alloc.evaluation.comparison.synthetic import known_feature_metrics
+from sae_lens_alloc.evaluation.comparison.synthetic import (
+    SAMPLES_PER_BATCH,
+    known_feature_metrics,
+)
 from sae_lens_alloc.evaluation.usage import as_user, measure_usage
 
 SYNTHSAEBENCH_2K = Path(__file__).parents[2] / "configs" / "compare_synthetic_2k.yaml"
@@ -81,15 +85,17 @@ def train_and_evaluate(
         sae,
         _samples(model, scale.batch),
     )
+    synchronize(machine)
     begin = time.perf_counter()
     trainer.fit()
-    validation = model.sample(scale.evaluated)  # waits for the device
+    synchronize(machine)
     training_seconds = time.perf_counter() - begin
+    validation = _drawn(model, scale.evaluated)
     with tempfile.TemporaryDirectory() as folder:
         sae.save_inference_model(folder)
         saved = SAE.load_from_disk(folder, device=machine.device).eval()
     calibrated = at_l0(saved, validation, scale.k)
-    usage = measure_usage(as_user(calibrated), model.sample(scale.evaluated))
+    usage = measure_usage(as_user(calibrated), _drawn(model, scale.evaluated))
     metrics = {
         name: value
         for name, value in usage.to_dict().items()
@@ -121,3 +127,9 @@ def _sae_config(
 def _samples(model: SyntheticModel, batch: int) -> Iterator[torch.Tensor]:
     while True:
         yield model.sample(batch)
+
+
+def _drawn(model: SyntheticModel, n_samples: int) -> torch.Tensor:
+    """So many samples, of which a batch of known features is held at a time."""
+    batches = torch.arange(n_samples).split(SAMPLES_PER_BATCH)
+    return torch.cat([model.sample(len(batch)) for batch in batches])

@@ -2,6 +2,7 @@
 
 import json
 import statistics
+from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
@@ -75,9 +76,11 @@ def kernels_table(report: Row) -> str:
         return ""
     lines = ["| kernel, backend | cases | wrong |", "|---|---|---|"]
     for name, row in rows.items():
-        wrong = [f"{case}: {what}" for case, what in row["wrong"].items()]
-        shown = "; ".join(wrong[:3]) + ("; …" if len(wrong) > 3 else "")
-        lines.append(f"| {name} | {row['n_cases']} | {shown or 'none'} |")
+        cases: defaultdict[str, list[str]] = defaultdict(list)
+        for case, complaint in row["wrong"].items():
+            cases[complaint].append(case)
+        wrong = [f"{what} ({len(of)}: {of[0]})" for what, of in cases.items()]
+        lines.append(f"| {name} | {row['n_cases']} | {'; '.join(wrong) or 'none'} |")
     return "\n".join(lines)
 
 
