@@ -4,6 +4,8 @@ started again with the same file, it goes on where it stopped.
 
     python -m benchmarks docs/results/performance_cpu.json
 
+`python -m benchmarks gpu OUT` is the campaign on a GPU, see benchmarks/gpu/command.py.
+
 First every subject at one shape, the centre; then the sweeps of one axis at a time; then the
 memory of ours as d_sae grows. Subjects that are not installed are left out (see
 benchmarks/requirements.txt).
@@ -20,7 +22,9 @@ from typing import Any
 
 import torch
 
-from benchmarks.measure import in_own_process, peak_memory, time_step
+from benchmarks.gpu.command import main as gpu_campaign
+from benchmarks.measure import peak_memory, time_step
+from benchmarks.own_process import ProcessFailed, in_own_process
 from benchmarks.results import (
     describe_machine,
     installed_versions,
@@ -128,19 +132,28 @@ def measure_all(
                 reason = too_much(at_centre, shape, report.content["limits"])
             if reason is None and time.monotonic() > deadline:
                 return False
-            result = (
-                in_own_process(MEASURES[part], name, shape, machine)
-                if reason is None
-                else {"skipped": reason}
-            )
-            report.add(part, name, shape, result)
+            report.add(part, name, shape, measured(part, name, shape, machine, reason))
             print(f"{part}: {name}, {shape}", file=sys.stderr)
     return True
 
 
+def measured(
+    part: str, name: str, shape: Shape, machine: Machine, reason: str | None
+) -> dict[str, Any]:
+    """The result of a measurement, or why there is none."""
+    if reason is not None:
+        return {"skipped": reason}
+    try:
+        return in_own_process(MEASURES[part], name, shape, machine)
+    except ProcessFailed as failure:
+        if failure.kind:
+            raise
+        return {"skipped": failure.message}
+
+
 def usable_memory_gb(machine: Machine) -> float:
     """Nine tenths of the memory there is."""
-    if torch.device(machine.device).type == "cuda":
+    if machine.is_cuda:
         return 0.9 * torch.cuda.get_device_properties(machine.device).total_memory / 1e9
     return 0.9 * os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 1e9
 
@@ -176,6 +189,9 @@ def parse_args() -> argparse.Namespace:
 
 
 def main() -> None:
+    if sys.argv[1:2] == ["gpu"]:
+        gpu_campaign(sys.argv[2:])
+        return
     args = parse_args()
     machine = Machine(args.device, args.autocast)
     centre = Shape(d_in=args.d_in, d_sae=args.d_sae, k=args.k, batch=args.batch)

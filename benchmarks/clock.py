@@ -17,20 +17,27 @@ class Clock:
 
     Times are kept under the names from the outermost part to the innermost, joined by ";":
     the folded stacks of flame graphs.
+
+    Args:
+        wait: Called at both ends of every part. A GPU works on after it was told what to do: its
+            time falls to the part that told it only if it is waited for there.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, wait: Callable[[], object] = lambda: None) -> None:
+        self._wait = wait
         self._tracks: defaultdict[int, _Track] = defaultdict(_Track)
 
     @contextmanager
     def part(self, name: str) -> Generator[None, None, None]:
         """Counts what happens within as a part."""
         track = self._tracks[threading.get_ident()]
+        self._wait()
         track.turn()
         track.names.append(name)
         try:
             yield
         finally:
+            self._wait()
             track.turn()
             track.names.pop()
 

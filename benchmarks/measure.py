@@ -1,36 +1,59 @@
-"""Measuring one subject at one shape, in a process of its own."""
+"""Measuring one subject at one shape."""
 
-import io
 import itertools
-import multiprocessing
 import resource
 import time
-from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
-from contextlib import redirect_stderr, redirect_stdout
+from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from sae_lens import LanguageModelSAERunnerConfig
 
 from benchmarks.shape import Shape
-from benchmarks.subjects import SUBJECTS, Machine, Subject, floor
+from benchmarks.subjects import SUBJECTS, Machine, floor
 from sae_lens_alloc.training.summary import estimate_memory
 
 N_BATCHES = 4
-# Optimizers make their state in the first step and ours finds its bounds in the first two;
-# where a step takes long, one is enough, and so is one round.
-WARM_UP_STEPS, WARM_UP_SECONDS = 3, 10
-MAX_ROUNDS, ROUNDS_SECONDS = 5, 10
 MEMORY_STEPS = 3
 
 
-def time_step(name: str, shape: Shape, machine: Machine) -> dict[str, Any]:
+@dataclass(frozen=True)
+class Pace:
     """
-    Seconds of training steps of a subject, each right after a step of the floor, so that a
-    slow moment of the machine hits both; and the peak of the subject's working memory.
+    How often a step is timed. Where steps take long, the limits of seconds end both the warm-up
+    and the rounds earlier.
+
+    Args:
+        warm_up_steps: Steps before the first that counts. Optimizers make their state in the
+            first step, and ours finds its bounds in the first two.
+        steps_per_round: Steps from one look at the clock to the next. Where a device is waited
+            for at each look, one step would not be what it is in a training.
+        rounds: Rounds of the floor and the subject in turn.
+        seconds: Limit of the warm-up, and of the subject's share of the rounds.
     """
+
+    warm_up_steps: int = 3
+    steps_per_round: int = 1
+    rounds: int = 5
+    seconds: float = 10
+
+
+# Flags of the auxiliary loss are renewed at every tenth step: a round has one renewal.
+GPU_PACE = Pace(warm_up_steps=20, steps_per_round=10)
+
+
+def time_step(
+    name: str, shape: Shape, machine: Machine, pace: Pace | None = None
+) -> dict[str, Any]:
+    """
+    Seconds of a training step of a subject in each of some rounds, right after as many steps
+    of the floor, so that a slow moment of the machine hits both; and the peak of the subject's
+    working memory.
+    """
+    machine.prepare()
+    if pace is None:
+        pace = GPU_PACE if machine.is_cuda else Pace()
     data = _data(shape, machine)
     floor_step = floor(shape, machine)
     floor_step(data[0])
@@ -40,13 +63,16 @@ def time_step(name: str, shape: Shape, machine: Machine) -> dict[str, Any]:
     def batches() -> Iterator[torch.Tensor]:
         warm_up: list[float] = []
         turn = itertools.cycle(data)
-        while len(warm_up) < WARM_UP_STEPS and sum(warm_up) < WARM_UP_SECONDS:
-            yield from _timed(next(turn), warm_up, machine)
-        while len(seconds) < MAX_ROUNDS and sum(seconds) < ROUNDS_SECONDS:
-            batch = next(turn)
-            for _ in _timed(batch, floor_seconds, machine):
+        while len(warm_up) < pace.warm_up_steps and sum(warm_up) < pace.seconds:
+            yield from _timed([next(turn)], warm_up, machine)
+        while (
+            len(seconds) < pace.rounds
+            and pace.steps_per_round * sum(seconds) < pace.seconds
+        ):
+            taken = [next(turn) for _ in range(pace.steps_per_round)]
+            for batch in _timed(taken, floor_seconds, machine):
                 floor_step(batch)
-            yield from _timed(batch, seconds, machine)
+            yield from _timed(taken, seconds, machine)
 
     memory = _train(name, shape, machine, batches())
     return {"seconds": seconds, "floor_seconds": floor_seconds, **memory}
@@ -54,6 +80,7 @@ def time_step(name: str, shape: Shape, machine: Machine) -> dict[str, Any]:
 
 def peak_memory(name: str, shape: Shape, machine: Machine) -> dict[str, Any]:
     """The peak of the subject's working memory, and what ours foretells of it."""
+    machine.prepare()
     data = itertools.cycle(_data(shape, machine))
     memory = _train(name, shape, machine, itertools.islice(data, MEMORY_STEPS))
     config = SUBJECTS[name].config
@@ -69,62 +96,40 @@ def peak_memory(name: str, shape: Shape, machine: Machine) -> dict[str, Any]:
     return {**memory, "estimated_working_bytes": estimate["step"]}
 
 
-def in_own_process(
-    measure: Callable[[str, Shape, Machine], dict[str, Any]],
-    name: str,
-    shape: Shape,
-    machine: Machine,
-) -> dict[str, Any]:
-    """
-    What `measure` returns in a fresh process, which never had a higher peak and leaves
-    nothing behind; or why it died.
-    """
-    # A server with the libraries loaded forks for each measurement: that saves loading them.
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([__name__])
-    with ProcessPoolExecutor(1, mp_context=context) as pool:
-        try:
-            return pool.submit(measure, name, shape, machine).result()
-        except BrokenProcessPool:
-            return {"skipped": "the process was killed, probably for its memory"}
-
-
 def _train(
     name: str, shape: Shape, machine: Machine, batches: Iterator[torch.Tensor]
 ) -> dict[str, Any]:
-    """Trains a subject on the batches, and returns the memory this took."""
+    """
+    Trains a subject on the batches, and returns the memory this took, and whether it replays
+    a CUDA graph where it was asked to.
+    """
     torch.manual_seed(0)
-    # Libraries load code on first use, which is not the step's memory.
-    tiny = Shape(d_in=8, d_sae=64, k=2, batch=16, aux=shape.aux)
-    _run_quietly(name, tiny, machine, iter(_data(tiny, machine)))
-    before = _peak_bytes(machine)
-    subject = _run_quietly(name, shape, machine, batches)
+    if not machine.is_cuda:
+        # Libraries load code on first use, which is not the step's memory.
+        tiny = Shape(d_in=8, d_sae=40, k=2, batch=8, aux=shape.aux)
+        SUBJECTS[name].build(tiny, machine).train(iter(_data(tiny, machine)[:1]))
+    before = _bytes_before(machine)
+    subject = SUBJECTS[name].build(shape, machine)
+    subject.train(batches)
     persistent = subject.persistent_bytes()
-    return {
+    result = {
         "persistent_bytes": persistent,
         "working_bytes": _peak_bytes(machine) - before - persistent,
     }
-
-
-def _run_quietly(
-    name: str, shape: Shape, machine: Machine, batches: Iterator[torch.Tensor]
-) -> Subject:
-    """A subject trained on the batches, without its progress bar."""
-    with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
-        subject = SUBJECTS[name].build(shape, machine)
-        subject.train(batches)
-    return subject
+    if machine.cuda_graph:
+        result["replays_graph"] = subject.replays_graph()
+    return result
 
 
 def _timed(
-    batch: torch.Tensor, seconds: list[float], machine: Machine
+    batches: list[torch.Tensor], seconds: list[float], machine: Machine
 ) -> Iterator[torch.Tensor]:
-    """Yields the batch once, and records how long the caller took for it."""
-    _synchronize(machine)
+    """Yields the batches, and records how long the caller took for each on average."""
+    synchronize(machine)
     start = time.perf_counter()
-    yield batch
-    _synchronize(machine)
-    seconds.append(time.perf_counter() - start)
+    yield from batches
+    synchronize(machine)
+    seconds.append((time.perf_counter() - start) / len(batches))
 
 
 def _data(shape: Shape, machine: Machine) -> list[torch.Tensor]:
@@ -136,13 +141,21 @@ def _data(shape: Shape, machine: Machine) -> list[torch.Tensor]:
     ]
 
 
-def _synchronize(machine: Machine) -> None:
-    if torch.device(machine.device).type == "cuda":
+def synchronize(machine: Machine) -> None:
+    """Waits for what the device has to do."""
+    if machine.is_cuda:
         torch.cuda.synchronize()
+
+
+def _bytes_before(machine: Machine) -> int:
+    """What `_peak_bytes` would be if nothing more were needed from now on."""
+    if machine.is_cuda:
+        torch.cuda.reset_peak_memory_stats()
+    return _peak_bytes(machine)
 
 
 def _peak_bytes(machine: Machine) -> int:
     """The most bytes this process has had so far."""
-    if torch.device(machine.device).type == "cuda":
+    if machine.is_cuda:
         return torch.cuda.max_memory_allocated()
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -1,11 +1,13 @@
 """What is compared: each library's own training loop, from batch to updated weights."""
 
 import os
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from importlib import import_module
 from importlib.util import find_spec
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -23,11 +25,13 @@ from sae_lens.config import SAETrainerConfig
 from benchmarks.shape import Shape
 from sae_lens_alloc import (
     AllocSAETrainer,
+    AllocSAETrainerConfig,
     FeatureChoiceTrainingSAE,
     FeatureChoiceTrainingSAEConfig,
     MutualChoiceTrainingSAE,
     MutualChoiceTrainingSAEConfig,
 )
+from sae_lens_alloc.ops.backend import BACKEND_VARIABLE
 from sae_lens_alloc.training.trainer import DataEndedError
 
 MANY_STEPS = 10**6
@@ -39,10 +43,32 @@ DECAY_STEPS = 10**4
 
 @dataclass(frozen=True)
 class Machine:
-    """Where and how precisely to compute: a torch device, and bfloat16 autocast or not."""
+    """
+    Where and how to compute.
+
+    Args:
+        device: A torch device.
+        autocast: Under bfloat16 autocast.
+        matmul: Torch's precision of float32 products: "highest", or "high" for TF32.
+        backend: Backend of ours, None for the one that it chooses itself.
+        cuda_graph: Whether ours are asked to replay their step as a CUDA graph.
+    """
 
     device: str = "cpu"
     autocast: bool = False
+    matmul: str = "highest"
+    backend: str | None = None
+    cuda_graph: bool = False
+
+    @property
+    def is_cuda(self) -> bool:
+        return torch.device(self.device).type == "cuda"
+
+    def prepare(self) -> None:
+        """Settings of the whole process."""
+        torch.set_float32_matmul_precision(self.matmul)
+        if self.backend is not None:
+            os.environ[BACKEND_VARIABLE] = self.backend
 
 
 @dataclass
@@ -54,11 +80,13 @@ class Subject:
         train: Trains on the batches, each of shape (B, d_in), until there are no more.
         parameters: What is trained.
         optimizers: Whatever has a `state` that maps parameters to dicts of tensors.
+        replays_graph: Whether its steps are the replay of a CUDA graph by now.
     """
 
     train: Callable[[Iterator[torch.Tensor]], object]
     parameters: list[torch.Tensor]
     optimizers: list[Any]
+    replays_graph: Callable[[], bool] = lambda: False
 
     def persistent_bytes(self) -> int:
         """Bytes of the parameters, their gradients and the optimizers' state."""
@@ -132,63 +160,75 @@ def _size(shape: Shape, machine: Machine) -> dict[str, Any]:
     return {"d_in": shape.d_in, "d_sae": shape.d_sae, "device": machine.device}
 
 
-def mutual_choice(
-    shape: Shape,
-    machine: Machine,
-    trainer_class: type[SAETrainer[Any, Any]] = AllocSAETrainer,
-) -> Subject:
+def mutual_choice(shape: Shape, machine: Machine, optimizer: str = "adam") -> Subject:
     sae = MutualChoiceTrainingSAE(mutual_choice_config(shape, machine))
-    return _with_sae_lens_trainer(trainer_class, sae, shape, machine)
+    return _with_our_trainer(sae, shape, machine, optimizer)
+
+
+def mutual_choice_row_sparse(shape: Shape, machine: Machine) -> Subject:
+    return mutual_choice(shape, machine, "row_sparse_adam")
 
 
 def mutual_choice_first_phase(shape: Shape, machine: Machine) -> Subject:
     sae = MutualChoiceTrainingSAE(first_phase_config(shape, machine))
-    return _with_sae_lens_trainer(AllocSAETrainer, sae, shape, machine)
+    return _with_our_trainer(sae, shape, machine)
 
 
 def mutual_choice_in_stock_trainer(shape: Shape, machine: Machine) -> Subject:
-    return mutual_choice(shape, machine, SAETrainer)
+    sae = MutualChoiceTrainingSAE(mutual_choice_config(shape, machine))
+    return _with_stock_trainer(sae, shape, machine)
 
 
 def feature_choice(shape: Shape, machine: Machine) -> Subject:
     sae = FeatureChoiceTrainingSAE(feature_choice_config(shape, machine))
-    return _with_sae_lens_trainer(AllocSAETrainer, sae, shape, machine)
+    return _with_our_trainer(sae, shape, machine)
 
 
 def sae_lens_batchtopk(shape: Shape, machine: Machine) -> Subject:
     cfg = BatchTopKTrainingSAEConfig(**_size(shape, machine), k=shape.k)
-    return _with_sae_lens_trainer(SAETrainer, BatchTopKTrainingSAE(cfg), shape, machine)
+    return _with_stock_trainer(BatchTopKTrainingSAE(cfg), shape, machine)
 
 
 def sae_lens_topk(shape: Shape, machine: Machine) -> Subject:
     cfg = TopKTrainingSAEConfig(**_size(shape, machine), k=shape.k)
-    return _with_sae_lens_trainer(SAETrainer, TopKTrainingSAE(cfg), shape, machine)
+    return _with_stock_trainer(TopKTrainingSAE(cfg), shape, machine)
 
 
 def sae_lens_jumprelu(shape: Shape, machine: Machine) -> Subject:
     cfg = JumpReLUTrainingSAEConfig(
         **_size(shape, machine), pre_act_loss_coefficient=3e-6 if shape.aux else None
     )
-    return _with_sae_lens_trainer(SAETrainer, JumpReLUTrainingSAE(cfg), shape, machine)
+    return _with_stock_trainer(JumpReLUTrainingSAE(cfg), shape, machine)
 
 
-def _with_sae_lens_trainer(
-    trainer_class: type[SAETrainer[Any, Any]], sae: Any, shape: Shape, machine: Machine
+def _with_our_trainer(
+    sae: Any, shape: Shape, machine: Machine, optimizer: str = "adam"
 ) -> Subject:
-    trainer = trainer_class(
-        cfg=SAETrainerConfig(
-            total_training_samples=MANY_STEPS * shape.batch,
-            train_batch_size_samples=shape.batch,
-            lr=1e-4,
-            lr_end=1e-5,
-            device=machine.device,
-            autocast=machine.autocast,
-        ),
-        sae=sae,
-        data_provider=iter(()),
-        evaluator=None,
+    cfg = AllocSAETrainerConfig(
+        **_training(shape, machine),
+        optimizer=optimizer,
+        cuda_graph=machine.cuda_graph,
     )
+    return _with_trainer(AllocSAETrainer(cfg, sae, iter(())), shape)
 
+
+def _with_stock_trainer(sae: Any, shape: Shape, machine: Machine) -> Subject:
+    cfg = SAETrainerConfig(**_training(shape, machine))
+    return _with_trainer(SAETrainer(cfg, sae, iter(())), shape)
+
+
+def _training(shape: Shape, machine: Machine) -> dict[str, Any]:
+    return {
+        "total_training_samples": MANY_STEPS * shape.batch,
+        "train_batch_size_samples": shape.batch,
+        "lr": 1e-4,
+        "lr_end": 1e-5,
+        "device": machine.device,
+        "autocast": machine.autocast,
+    }
+
+
+def _with_trainer(trainer: SAETrainer[Any, Any], shape: Shape) -> Subject:
     def kill() -> None:
         trainer.n_forward_passes_since_fired[: shape.n_dead] = float("inf")
 
@@ -198,7 +238,13 @@ def _with_sae_lens_trainer(
         with suppress(StopIteration, DataEndedError):
             trainer.fit()
 
-    return Subject(train, list(sae.parameters()), [trainer.optimizer])
+    def replays_graph() -> bool:
+        graph = getattr(trainer, "_graph", None)
+        return graph is not None and graph._recorded is not None
+
+    return Subject(
+        train, list(trainer.sae.parameters()), [trainer.optimizer], replays_graph
+    )
 
 
 def sparsify_topk(shape: Shape, machine: Machine, optimizer: str = "signum") -> Subject:
@@ -216,7 +262,7 @@ def sparsify_topk(shape: Shape, machine: Machine, optimizer: str = "signum") -> 
             hookpoints=["activations"],
             log_to_wandb=False,
         ),
-        dataset=_OneBatchPerItem(model, iter(())),
+        dataset=_OneBatchPerItem(model, iter(()), machine.matmul),
         model=model,
     )
     # `fit` ends with a checkpoint
@@ -229,7 +275,9 @@ def sparsify_topk(shape: Shape, machine: Machine, optimizer: str = "signum") -> 
 
     def train(batches: Iterator[torch.Tensor]) -> None:
         trainer.dataset = _OneBatchPerItem(
-            model, _before_each(batches, kill) if shape.aux else batches
+            model,
+            _before_each(batches, kill) if shape.aux else batches,
+            machine.matmul,
         )
         trainer.fit()
 
@@ -264,16 +312,19 @@ class _ActivationsOnly(torch.nn.Module):
 class _OneBatchPerItem:
     """A dataset whose items are "texts" of B tokens with the next batch as activations."""
 
-    def __init__(self, model: _ActivationsOnly, batches: Iterator[torch.Tensor]):
+    def __init__(
+        self, model: _ActivationsOnly, batches: Iterator[torch.Tensor], matmul: str
+    ):
         self.model = model
         self.batches = batches
+        self.matmul = matmul
 
     def __len__(self) -> int:
         return MANY_STEPS
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
-        # `fit` asks for TF32, which would stay for the floor and is not what is compared.
-        torch.set_float32_matmul_precision("highest")
+        # `fit` asks for TF32, which would stay for the floor and may not be what is compared.
+        torch.set_float32_matmul_precision(self.matmul)
         self.model.batch = next(self.batches)
         return {"input_ids": torch.zeros(len(self.model.batch), dtype=torch.long)}
 
@@ -289,6 +340,11 @@ def dictionary_learning_topk(shape: Shape, machine: Machine) -> Subject:
 def _with_dictionary_learning_trainer(
     trainer_name: str, shape: Shape, machine: Machine
 ) -> Subject:
+    if "nnsight" not in sys.modules and find_spec("nnsight") is None:
+        # needed by its activation buffer, which is not in use here
+        stand_in: Any = ModuleType("nnsight")
+        stand_in.LanguageModel = None
+        sys.modules["nnsight"] = stand_in
     trainer: Any = getattr(import_module("dictionary_learning.trainers"), trainer_name)(
         steps=MANY_STEPS,
         activation_dim=shape.d_in,
@@ -365,6 +421,9 @@ SUBJECTS = {
     ),
     "mutual_choice, first quarter": SubjectKind(
         mutual_choice_first_phase, swept=True, config=first_phase_config
+    ),
+    "mutual_choice, row-sparse Adam": SubjectKind(
+        mutual_choice_row_sparse, config=mutual_choice_config
     ),
     "mutual_choice, stock trainer": SubjectKind(
         mutual_choice_in_stock_trainer, has_aux=False

@@ -13,10 +13,12 @@ import torch
 from benchmarks import __main__ as benchmarks
 from benchmarks import comparison_tables, tables
 from benchmarks.clock import Clock
-from benchmarks.measure import in_own_process, peak_memory
+from benchmarks.measure import Pace, peak_memory, time_step
+from benchmarks.own_process import in_own_process
 from benchmarks.pipeline import Variant, in_fresh_process
 from benchmarks.shape import SWEEPS, Shape
-from benchmarks.subjects import SUBJECTS, Machine
+from benchmarks.subjects import SUBJECTS, Machine, Subject, SubjectKind
+from sae_lens_alloc.ops.backend import backend_for
 
 TINY = Shape(d_in=8, d_sae=64, k=2, batch=16)
 INSTALLED = [name for name, kind in SUBJECTS.items() if kind.is_installed]
@@ -70,6 +72,43 @@ def test_working_memory_holds_the_dense_matrices_of_a_dense_step():
     assert result["persistent_bytes"] == 4 * 4 * shape.n_parameters + 4 * 4
 
 
+def test_a_round_is_so_many_steps_of_both(monkeypatch: pytest.MonkeyPatch):
+    steps: list[str] = []
+
+    def build(shape: Shape, machine: Machine) -> Subject:
+        def train(batches: Iterator[torch.Tensor]) -> None:
+            for batch in batches:
+                steps.append("step" if len(batch) == TINY.batch else "tiny")
+
+        return Subject(train, [], [])
+
+    def floor(*_: object) -> Any:
+        return lambda _: steps.append("floor")
+
+    monkeypatch.setitem(SUBJECTS, "counted", SubjectKind(build))
+    monkeypatch.setattr("benchmarks.measure.floor", floor)
+    pace = Pace(warm_up_steps=2, steps_per_round=3, rounds=2)
+    result = time_step("counted", TINY, Machine(), pace)
+    assert len(result["seconds"]) == len(result["floor_seconds"]) == 2
+    steps.remove("floor")  # the one that makes Adam's state
+    assert steps == ["tiny", "step", "step", *2 * [*3 * ["floor"], *3 * ["step"]]]
+
+
+def test_a_process_has_the_precision_and_the_backend_of_its_machine(
+    monkeypatch: pytest.MonkeyPatch,
+):
+    monkeypatch.setenv("SAE_LENS_ALLOC_BACKEND", "torch")
+    before = torch.get_float32_matmul_precision()
+    try:
+        Machine(matmul="high", backend="reference").prepare()
+        assert torch.get_float32_matmul_precision() == "high"
+        assert backend_for(torch.device("cpu")) == "reference"
+        Machine().prepare()
+        assert torch.get_float32_matmul_precision() == "highest"
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
 def test_measurements_are_kept_and_not_repeated(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
@@ -86,7 +125,7 @@ def test_measurements_are_kept_and_not_repeated(
         assert len(row["seconds"]) == len(row["floor_seconds"]) >= 2
         # all in all the process did not shrink
         assert row["working_bytes"] + row["persistent_bytes"] >= 0
-    assert [row["d_sae"] for row in report["memory"]] == 3 * [64, 128, 256, 512, 1024]
+    assert [row["d_sae"] for row in report["memory"]] == 4 * [64, 128, 256, 512, 1024]
     assert all(row["estimated_working_bytes"] > 0 for row in report["memory"])
     assert len(tables.centre_table(report).splitlines()) == 3 + len(report["centre"])
 
@@ -179,6 +218,30 @@ def test_clock_gives_each_moment_to_the_innermost_part(
     thread.join()
     assert clock.seconds_of_other_threads() == {"beside": 32}
     assert clock.seconds() == {"run": 21, "run;inner": 10}
+
+
+def test_clock_waits_for_the_device_at_both_ends_of_a_part(
+    monkeypatch: pytest.MonkeyPatch,
+):
+    now = 0.0
+    monkeypatch.setattr("time.perf_counter", lambda: now)
+    queued = 0.0
+
+    def work(seconds: float) -> None:
+        nonlocal queued
+        queued += seconds
+
+    def wait() -> None:
+        nonlocal now, queued
+        now, queued = now + queued, 0.0
+
+    clock = Clock(wait)
+    with clock.part("run"):
+        work(1)
+        with clock.part("inner"):
+            work(2)
+        work(4)
+    assert clock.seconds() == {"run": 1 + 4, "run;inner": 2}
 
 
 def test_all_seams_of_a_run_are_timed():

@@ -72,25 +72,9 @@ class SyntheticSubject(Subject):
         self, sae: SAE[Any], stream: StoredStream, split: str
     ) -> tuple[Usage, dict[str, Any]]:
         usage = measure_usage(as_user(sae), stream.split(split).to(sae.device))
-        # SAELens compares what the SAE gives with float32, and cannot with other types
-        in_float32 = copy.deepcopy(sae).to(torch.float32)
         with temporary_seed(self._seed(len(SPLITS) + SPLITS.index(split))):
-            result = eval_sae_on_synthetic_data(
-                in_float32,
-                self.model.feature_dict,
-                self.model.activation_generator,
-                self.n_evaluated,
-                SAMPLES_PER_BATCH,
-            )
-        return usage, {
-            **usage.to_dict(),
-            "mcc": result.mcc,
-            "uniqueness": result.uniqueness,
-            "f1": result.classification.f1_score,
-            "precision": result.classification.precision,
-            "recall": result.classification.recall,
-            "true_l0": result.true_l0,
-        }
+            found = known_feature_metrics(sae, self.model, self.n_evaluated)
+        return usage, {**usage.to_dict(), **found}
 
     @override
     def facts(self) -> dict[str, Any]:
@@ -118,3 +102,29 @@ class SyntheticSubject(Subject):
         """A seed for each batch, of the 32 bits that torch's CPU generator looks at."""
         entropy = (self.cfg.seed, split, batch)
         return int(np.random.SeedSequence(entropy).generate_state(1)[0])
+
+
+def known_feature_metrics(
+    sae: SAE[Any], model: SyntheticModel, n_samples: int
+) -> dict[str, Any]:
+    """
+    How well the features of an SAE are the known ones, by SAELens'
+    `eval_sae_on_synthetic_data` on so many new samples.
+    """
+    # SAELens compares what the SAE gives with float32, and cannot with other types
+    in_float32 = copy.deepcopy(sae).to(torch.float32)
+    result = eval_sae_on_synthetic_data(
+        in_float32,
+        model.feature_dict,
+        model.activation_generator,
+        n_samples,
+        SAMPLES_PER_BATCH,
+    )
+    return {
+        "mcc": result.mcc,
+        "uniqueness": result.uniqueness,
+        "f1": result.classification.f1_score,
+        "precision": result.classification.precision,
+        "recall": result.classification.recall,
+        "true_l0": result.true_l0,
+    }

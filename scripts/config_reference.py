@@ -1,0 +1,89 @@
+"""docs/config.md: all config fields, from the dataclasses and their docstrings."""
+
+import dataclasses
+from typing import Any
+
+from docstring_parser import parse
+from sae_lens.saes.sae import TrainingSAEConfig
+
+from sae_lens_alloc.saes.allocation_sae_config import AllocationTrainingSAEConfig
+from sae_lens_alloc.saes.auxiliary_loss import AuxiliaryLossTrainingSAEConfig
+from sae_lens_alloc.saes.feature_choice_sae import FeatureChoiceTrainingSAEConfig
+from sae_lens_alloc.saes.matryoshka_mutual_choice_sae import (
+    MatryoshkaMutualChoiceTrainingSAEConfig,
+)
+from sae_lens_alloc.saes.mutual_choice_sae import MutualChoiceTrainingSAEConfig
+from sae_lens_alloc.training.run_config import AllocSAETrainerConfig
+
+
+def config_reference() -> str:
+    """The page of all config fields, from the dataclasses and their docstrings."""
+    own = {
+        field.name
+        for config_class in (
+            MutualChoiceTrainingSAEConfig,
+            FeatureChoiceTrainingSAEConfig,
+        )
+        for field in dataclasses.fields(config_class)
+    }
+    aux = AuxiliaryLossTrainingSAEConfig
+    aux_fields = set(aux.__dataclass_fields__) - set(
+        TrainingSAEConfig.__dataclass_fields__
+    )
+    shared = {field.name for field in dataclasses.fields(AllocationTrainingSAEConfig)}
+    sections = [
+        "# Config reference\n",
+        "Fields under `sae:` of a YAML config, or of the config classes in Python. Written by "
+        "`python docs/render.py` from the docstrings. The keys outside `sae:` are those of "
+        "SAELens' `LanguageModelSAERunnerConfig`, "
+        "[with a few differences](checks.md), and [two of ours](#the-run).\n",
+        "## All of ours\n",
+        _field_table(AllocationTrainingSAEConfig, shared),
+        "## `mutual_choice`\n",
+        _field_table(MutualChoiceTrainingSAEConfig, own - shared),
+        "## `matryoshka_mutual_choice`\n",
+        "The fields of `mutual_choice` and:\n",
+        _field_table(
+            MatryoshkaMutualChoiceTrainingSAEConfig,
+            {"matryoshka_widths", "feature_choice_steps"},
+        ),
+        "## `feature_choice`\n",
+        _field_table(FeatureChoiceTrainingSAEConfig, own - shared),
+        "## `batchtopk_aux_zipf`, `gated_aux_zipf`, `jumprelu_aux_zipf`, "
+        "`matryoshka_batchtopk_aux_zipf`, `standard_aux_zipf`, `topk_aux_zipf`\n",
+        "The fields of SAELens' own architecture and:\n",
+        _field_table(aux, aux_fields),
+        "## The run\n",
+        "Fields at top level, next to SAELens' own. In Python they are fields of "
+        "`AllocSAERunnerConfig` for `AllocSAETrainingRunner`, and of `AllocSAETrainerConfig` for "
+        "`AllocSAETrainer`, which take SAELens' own configs too.\n",
+        _field_table(AllocSAETrainerConfig, {"optimizer", "cuda_graph"}),
+    ]
+    return "\n".join(sections)
+
+
+def _field_table(config_class: type[Any], names: set[str]) -> str:
+    described = {
+        param.arg_name: " ".join((param.description or "").split())
+        for param in parse(config_class.__doc__ or "").params
+    }
+    rows = ["| field | type | default | |", "|---|---|---|---|"]
+    for field in dataclasses.fields(config_class):
+        if field.name in names:
+            rows.append(
+                f"| `{field.name}` | {_type_name(field)} | {_default(field)} "
+                f"| {described[field.name]} |"
+            )
+    return "\n".join(rows) + "\n"
+
+
+def _type_name(field: dataclasses.Field[Any]) -> str:
+    name = field.type if isinstance(field.type, str) else str(field.type)
+    name = name.replace("typing.", "").replace("<class '", "").replace("'>", "")
+    return name.split(".")[-1].replace("|", "\\|")
+
+
+def _default(field: dataclasses.Field[Any]) -> str:
+    if field.default is not dataclasses.MISSING:
+        return f"`{field.default!r}`"
+    return "" if field.default_factory is not dataclasses.MISSING else "required"
