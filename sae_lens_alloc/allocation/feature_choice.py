@@ -59,13 +59,22 @@ class RankedCandidates:
     values: torch.Tensor
     ranks: torch.Tensor
 
-    def best(self, quotas: torch.Tensor) -> "RankedCandidates":
-        """The first `quotas[j]` candidates of each feature j."""
-        return self.where(self.ranks < quotas[self.features])
+    def best(
+        self, quotas: torch.Tensor, n_best: int | None = None
+    ) -> "RankedCandidates":
+        """
+        The first `quotas[j]` candidates of each feature j.
 
-    def where(self, mask: torch.Tensor) -> "RankedCandidates":
-        """The candidates at which a mask of shape (n,) is true."""
-        kept = mask.nonzero().squeeze(1)
+        Args:
+            quotas: Shape (F,).
+            n_best: How many that are, which a GPU need not be asked then.
+        """
+        is_best = self.ranks < quotas[self.features]
+        kept = (
+            is_best.nonzero()
+            if n_best is None
+            else torch.nonzero_static(is_best, size=n_best)
+        ).squeeze(1)
         return RankedCandidates(
             self.tokens[kept], self.features[kept], self.values[kept], self.ranks[kept]
         )
@@ -94,7 +103,9 @@ def rank_candidates(
     """
     order = _order(features, values)
     features = features[order]
-    counts = torch.bincount(features, minlength=n_features)
+    # bincount would ask a GPU for the largest feature
+    counts = features.new_zeros(n_features)
+    counts.scatter_add_(0, features, torch.ones_like(features))
     starts = counts.cumsum(0) - counts
     ranks = torch.arange(len(order), device=order.device) - starts[features]
     return RankedCandidates(tokens[order], features, values[order], ranks)

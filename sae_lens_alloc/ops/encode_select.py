@@ -10,8 +10,10 @@ from typing_extensions import override
 
 from sae_lens_alloc.allocation.candidates import candidate_positions
 from sae_lens_alloc.allocation.feature_choice import RankedCandidates, rank_candidates
+from sae_lens_alloc.allocation.margin import split_at_budget
 from sae_lens_alloc.allocation.mutual_choice import MutualChoiceCollector
 from sae_lens_alloc.allocation.sparse_activations import Pairs, SparseActivations
+from sae_lens_alloc.ops.candidate_buffer import CandidateBuffer, asking_costs_a_wait
 from sae_lens_alloc.ops.feature_choice_selection import (
     FeatureChoiceSelection,
     feature_key_encoder,
@@ -26,6 +28,11 @@ from sae_lens_alloc.ops.pair_keys import BOUND_SHARE
 _BLOCK_ELEMENTS = {"cpu": 2**20, "cuda": 2**26}
 # A block takes at most one part in so many of a GPU's free memory.
 _BLOCK_MEMORY_SHARE = 16
+
+# Of a buffer of candidates: about two are wanted per pair, and a feature has a few more.
+PLACES_PER_PAIR = 4
+PLACES_PER_FEATURE = 8
+MIN_PLACES = 1024
 
 
 class BlockEncoder(ABC):
@@ -42,7 +49,11 @@ class BlockEncoder(ABC):
 
     @abstractmethod
     def products(self, x: torch.Tensor) -> torch.Tensor:
-        """Of shape (B, F), from which `candidates` takes what it needs."""
+        """Of shape (B, F), from which the other methods take what they need."""
+
+    @abstractmethod
+    def affinities_of(self, products: torch.Tensor) -> torch.Tensor:
+        """All affinities, of shape (B, F)."""
 
     @abstractmethod
     def candidates(
@@ -115,11 +126,14 @@ class Encoder(BlockEncoder):
         reach = values >= (bound if bound.ndim == 0 else bound[features])
         return tokens[reach], features[reach], values[reach]
 
+    @override
+    def affinities_of(self, products: torch.Tensor) -> torch.Tensor:
+        affinities = products.to(_precise(products)) + self.b_enc
+        return affinities if self.scale is None else affinities.mul_(self.scale)
+
     def affinities(self, x: torch.Tensor) -> torch.Tensor:
         """All affinities, of shape (B, F)."""
-        products = self.products(x)
-        affinities = products.to(_precise(products)) + self.b_enc
-        return affinities if self.scale is None else affinities * self.scale
+        return self.affinities_of(self.products(x))
 
     @override
     def blocks(self, n_tokens: int) -> Iterator[slice]:
@@ -153,6 +167,10 @@ class KnownAffinities(BlockEncoder):
     @override
     def products(self, x: torch.Tensor) -> torch.Tensor:
         return self.known
+
+    @override
+    def affinities_of(self, products: torch.Tensor) -> torch.Tensor:
+        return products
 
     @override
     def candidates(
@@ -201,6 +219,10 @@ class WatchedEncoder(BlockEncoder):
         if self.features is not None:
             self.watch(self.features, products)
         return products
+
+    @override
+    def affinities_of(self, products: torch.Tensor) -> torch.Tensor:
+        return self.encoder.affinities_of(products)
 
     @override
     def candidates(
@@ -282,27 +304,56 @@ def encode_and_count(
         keys = key_encoder(encoder.W_enc, encoder.b_enc, encoder.scale, x)
         if keys is not None and budget > 0:
             return select_by_keys(keys, budget, bound, thresholds)
-    n_features = encoder.n_features
-    above = torch.zeros(n_features, dtype=torch.int64, device=x.device)
-    collector = MutualChoiceCollector((len(x), n_features), budget, bound)
+    if bound is not None and budget > 0 and asking_costs_a_wait(x.device):
+        found = _largest_above(encoder, x, budget, bound, thresholds)
+        if found is not None:
+            return found
+    collector = MutualChoiceCollector((len(x), encoder.n_features), budget, bound)
+    counts: list[torch.Tensor] = []
     for block in encoder.blocks(len(x)):
         part = encoder.part(block)
-        lowest = collector.bound
-        if thresholds is not None and lowest is not None:
-            lowest = torch.fmin(thresholds[block], lowest)  # a NaN bounds nothing
-        tokens, features, values = part.candidates(part.products(x), lowest)
+        products = part.products(x)
         if thresholds is not None:
-            exceeding = features[values > thresholds[block][features]]
-            above[block] = torch.bincount(exceeding, minlength=block.stop - block.start)
-            # what only the counts need
-            if collector.bound is not None:
-                reach = values >= collector.bound
-                tokens, features, values = tokens[reach], features[reach], values[reach]
+            affinities = part.affinities_of(products)
+            counts.append(_count_above(affinities, thresholds[block]))
+        tokens, features, values = part.candidates(products, collector.bound)
         collector.add(tokens, features + block.start, values)
-    counts = None if thresholds is None else above
+    above = torch.cat(counts) if counts else None
     if cut is not None and collector.n_candidates < budget:
-        return encode_mutual_choice(encoder, x, budget, None), counts
-    return collector.finish(), counts
+        return encode_mutual_choice(encoder, x, budget, None), above
+    return collector.finish(), above
+
+
+def _largest_above(
+    encoder: BlockEncoder,
+    x: torch.Tensor,
+    budget: int,
+    bound: torch.Tensor,
+    thresholds: torch.Tensor | None,
+) -> tuple[SparseActivations, torch.Tensor | None] | None:
+    """
+    `encode_and_count` with one question to the device, None where fewer than `budget`
+    affinities reach the bound or more than there are places for.
+    """
+    shape = (len(x), encoder.n_features)
+    capacity = min(max(PLACES_PER_PAIR * budget, MIN_PLACES), len(x) * shape[1])
+    buffer: CandidateBuffer | None = None
+    counts: list[torch.Tensor] = []
+    for block in encoder.blocks(len(x)):
+        part = encoder.part(block)
+        affinities = part.affinities_of(part.products(x))
+        if buffer is None:
+            buffer = CandidateBuffer(capacity, shape, affinities)
+        buffer.add(affinities, _just_below(bound.to(affinities)), block.start)
+        if thresholds is not None:
+            counts.append(_count_above(affinities, thresholds[block]))
+    assert buffer is not None
+    n_found = int(buffer.count)
+    if not budget <= n_found <= capacity:
+        return None
+    found = SparseActivations.from_unordered(*buffer.first(n_found), shape)
+    best, _ = split_at_budget(found, budget, 0)
+    return best.without_padding(), torch.cat(counts) if counts else None
 
 
 @torch.no_grad()
@@ -338,95 +389,131 @@ def encode_feature_choice(
         )
         if keys is not None and max_pairs > 0:
             return select_by_feature_keys(keys, quotas, max_pairs, bounds)
-    kept: list[RankedCandidates] = []
-    demand = torch.zeros_like(quotas)
-    above = torch.zeros_like(quotas)
-    next_bounds = torch.empty_like(bounds)
+    shape = (len(x), encoder.n_features)
+    if asking_costs_a_wait(x.device):
+        found = _best_by_feature(encoder, x, quotas, thresholds, cut, bounds, max_pairs)
+        if found is not None:
+            return found
+    kept: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = []
+    counts: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = []
     for block in encoder.blocks(len(x)):
-        part = encoder.part(block)
-        products = part.products(x)
-        # down to the cut and the threshold, so that both counts are exact
-        lowest = torch.minimum(bounds[block], torch.minimum(thresholds[block], cut))
-        tokens, features, values = part.candidates(products, lowest)
-        n_block = block.stop - block.start
-        demand[block] = torch.bincount(features[values > cut], minlength=n_block)
-        above[block] = torch.bincount(
-            features[values > thresholds[block][features]], minlength=n_block
+        look = _look(encoder.part(block), x, quotas[block], bounds[block])
+        tokens, features = candidate_positions(look.affinities, look.limits)
+        ranked = rank_candidates(
+            tokens, features, look.affinities[tokens, features], len(look.limits)
         )
-        # what only the counts need is not ranked: in the first steps it is most of all
-        reach = values >= bounds[block][features]
-        is_short = torch.bincount(features[reach], minlength=n_block) < quotas[block]
-        ranked = (reach | is_short[features]).nonzero().squeeze(1)
-        candidates = _ranked_candidates(
-            part,
-            products,
-            (tokens[ranked], features[ranked], values[ranked]),
-            quotas[block],
-            lowest,
-        )
-        next_bounds[block] = _next_bounds(bounds[block], candidates, quotas[block])
-        best = candidates.best(quotas[block])
-        kept.append(
-            RankedCandidates(
-                best.tokens, best.features + block.start, best.values, best.ranks
+        best = ranked.best(quotas[block])
+        kept.append((best.tokens, best.features + block.start, best.values))
+        counts.append(
+            (
+                _count_above(look.affinities, cut),
+                _count_above(look.affinities, thresholds[block]),
+                _next_bounds(bounds[block], ranked, quotas[block]),
             )
         )
     pairs = SparseActivations.from_unordered(
-        torch.cat([part.tokens for part in kept]),
-        torch.cat([part.features for part in kept]),
-        torch.cat([part.values for part in kept]),
-        (len(x), encoder.n_features),
+        *map(torch.cat, zip(*kept, strict=True)), shape
     )
-    return FeatureChoiceSelection(pairs, demand, above, next_bounds)
+    return FeatureChoiceSelection(pairs, *map(torch.cat, zip(*counts, strict=True)))
 
 
-def _ranked_candidates(
+def _best_by_feature(
     encoder: BlockEncoder,
-    products: torch.Tensor,
-    candidates: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+    x: torch.Tensor,
     quotas: torch.Tensor,
-    lowest: torch.Tensor,
-) -> RankedCandidates:
+    thresholds: torch.Tensor,
+    cut: torch.Tensor,
+    bounds: torch.Tensor,
+    max_pairs: int,
+) -> FeatureChoiceSelection | None:
     """
-    Candidates of a block of features by rank, and of features that have fewer than their quota
-    all the positive affinities.
+    `encode_feature_choice` with one question to the device, None where there are more
+    candidates than places.
+    """
+    shape = (len(x), encoder.n_features)
+    capacity = PLACES_PER_PAIR * max_pairs + PLACES_PER_FEATURE * shape[1]
+    capacity = min(capacity, len(x) * shape[1])
+    buffer: CandidateBuffer | None = None
+    counts: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = []
+    for block in encoder.blocks(len(x)):
+        look = _look(encoder.part(block), x, quotas[block], bounds[block])
+        if buffer is None:
+            buffer = CandidateBuffer(capacity, shape, look.affinities)
+        buffer.add(look.affinities, look.limits, block.start)
+        counts.append(
+            (
+                _count_above(look.affinities, cut),
+                _count_above(look.affinities, thresholds[block]),
+                _count_above(look.affinities, look.limits),
+            )
+        )
+    assert buffer is not None
+    demand, above, n_candidates = map(torch.cat, zip(*counts, strict=True))
+    n_best = n_candidates.minimum(quotas).sum()
+    n_found, n_best = torch.stack([buffer.count, n_best]).tolist()
+    if n_found > capacity:
+        return None
+    ranked = rank_candidates(*buffer.first(n_found), shape[1])
+    best = ranked.best(quotas, n_best)
+    return FeatureChoiceSelection(
+        best.in_row_order(shape), demand, above, _next_bounds(bounds, ranked, quotas)
+    )
+
+
+@dataclass(frozen=True)
+class _Look:
+    """
+    The affinities of a block of features, and what a candidate exceeds.
 
     Args:
-        encoder: The encoder of the block.
-        products: What its `products` gave.
-        candidates: Tokens, features and affinities, of a feature with fewer than its quota
-            all that reach `lowest`.
-        quotas: Integer quotas of shape (F,).
-        lowest: Shape (F,), 0 where all positive affinities are candidates.
+        affinities: Shape (B, f).
+        limits: Shape (f,), none negative.
     """
-    tokens, features, values = candidates
-    counts = torch.bincount(features, minlength=len(quotas))
-    short = ((counts < quotas) & (lowest > 0)).nonzero().squeeze(1)
-    if len(short) > 0:
-        is_short = torch.zeros_like(quotas, dtype=torch.bool)
-        is_short[short] = True
-        others = ~is_short[features]
-        # From the same products: a product of fewer columns may round differently, and the
-        # result would depend on the bounds.
-        more_tokens, more_features, more_values = encoder.part(short).candidates(
-            products[:, short], None
-        )
-        tokens = torch.cat([tokens[others], more_tokens])
-        features = torch.cat([features[others], short[more_features]])
-        values = torch.cat([values[others], more_values])
-    return rank_candidates(tokens, features, values, len(quotas))
+
+    affinities: torch.Tensor
+    limits: torch.Tensor
+
+
+def _look(
+    part: BlockEncoder, x: torch.Tensor, quotas: torch.Tensor, bounds: torch.Tensor
+) -> _Look:
+    """
+    Encodes a block. Candidates are what reaches the feature's bound, or, where that is less
+    than its quota, all that is positive.
+    """
+    affinities = part.affinities_of(part.products(x))
+    limits = _just_below(bounds.to(affinities))
+    enough = _count_above(affinities, limits) >= quotas
+    return _Look(affinities, limits.where(enough, 0.0))
+
+
+def _count_above(affinities: torch.Tensor, limits: torch.Tensor) -> torch.Tensor:
+    """
+    On how many tokens each feature's affinity is positive and exceeds its limit, int64 of
+    shape (f,), of affinities of shape (B, f). Where most of them do, as in the first steps of
+    a training, this is many times faster than a list of these.
+    """
+    # ones and zeros, which torch adds up faster than booleans, and exactly up to 2^24 of them
+    exceeds = torch.empty_like(affinities)
+    torch.gt(affinities, limits.clamp(min=0), out=exceeds)
+    return exceeds.sum(0).long()
+
+
+def _just_below(bounds: torch.Tensor) -> torch.Tensor:
+    """What a positive number exceeds exactly if it reaches the bound, of any shape."""
+    return bounds.nextafter(torch.zeros_like(bounds)).clamp(min=0)
 
 
 def _next_bounds(
     bounds: torch.Tensor, candidates: RankedCandidates, quotas: torch.Tensor
 ) -> torch.Tensor:
     """Moves each bound towards one that lets about twice the feature's quota pass."""
-    at_wanted = candidates.where(
-        candidates.ranks == 2 * quotas[candidates.features] + 3
-    )
-    right = torch.full_like(bounds, torch.nan)
-    right[at_wanted.features] = at_wanted.values.to(bounds.dtype)
-    return moved_bounds(bounds, right)
+    at_wanted = candidates.ranks == 2 * quotas[candidates.features] + 3
+    # the others go to a place behind the last, as a GPU would be asked how many there are
+    places = candidates.features.where(at_wanted, len(bounds))
+    right = bounds.new_full((len(bounds) + 1,), torch.nan)
+    right.scatter_(0, places, candidates.values.to(bounds.dtype))
+    return moved_bounds(bounds, right[:-1])
 
 
 @torch.no_grad()

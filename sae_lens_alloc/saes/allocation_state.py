@@ -98,11 +98,10 @@ class AllocationState(SettlingState):
         self._cut_is_known: bool | None = None
         # All tensors that outlive a step stay at their addresses, as a CUDA graph needs it.
         self._quota_curve: QuotaCurve | None = None
-        self._curve_tokens: int | None = (
-            None  # tokens per batch of the curve, if it holds
-        )
+        # what curve and quotas hold for: tokens of the batch, and its budget as well
+        self._curve_tokens: int | None = None
+        self._quotas_for: tuple[int, int] | None = None
         self._rank_quotas: torch.Tensor | None = None
-        self._quota_budget: int | None = None  # budget of these quotas, if they hold
         self._bounds: torch.Tensor | None = None
         self._margin_cut: torch.Tensor | None = None
         self._lowered: torch.Tensor | None = None
@@ -344,42 +343,44 @@ class AllocationState(SettlingState):
         Fractional quotas m_j of shape (F,), the law at the rank of each feature's demand, and
         the limit for their whole parts.
         """
-        self._prepare_quotas(n_tokens, budget)
-        assert self._rank_quotas is not None
-        n_features = len(density)
+        n_features, by_rank = len(density), self._rank_quotas
+        require_smallest_quota(self.min_tokens_per_feature, n_features, budget)
+        if by_rank is None or self._quotas_for != (n_tokens, budget):
+            # of a preview, which changes nothing
+            by_rank = self._curve(n_tokens).quotas(budget).to(density)
         # what the quotas sum to, without asking them
         total = min(budget, self.max_density * n_tokens * n_features)
-        return (
-            self._rank_quotas[density_ranks(density)],
-            most_whole_quotas(total, n_features),
-        )
+        return by_rank[density_ranks(density)], most_whole_quotas(total, n_features)
 
     def _prepare_quotas(self, n_tokens: int, budget: int) -> None:
         """
-        Quotas by rank, float32 of shape (F,), in place. For another budget they are read off
+        Brings the quotas by rank up to date, in place. For another budget they are read off
         the curve of the law, and for another law or size of batch that is made anew.
         """
-        n_features = len(self.density)
-        require_smallest_quota(self.min_tokens_per_feature, n_features, budget)
-        if self._curve_tokens != n_tokens:
-            max_quota = self.max_density * n_tokens
-            alpha, beta = in_float64(self.quota_law)
-            ranks = torch.arange(1, n_features + 1, device=alpha.device).double()
-            curve = QuotaCurve.of(
-                log_shape(ranks, alpha, beta),
-                max_quota,
-                min(self.min_tokens_per_feature, max_quota),
-            )
+        require_smallest_quota(self.min_tokens_per_feature, len(self.density), budget)
+        if self._quotas_for == (n_tokens, budget):
+            return
+        if self._quota_curve is None or self._curve_tokens != n_tokens:
+            curve = self._curve(n_tokens)
             if self._quota_curve is None:
                 self._quota_curve = curve
             else:
                 self._quota_curve.copy_(curve)
-            self._curve_tokens, self._quota_budget = n_tokens, None
-        if self._quota_budget != budget:
-            assert self._quota_curve is not None
-            quotas = self._quota_curve.quotas(budget).to(self.density)
-            self._rank_quotas = kept_in_place(self._rank_quotas, quotas)
-            self._quota_budget = budget
+            self._curve_tokens = n_tokens
+        quotas = self._quota_curve.quotas(budget).to(self.density)
+        self._rank_quotas = kept_in_place(self._rank_quotas, quotas)
+        self._quotas_for = (n_tokens, budget)
+
+    def _curve(self, n_tokens: int) -> QuotaCurve:
+        """What the quotas of a batch of this many tokens sum to, by the law as it is."""
+        n_features, max_quota = len(self.density), self.max_density * n_tokens
+        alpha, beta = in_float64(self.quota_law)
+        ranks = torch.arange(1, n_features + 1, device=alpha.device).double()
+        return QuotaCurve.of(
+            log_shape(ranks, alpha, beta),
+            max_quota,
+            min(self.min_tokens_per_feature, max_quota),
+        )
 
     def _anchor_quota_law(self, floor: float) -> None:
         """
@@ -390,7 +391,7 @@ class AllocationState(SettlingState):
         fitted = torch.stack([law.alpha, law.beta])
         known = law.known.to(self.quota_law.device)
         self.quota_law.copy_(fitted.to(self.quota_law).where(known, self.quota_law))
-        self._curve_tokens = None
+        self._curve_tokens = self._quotas_for = None
 
     @property
     def backend_name(self) -> Backend | None:

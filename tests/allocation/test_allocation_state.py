@@ -286,3 +286,19 @@ def test_thresholds_recover_from_a_first_batch_without_positive_affinities(rule:
         state.allocate(encoder, torch.randn(B, D_IN), BUDGET, rule, rule)
     assert state.cut > 0
     assert (state.threshold > 0).all()
+
+
+def test_a_preview_of_another_batch_leaves_the_quotas_of_the_training_alone():
+    """A recorded step reads them without asking whose they are."""
+    torch.manual_seed(8)
+    state, encoder = new_state(), random_encoder()
+    for step in range(3):
+        x = torch.randn(B, D_IN)
+        state.allocate(encoder, x, BUDGET, "feature", "feature" if step else None)
+    kept = state._rank_quotas
+    assert kept is not None
+    before = kept.clone()
+    other = state.preview(encoder, torch.randn(2 * B, D_IN), BUDGET, "feature")
+    assert 0 < len(other.values) <= BUDGET + F
+    assert state._rank_quotas is kept
+    assert torch.equal(kept, before)
