@@ -13,11 +13,12 @@ from sae_lens_alloc import AllocSAETrainer, AllocSAETrainerConfig
 from sae_lens_alloc.ops.backend import BACKEND_VARIABLE
 from sae_lens_alloc.saes import allocation_sae
 from sae_lens_alloc.saes.allocation_sae import AllocationTrainingSAE
-from sae_lens_alloc.training.step_graph import STEPS_BEFORE_RECORDING, StepGraph
+from sae_lens_alloc.training import step_graph
+from sae_lens_alloc.training.step_graph import StepGraph
 from tests.saes.conftest import changed, make_sae, state_of, tokens
 from tests.training.recorded_operations import OperationRecording
 
-N_STEPS = 14
+N_STEPS = 7
 
 
 @pytest.fixture(autouse=True)
@@ -25,6 +26,7 @@ def on_a_cpu(triton_device: torch.device, monkeypatch: pytest.MonkeyPatch) -> No
     if triton_device.type == "cuda":
         pytest.skip("recorded by Triton's interpreter, on a CPU")
     monkeypatch.setattr(OperationRecording, "replays", 0)
+    monkeypatch.setattr(step_graph, "STEPS_BEFORE_RECORDING", 1)
 
 
 @pytest.fixture
@@ -52,7 +54,7 @@ def train(
         "train_batch_size_samples": 12,
         "lr": 1e-2,
         "lr_end": 1e-3,
-        "lr_warm_up_steps": 3,
+        "lr_warm_up_steps": 2,
         "dead_feature_window": 4,
         **overrides,
     }
@@ -77,14 +79,13 @@ def train(
 @pytest.mark.parametrize(
     ("options", "n_replays"),
     [
-        ({}, 10),
-        ({"selection_margin": 0.5, "apply_b_dec_to_input": True}, 10),
-        ({"aux_loss": "aux_zipf", "selection_margin": 0.25}, 10),
-        ({"architecture": "feature_choice", "aux_loss": "aux_zipf"}, 10),
+        ({"selection_margin": 0.5, "apply_b_dec_to_input": False}, 5),
+        ({"aux_loss": "aux_zipf", "selection_margin": 0.25}, 5),
+        ({"architecture": "feature_choice", "aux_loss": "aux_zipf"}, 5),
         # until the rule changes, and after it
-        ({"feature_choice_steps": 7, "aux_loss": "aux_zipf"}, 5),
+        ({"feature_choice_steps": 3, "aux_loss": "aux_zipf"}, 3),
         # while the budget falls nothing is recorded
-        ({"k_start": 6.0, "k_decay_steps": 5, "selection_margin": 0.25}, 5),
+        ({"k_start": 6.0, "k_decay_steps": 2, "selection_margin": 0.25}, 4),
         (
             {
                 "architecture": "matryoshka_mutual_choice",
@@ -92,9 +93,9 @@ def train(
                 "selection_margin": 0.5,
                 "aux_loss": "aux_zipf",
             },
-            10,
+            5,
         ),
-        ({"normalize_activations": "layer_norm"}, 10),
+        ({"normalize_activations": "layer_norm"}, 5),
     ],
     ids=str,
 )
@@ -120,21 +121,21 @@ def test_replayed_steps_write_the_metrics_of_the_steps(
         monkeypatch.setattr(
             AllocSAETrainer, "metrics_path", tmp_path / f"{graph}.jsonl"
         )
-        logging_config = LoggingConfig(log_to_wandb=False, wandb_log_frequency=2)
+        logging_config = LoggingConfig(log_to_wandb=False, wandb_log_frequency=1)
         train(make_sae(d_sae=40), monkeypatch, graph, logger=logging_config)
         files.append((tmp_path / f"{graph}.jsonl").read_text())
     assert files[0] == files[1]
-    assert len(files[0].splitlines()) == N_STEPS // 2
+    assert len(files[0].splitlines()) == N_STEPS
 
 
 def test_nan_is_reported_with_the_step(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(
         "tests.training.test_step_graph.tokens",
-        lambda *shape, seed: tokens(*shape, seed=seed) / (0.0 if seed == 9 else 1.0),
+        lambda *shape, seed: tokens(*shape, seed=seed) / (0.0 if seed == 4 else 1.0),
     )
-    with pytest.raises(ValueError, match="activations of training step 9 contain NaN"):
+    with pytest.raises(ValueError, match="activations of training step 4 contain NaN"):
         train(make_sae(d_sae=40), monkeypatch, cuda_graph=True)
-    assert OperationRecording.replays == 9 - STEPS_BEFORE_RECORDING + 1
+    assert OperationRecording.replays == 3
 
 
 @pytest.mark.parametrize("reason", ["hooks", "backend", "optimizer", "refused"])
