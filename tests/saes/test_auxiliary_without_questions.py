@@ -44,7 +44,12 @@ def test_losses_and_gradients_are_those_of_torch(
     triton_device: torch.device,
     monkeypatch: pytest.MonkeyPatch,
 ):
-    settings = {"d_sae": D_SAE, "aux_loss": aux_loss, "k_aux": 5, **options}
+    settings: dict[str, Any] = {
+        "d_sae": D_SAE,
+        "aux_loss": aux_loss,
+        "k_aux": 5,
+        **options,
+    }
     by_triton = make_sae(**settings).to(triton_device)
     by_torch = make_sae(**settings).to(triton_device)
     for step in (0, 10, 20, 30):
@@ -84,7 +89,7 @@ def test_without_a_flagged_feature_the_loss_is_0_and_so_are_its_gradients(
 
 @pytest.mark.parametrize("aux_loss", ["aux_k", "aux_zipf"])
 @pytest.mark.parametrize("options", ARCHITECTURES)
-def test_steps_after_a_renewal_ask_the_device_nothing(
+def test_a_renewal_and_the_steps_after_it_ask_the_device_nothing(
     options: dict[str, Any],
     aux_loss: str,
     triton_device: torch.device,
@@ -98,14 +103,10 @@ def test_steps_after_a_renewal_ask_the_device_nothing(
         x = tokens(12, 8, seed=step).to(triton_device)
         dead = half_dead(step).to(triton_device)
         before = sae.allocation.underused.clone()
-        # the law is fitted here, on the host, at every tenth step
-        fraction = 0.5 if aux_loss == "aux_zipf" else None
-        sae.allocation.renew_flags(step, dead, fraction, len(x))
-        assert torch.equal(sae.allocation.underused, before) == (step != 10)
         sae.checks.report(wait=True)
-        with monkeypatch.context() as renewed, no_questions(triton_device):
-            renewed.setattr(sae.allocation, "renew_flags", lambda *_: False)
+        with no_questions(triton_device):
             training_step(sae, x, step, dead).loss.backward()
+        assert torch.equal(sae.allocation.underused, before) == (step != 10)
     sae.checks.report(wait=True)
 
 

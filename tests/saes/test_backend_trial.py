@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,8 @@ from sae_lens.saes.sae import TrainStepInput, TrainStepOutput
 
 from sae_lens_alloc.ops import backend as backends
 from sae_lens_alloc.ops.backend import BACKEND_VARIABLE, backend_for, choose_backend
-from sae_lens_alloc.ops.triton_feature_select import TritonFeatureKeyEncoder
-from sae_lens_alloc.ops.triton_select import TritonKeyEncoder
+from sae_lens_alloc.ops.triton_feature_choice import TritonFeatureKeyEncoder
+from sae_lens_alloc.ops.triton_mutual_choice import TritonKeyEncoder
 from sae_lens_alloc.saes import backend_trial
 from sae_lens_alloc.saes.allocation_sae import AllocationTrainingSAE
 from sae_lens_alloc.saes.backend_trial import fastest_right_backend
@@ -125,9 +126,8 @@ def wrong_index(keys: torch.Tensor) -> torch.Tensor:
 
 def changing(change: Any, original: Any) -> Any:
     def collect(encoder: Any, *args: Any, **kwargs: Any) -> Any:
-        found, count = original(encoder, *args, **kwargs)
-        places = torch.arange(len(found))
-        return torch.where(places < count, change(found), 0), count
+        found = original(encoder, *args, **kwargs)
+        return replace(found, keys=change(found.keys))
 
     return collect
 
