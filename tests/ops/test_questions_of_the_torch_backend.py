@@ -8,7 +8,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from sae_lens_alloc.ops import encode_select
+from sae_lens_alloc.ops import device_checks, encode_select
 from sae_lens_alloc.ops.backend import BACKEND_VARIABLE
 from sae_lens_alloc.ops.encode_select import (
     Encoder,
@@ -17,6 +17,7 @@ from sae_lens_alloc.ops.encode_select import (
 )
 from tests.helpers import exact_tensors
 from tests.questions import CountsQuestions
+from tests.saes.conftest import make_sae, tokens, training_step
 
 B, F = 48, 500
 MANY_BLOCKS, ONE_BLOCK = 64, 512  # of so many features
@@ -159,3 +160,35 @@ def test_wrong_guesses_cost_questions_and_change_nothing(
     torch.testing.assert_close(
         on_gpu.bounds, on_cpu.bounds, rtol=0, atol=0, equal_nan=True
     )
+
+
+@pytest.mark.parametrize(
+    ("architecture", "options"),
+    [
+        ("mutual_choice", {"selection_margin": 1.0}),
+        ("mutual_choice", {"selection_margin": 0.0}),
+        ("feature_choice", {"k_start": 6.0, "k_decay_steps": 20}),
+    ],
+)
+@pytest.mark.parametrize("width", [MANY_BLOCKS, ONE_BLOCK])
+def test_a_training_step_asks_once(
+    architecture: str,
+    options: dict[str, Any],
+    width: int,
+    monkeypatch: pytest.MonkeyPatch,
+):
+    """Once the running statistics serve as a guess."""
+    monkeypatch.setattr(device_checks, "_is_late", lambda tensor: True)  # noqa: ARG005
+    sae = make_sae(architecture, d_sae=F, aux_loss="none", **options)
+    patch = in_fixed_places(True, width)
+    asked: list[int] = []
+    try:
+        for step in range(12):
+            sae.checks.report(wait=True)
+            with CountsQuestions() as questions:
+                training_step(sae, tokens(4 * B, 8, seed=step), step)
+            asked.append(len(questions.asked))
+    finally:
+        patch.undo()
+    assert asked[0] > 1
+    assert asked[6:] == [1] * 6
