@@ -1,17 +1,16 @@
 """The Triton backend trains as torch's does, and never makes the host wait for the device."""
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
-from typing_extensions import override
 
 from sae_lens_alloc.ops import device_checks
 from sae_lens_alloc.ops.backend import BACKEND_VARIABLE
 from sae_lens_alloc.saes.allocation_sae import AllocationTrainingSAE
+from tests.questions import RefusesQuestions
 from tests.saes.conftest import (
     ARCHITECTURES,
     gradients,
@@ -23,65 +22,6 @@ from tests.saes.conftest import (
 
 # of which a kernel takes 32 at a time
 D_SAE = 40
-
-
-# What reads a tensor without an operation that a dispatch mode sees, on a CPU at least.
-READERS = ("tolist", "numpy", "cpu", "__array__", "__bool__", "__index__")
-
-
-class RefusesQuestions(TorchDispatchMode):
-    """Raises where an operation's result, or its shape, depends on values on the device."""
-
-    @override
-    def __enter__(self) -> "RefusesQuestions":
-        self._readers = pytest.MonkeyPatch()
-        for name in READERS:
-            self._readers.setattr(torch.Tensor, name, _refuse(name))
-        return super().__enter__()
-
-    @override
-    def __exit__(self, *exception: Any) -> None:
-        super().__exit__(*exception)
-        self._readers.undo()
-
-    @override
-    def __torch_dispatch__(
-        self,
-        func: Any,
-        types: Iterable[type],
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
-    ) -> Any:
-        if func is torch.ops.aten.lift_fresh.default:
-            raise AssertionError(
-                "a number is copied to the device, which is waited for"
-            )
-        if is_question(func, args):
-            raise AssertionError(f"{func} asks the device")
-        return func(*args, **(kwargs or {}))
-
-
-# With an index the shape is fixed, unless it is a mask, of which the places are looked up.
-INDEXED = (torch.ops.aten.index, torch.ops.aten.index_put, torch.ops.aten.index_put_)
-
-
-def is_question(func: Any, args: tuple[Any, ...]) -> bool:
-    """Whether a GPU has to be waited for before an operation returns."""
-    if func.overloadpacket in INDEXED:
-        masks = [i for i in args[1] if i is not None and i.dtype == torch.bool]
-        # one value is filled in without a look at the places
-        return bool(masks) and (len(args) < 3 or args[2].numel() > 1)
-    return bool(
-        {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}
-        & set(func.tags)
-    )
-
-
-def _refuse(name: str) -> Callable[..., Any]:
-    def refuse(*_args: Any, **_kwargs: Any) -> Any:
-        raise AssertionError(f"Tensor.{name} asks the device")
-
-    return refuse
 
 
 @contextlib.contextmanager
