@@ -10,6 +10,8 @@ from threading import Lock
 from typing import Any
 
 TRACEBACK_LINES = 12
+# What a process that has sent its result takes to clean up, at most.
+SECONDS_TO_END = 10
 _starting = Lock()
 
 
@@ -62,6 +64,8 @@ def in_own_process(
     except EOFError:
         message = "the process was killed, probably for its memory"
         raise ProcessFailed("", message, []) from None
+    else:
+        process.join(SECONDS_TO_END)
     finally:
         process.kill()
         process.join()

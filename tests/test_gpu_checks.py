@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks.gpu import gradient_checks, kernel_checks
+from benchmarks.gpu import gradient_checks, kernel_checks, large_checks
 from benchmarks.gpu.agreement import Among, disagreement, distance, wrong_counts
 from benchmarks.gpu.inputs import exact_inputs, random_inputs
 from benchmarks.shape import Shape
@@ -162,6 +162,44 @@ def test_a_broken_kernel_is_found_and_the_others_are_right(
 
     monkeypatch.setattr(kernel_checks, function, refuse)
     assert "RuntimeError: no kernel image" in check(kernel, monkeypatch).values()
+
+
+@pytest.mark.parametrize("lost", [None, 0, -1])
+def test_a_pair_that_is_lost_among_many_is_found(
+    lost: int | None, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setenv(BACKEND_VARIABLE, "torch")
+    monkeypatch.setattr(large_checks, "BLOCK_ELEMENTS", 20 * 32)
+    mutual, feature = (
+        large_checks.encode_and_count,
+        large_checks.encode_feature_choice,
+    )
+
+    def with_a_loss(pairs: SparseActivations) -> SparseActivations:
+        """One pair exchanged for another that is smaller."""
+        if lost is None:
+            return pairs
+        free = torch.ones(pairs.shape, dtype=torch.bool)
+        free[pairs.token_indices, pairs.feature_indices] = False
+        token = int(pairs.token_indices[lost])
+        features = pairs.feature_indices.clone()
+        features[lost] = free[token].nonzero()[0, 0]
+        order = (pairs.token_indices * pairs.shape[1] + features).argsort()
+        return replace(pairs, feature_indices=features).at(order).without_padding()
+
+    def mutual_choice(*args: Any) -> Any:
+        pairs, counts = mutual(*args)
+        return with_a_loss(pairs.without_padding()), counts
+
+    def feature_choice(*args: Any) -> Any:
+        found = feature(*args)
+        return replace(found, pairs=with_a_loss(found.pairs.without_padding()))
+
+    monkeypatch.setattr(large_checks, "encode_and_count", mutual_choice)
+    monkeypatch.setattr(large_checks, "encode_feature_choice", feature_choice)
+    found = large_checks.check_large("torch", SHAPE, "cpu")
+    wrong = [] if lost is None else ["mutual_choice", "feature_choice"]
+    assert list(found["wrong"]) == wrong
 
 
 def test_wrong_gradients_are_found(monkeypatch: pytest.MonkeyPatch):

@@ -8,6 +8,7 @@ import torch
 from benchmarks.gpu import language_model, rates, steps, synthetic
 from benchmarks.gpu.gradient_checks import check_gradients
 from benchmarks.gpu.kernel_checks import DTYPES, KERNELS, check_kernels
+from benchmarks.gpu.large_checks import check_large
 from benchmarks.gpu.scale import PRECISIONS, Scale, StepRow
 from benchmarks.gpu.task import Task
 from benchmarks.shape import Shape
@@ -51,6 +52,13 @@ def kernel_tasks(scale: Scale, device: str) -> Iterator[Task]:
                     seconds=20,
                     like=f"{kernel}, {backend}",
                 )
+        yield Task(
+            "kernels",
+            f"beyond 2^32 affinities, {backend}",
+            check_large,
+            (backend, scale.large, device),
+            seconds=20,
+        )
         yield Task(
             "kernels",
             f"gradients, {backend}",
