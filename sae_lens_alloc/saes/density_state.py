@@ -1,7 +1,7 @@
 """Running densities of the features, and the flags of those that the auxiliary loss trains."""
 
 from collections.abc import Callable, Mapping
-from functools import cache
+from functools import lru_cache
 from typing import Any, ClassVar, TypeVar
 
 import torch
@@ -224,10 +224,14 @@ class DensityState(nn.Module):
         Args:
             n_tokens: Tokens per batch.
         """
-        law = cache(lambda: self.fit_law(n_tokens))
+
+        @lru_cache(maxsize=1)
+        def law_after(step: int | None) -> ZipfLaw | None:
+            del step  # the law of one step is not that of the next
+            return self.fit_law(n_tokens)
 
         def of_law(name: str) -> Callable[[], float]:
-            return lambda: getattr(law(), name, float("nan"))
+            return lambda: getattr(law_after(self._running_step), name, float("nan"))
 
         return {
             "underused_features": lambda: self.underused.sum(),

@@ -43,11 +43,13 @@ class OperationRecording:
                 launch(kernel, *args, **kwargs)
             self._operations.append(lambda: launch(kernel, *args, **kwargs))
 
-        with pytest.MonkeyPatch.context() as patch, _Records(self):
-            patch.setattr(InterpretedFunction, "run", recorded_launch)
-            yield
-        for alive, content in self._before.values():
-            alive.copy_(content)
+        try:
+            with pytest.MonkeyPatch.context() as patch, _Records(self):
+                patch.setattr(InterpretedFunction, "run", recorded_launch)
+                yield
+        finally:
+            for alive, content in self._before.values():
+                alive.copy_(content)
 
     def keep(self, tensors: Iterable[torch.Tensor]) -> None:
         """Keeps what tensors hold that an operation may overwrite."""

@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,12 +11,15 @@ import torch
 from sae_lens import logger
 
 from sae_lens_alloc import AllocSAETrainer, AllocSAETrainerConfig
+from sae_lens_alloc.ops import device_checks
 from sae_lens_alloc.ops.backend import BACKEND_VARIABLE
 from sae_lens_alloc.saes import allocation_sae
 from sae_lens_alloc.saes.allocation_sae import AllocationTrainingSAE
 from sae_lens_alloc.training import step_graph
 from sae_lens_alloc.training.step_graph import StepGraph
+from sae_lens_alloc.training.train_step import clip_gradients, train_step
 from tests.saes.conftest import changed, make_sae, state_of, tokens
+from tests.saes.test_no_host_sync import no_questions
 from tests.training.recorded_operations import OperationRecording
 
 N_STEPS = 7
@@ -47,6 +51,7 @@ def train(
     sae: AllocationTrainingSAE[Any],
     monkeypatch: pytest.MonkeyPatch,
     cuda_graph: bool,
+    infinite_step: int | None = None,
     **overrides: Any,
 ) -> AllocSAETrainer[Any, Any]:
     settings: dict[str, Any] = {
@@ -63,15 +68,16 @@ def train(
         "_make_graph",
         lambda trainer, sae: StepGraph(
             sae,
-            lambda: torch.nn.utils.clip_grad_norm_(sae.parameters(), 1.0),
+            partial(clip_gradients, trainer),
             trainer.autocast_if_enabled,
             OperationRecording,
         ),
     )
+    batches = [tokens(12, 8, seed=seed) for seed in range(N_STEPS)]
+    if infinite_step is not None:
+        batches[infinite_step] /= 0.0
     cfg = AllocSAETrainerConfig(**settings, cuda_graph=cuda_graph)
-    trainer = AllocSAETrainer(
-        cfg, sae, iter([tokens(12, 8, seed=seed) for seed in range(N_STEPS)])
-    )
+    trainer = AllocSAETrainer(cfg, sae, iter(batches))
     trainer.fit()
     return trainer
 
@@ -129,12 +135,8 @@ def test_replayed_steps_write_the_metrics_of_the_steps(
 
 
 def test_nan_is_reported_with_the_step(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(
-        "tests.training.test_step_graph.tokens",
-        lambda *shape, seed: tokens(*shape, seed=seed) / (0.0 if seed == 4 else 1.0),
-    )
     with pytest.raises(ValueError, match="activations of training step 4 contain NaN"):
-        train(make_sae(d_sae=40), monkeypatch, cuda_graph=True)
+        train(make_sae(d_sae=40), monkeypatch, True, infinite_step=4)
     assert OperationRecording.replays == 3
 
 
@@ -188,3 +190,20 @@ def test_on_a_cpu_it_is_off_with_a_sentence(messages: list[str]):
     assert "cuda_graph is off: the SAE is trained on cpu, and graphs are for CUDA." in (
         messages
     )
+
+
+def test_a_step_of_our_trainer_asks_the_device_nothing(
+    monkeypatch: pytest.MonkeyPatch, triton_device: torch.device
+):
+    """Apart from Adam, which on a CPU reads the number of its step, a tensor there."""
+    monkeypatch.setattr(device_checks, "_is_late", lambda tensor: True)  # noqa: ARG005
+    sae = make_sae(d_sae=40, selection_margin=0.5, aux_loss="aux_zipf")
+    trainer = train(sae, monkeypatch, cuda_graph=False)
+    trainer.optimizer = torch.optim.SGD(sae.parameters(), lr=1e-3)
+    sae.checks.report(wait=True)
+    for step in range(9, 12):  # the flags are renewed at step 10
+        trainer.n_training_steps = step
+        batch = tokens(12, 8, seed=step)
+        with no_questions(triton_device):
+            train_step(trainer, batch)
+        sae.checks.report(wait=True)
