@@ -4,6 +4,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from itertools import repeat
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
@@ -26,6 +27,8 @@ if TYPE_CHECKING:  # which imports this
 # The first one is what the others must agree with.
 CANDIDATES: tuple[Backend, ...] = ("torch", "triton", "triton_prefilter")
 TIMED_STEPS = 3
+# After all that a schedule may change.
+LATE_STEP = 10**9
 # Features whose gradients are compared: those of all would be as large as the weights.
 N_COMPARED_FEATURES = 1024
 
@@ -59,11 +62,15 @@ class Outcome:
         positions: token * F + feature of the active pairs, ascending, int64 of shape (n,).
         affinities: Their affinities, shape (n,).
         gradients: Gradients of all weights, those of features only of some features.
+        d_sae: Number of features F.
+        by_feature: Whether each feature has a cut of its own, as under Feature Choice.
     """
 
     positions: torch.Tensor
     affinities: torch.Tensor
     gradients: Sequence[torch.Tensor]
+    d_sae: int
+    by_feature: bool
 
 
 def settle_backend(
@@ -103,8 +110,9 @@ def fastest_right_backend(
 ) -> Backend:
     """
     Takes a training step with each backend that can run on the device of the batch, forward
-    and backward, and then a few more against the clock. Nothing is learned from it: weights,
-    their gradients and all statistics are afterwards what they were.
+    and backward: the step itself and one of the end of the training, where another rule may
+    allocate. Then a few more like the latter run against the clock. Nothing is learned from it:
+    weights, their gradients and all statistics are afterwards what they were.
 
     A backend that fails, or disagrees with the first one that did not, costs a warning. One
     line of the log names the backend that was fastest, and the times of all.
@@ -119,30 +127,31 @@ def fastest_right_backend(
         The fastest backend that is right, or the device's default if none works.
     """
     device = step_input.sae_in.device
-    d_sae = sae.cfg.d_sae
-    by_feature = sae.rule_at(step_input.n_training_steps) == "feature"
     tolerance = _tolerance(step_input.sae_in, sae.W_enc.dtype)
+    late = replace(step_input, n_training_steps=LATE_STEP)
     seconds: dict[Backend, float] = {}
-    expected: Outcome | None = None
+    expected: list[Outcome] = []
     for backend in candidates:
         if why_unavailable(backend, device) is not None:
             continue
         try:
-            with _untouched(sae, device, backend):
-                found = _outcome(sae, step, step_input)
-            difference = None
-            if expected is not None:
-                difference = disagreement(expected, found, d_sae, by_feature, tolerance)
+            found = []
+            for each in (step_input, late):
+                with _untouched(sae, device, backend):
+                    found.append(_outcome(sae, step, each))
+            expected = expected or found
+            difference = next(
+                filter(None, map(disagreement, expected, found, repeat(tolerance))),
+                None,
+            )
             if difference is None:
                 with _untouched(sae, device, backend):
-                    seconds[backend] = _seconds_per_step(sae, step, step_input)
+                    seconds[backend] = _seconds_per_step(sae, step, late)
         except Exception as error:  # kernels fail in many ways; none may end the run
             first_line = str(error).strip().partition("\n")[0] or "no message"
             difference = f"it failed ({type(error).__name__}: {first_line})"
         if difference is not None:
             logger.warning(f"The backend {backend} is not used: {difference}.")
-        elif expected is None:
-            expected = found
     if not seconds:
         return default_backend(device)
     best = min(seconds, key=lambda name: seconds[name])
@@ -151,31 +160,23 @@ def fastest_right_backend(
     return best
 
 
-def disagreement(
-    expected: Outcome,
-    found: Outcome,
-    d_sae: int,
-    by_feature: bool,
-    tolerance: Tolerance,
-) -> str | None:
+def disagreement(expected: Outcome, found: Outcome, tolerance: Tolerance) -> str | None:
     """
     What is wrong with an outcome, None if it is right up to rounding.
 
     Args:
         expected: The outcome to agree with.
         found: The other one.
-        d_sae: Number of features F.
-        by_feature: Whether each feature has a cut of its own, as under Feature Choice.
         tolerance: How much both may differ.
     """
     if len(expected.positions) == 0:
         return None if len(found.positions) == 0 else "it selects other pairs"
-    cuts = _cuts(expected, d_sae, by_feature)
+    cuts = _cuts(expected)
     in_both = torch.isin(expected.positions, found.positions)
     others = ~torch.isin(found.positions, expected.positions)
     for outcome, differs in ((expected, ~in_both), (found, others)):
         values = outcome.affinities[differs]
-        allowed = cuts[outcome.positions[differs] % d_sae]
+        allowed = cuts[outcome.positions[differs] % len(cuts)]
         # an infinite cut is that of a feature from which nothing is selected
         near = (values - allowed).abs() <= tolerance.affinities * allowed
         if not (near & allowed.isfinite()).all():
@@ -190,13 +191,13 @@ def disagreement(
     return None
 
 
-def _cuts(outcome: Outcome, d_sae: int, by_feature: bool) -> torch.Tensor:
+def _cuts(outcome: Outcome) -> torch.Tensor:
     """Smallest selected affinity of each feature, or of all, shape (F,)."""
     values = outcome.affinities
-    if not by_feature:
-        return values.min().expand(d_sae)
-    cuts = values.new_full((d_sae,), torch.inf)
-    return cuts.scatter_reduce_(0, outcome.positions % d_sae, values, "amin")
+    if not outcome.by_feature:
+        return values.min().expand(outcome.d_sae)
+    cuts = values.new_full((outcome.d_sae,), torch.inf)
+    return cuts.scatter_reduce_(0, outcome.positions % outcome.d_sae, values, "amin")
 
 
 def _outcome(
@@ -223,6 +224,8 @@ def _outcome(
             if gradient is not None
             for sample in [_sample(name, gradient, sae.cfg.d_sae)]
         ],
+        sae.cfg.d_sae,
+        sae.rule_at(step_input.n_training_steps) == "feature",
     )
 
 

@@ -192,25 +192,43 @@ def test_wrong_gradients_are_noticed(
     assert "its gradients are others" in messages[0].getMessage()
 
 
-def test_pairs_at_the_cut_may_differ(messages: list[logging.LogRecord]):
-    values = torch.tensor([3.0, 2.0, 1.0])
-    one = backend_trial.Outcome(torch.tensor([0, 5, 9]), values, [])
-    tie = backend_trial.Outcome(
-        torch.tensor([0, 5, 10]), torch.tensor([3.0, 2.0, 1.00001]), []
+def outcome(
+    positions: list[int], affinities: list[float], by_feature: bool = False
+) -> backend_trial.Outcome:
+    return backend_trial.Outcome(
+        torch.tensor(positions), torch.tensor(affinities), [], 4, by_feature
     )
-    other = backend_trial.Outcome(
-        torch.tensor([0, 5, 10]), torch.tensor([3.0, 2.0, 1.1]), []
-    )
+
+
+def test_pairs_at_the_cut_may_differ():
     exact = backend_trial.FLOAT32
-    assert backend_trial.disagreement(one, tie, 4, False, exact) is None
-    found = backend_trial.disagreement(one, other, 4, False, exact)
-    assert found == "it selects other pairs"
+    one = outcome([0, 5, 9], [3.0, 2.0, 1.0])
+    tie = outcome([0, 5, 10], [3.0, 2.0, 1.00001])
+    other = outcome([0, 5, 10], [3.0, 2.0, 1.1])
+    assert backend_trial.disagreement(one, tie, exact) is None
+    assert backend_trial.disagreement(one, other, exact) == "it selects other pairs"
     # each feature has a cut of its own: that of feature 1 is 1.0, of position 9
-    at_its_cut = backend_trial.Outcome(torch.tensor([0, 5, 13]), tie.affinities, [])
-    assert backend_trial.disagreement(one, at_its_cut, 4, True, exact) is None
+    one = outcome([0, 5, 9], [3.0, 2.0, 1.0], by_feature=True)
+    assert (
+        backend_trial.disagreement(one, outcome([0, 5, 13], [3.0, 2.0, 1.00001]), exact)
+        is None
+    )
     # feature 2 is selected nowhere
-    assert backend_trial.disagreement(one, tie, 4, True, exact) is not None
-    assert messages == []
+    assert backend_trial.disagreement(one, tie, exact) == "it selects other pairs"
+
+
+def test_both_rules_of_a_training_are_tried(
+    monkeypatch: pytest.MonkeyPatch, messages: list[logging.LogRecord]
+):
+    """The first step is of Feature Choice, and the selection of Mutual Choice is broken."""
+    monkeypatch.setattr(
+        TritonKeyEncoder, "collect", raising(RuntimeError("no such kernel"))
+    )
+    times(monkeypatch, torch=0.002, triton=0.001, triton_prefilter=0.003)
+    sae = make_sae(feature_choice_steps=5)
+    assert sae.rule_at(0) == "feature"
+    assert chosen(sae) != "triton"
+    assert "RuntimeError: no such kernel" in messages[0].getMessage()
 
 
 def test_where_nothing_works_the_default_remains(
