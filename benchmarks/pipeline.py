@@ -36,6 +36,7 @@ from benchmarks.results import (
 from sae_lens_alloc import cli
 from sae_lens_alloc.config import load_runner_config
 from sae_lens_alloc.training import runner as runner_module
+from sae_lens_alloc.training import train_step as train_step_module
 from sae_lens_alloc.training import trainer as trainer_module
 from sae_lens_alloc.training.runner import AllocSAETrainingRunner
 from sae_lens_alloc.training.trainer import AllocSAETrainer
@@ -125,8 +126,10 @@ def time_the_parts(clock: Clock) -> None:
         (ActivationsStore, "get_activations", "language model"),
         (PrefetchingIterator, "__next__", "activation store"),
         (SAETrainer, "_train_step", "trainer"),
+        (AllocSAETrainer, "_train_step", "trainer"),
         (torch.Tensor, "backward", "SAE backward"),
         (torch.nn.utils, "clip_grad_norm_", "optimizer"),
+        (train_step_module, "clip_gradients", "optimizer"),
         (AllocSAETrainer, "_log", "metrics"),
         (trainer_module, "held_out_metrics", "held-out metrics"),
         (AllocSAETrainingRunner, "_calibration_activations", "calibration"),

@@ -307,12 +307,19 @@ def test_the_rehearsal_has_a_result_of_everything(rehearsed: Path):
         assert "not_available" not in result
         if planned.part == "kernels":
             assert result["wrong"] == {}
-            assert result["n_cases"] >= 6
+            assert result["n_cases"] >= 2
         if planned.part == "steps" and planned.name != plan.RATES:
             assert len(result["seconds"]) == len(result["floor_seconds"]) == 1
         if planned.part == "pipeline":
             assert result["tokens_per_second"] > 0
-            assert "run;training;trainer;SAE forward" in result["seconds"]
+            in_training = "run;training;"
+            assert result["seconds"].keys() >= {
+                f"{in_training}activation store",
+                f"{in_training}activation store;activation store;language model",
+                f"{in_training}trainer;SAE forward",
+                f"{in_training}trainer;SAE backward",
+                f"{in_training}trainer;optimizer",
+            }
         if planned.part == "synthetic":
             assert 0 <= result["f1"] <= 1
     backends = [row.get("backend_used") for row in report["steps"].values()]

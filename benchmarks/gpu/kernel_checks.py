@@ -10,6 +10,7 @@ import torch
 from benchmarks.gpu.agreement import disagreement, distance, wrong_counts
 from benchmarks.gpu.inputs import EncoderInputs, exact_inputs, random_inputs
 from benchmarks.shape import Shape
+from sae_lens_alloc.ops.auxiliary_selection import FlaggedFeatures, encode_auxiliary
 from sae_lens_alloc.ops.backend import BACKEND_VARIABLE
 from sae_lens_alloc.ops.encode_select import encode_and_count, encode_feature_choice
 from sae_lens_alloc.ops.sparse import (
@@ -17,14 +18,6 @@ from sae_lens_alloc.ops.sparse import (
     sparse_times_dense,
     sparse_times_dense_transposed,
 )
-
-try:
-    from sae_lens_alloc.ops.auxiliary_selection import FlaggedFeatures, encode_auxiliary
-except ImportError:
-    from sae_lens_alloc.ops.encode_select import encode_auxiliary
-
-    def FlaggedFeatures(mask: torch.Tensor) -> torch.Tensor:
-        return mask.nonzero().squeeze(1)
 
 
 @dataclass(frozen=True)

@@ -63,7 +63,7 @@ def kernel_tasks(scale: Scale, device: str) -> Iterator[Task]:
             "kernels",
             f"gradients, {backend}",
             check_gradients,
-            (backend, scale.checked[1], device),
+            (backend, scale.trained, device),
             seconds=20,
         )
 

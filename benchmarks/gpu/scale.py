@@ -110,6 +110,7 @@ class Scale:
         name: What it is called in the results.
         checked: Shapes at which kernels are compared with a reference: first as in training,
             then odd ones.
+        trained: Shape at which gradients are compared.
         large: A shape with more than 2^32 affinities.
         centre: Shape of the step table.
         wide: Shape of the second one, in bfloat16.
@@ -131,6 +132,7 @@ class Scale:
         Shape(d_in=250, d_sae=3001, k=7, batch=517),
         Shape(d_in=33, d_sae=130, k=3, batch=1),
     )
+    trained: Shape = Shape(d_in=250, d_sae=3001, k=7, batch=517)
     large: Shape = Shape(d_in=64, d_sae=2**20, k=8, batch=4608)
     centre: Shape = Shape(d_in=768, d_sae=32_768, k=32, batch=4096)
     wide: Shape = Shape(d_in=2304, d_sae=65_536, k=32, batch=8192)
@@ -150,10 +152,8 @@ CARD = Scale()
 # Every part and every kind of measurement, at sizes that Triton's interpreter gets through.
 REHEARSAL = Scale(
     name="rehearsal",
-    checked=(
-        Shape(d_in=16, d_sae=64, k=2, batch=16),
-        Shape(d_in=5, d_sae=13, k=2, batch=5),
-    ),
+    checked=(Shape(d_in=5, d_sae=13, k=2, batch=5),),
+    trained=Shape(d_in=5, d_sae=13, k=2, batch=5),
     large=Shape(d_in=5, d_sae=40, k=2, batch=9),
     centre=Shape(d_in=8, d_sae=12, k=2, batch=4),
     wide=Shape(d_in=12, d_sae=16, k=2, batch=4),
