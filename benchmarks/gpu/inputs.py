@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 
 from benchmarks.shape import Shape
-from sae_lens_alloc.ops.encode_select import Encoder
+from sae_lens_alloc.ops.block_encoder import Encoder
 
 NONZERO_INPUTS = 4
 # Rounding of sums of products, in units of the last place of the largest affinity.

@@ -11,11 +11,8 @@ from benchmarks.gpu.inputs import ROUNDING
 from benchmarks.shape import Shape
 from sae_lens_alloc.allocation.sparse_activations import SparseActivations
 from sae_lens_alloc.ops.backend import BACKEND_VARIABLE
-from sae_lens_alloc.ops.encode_select import (
-    Encoder,
-    encode_and_count,
-    encode_feature_choice,
-)
+from sae_lens_alloc.ops.block_encoder import Encoder
+from sae_lens_alloc.ops.encode_select import encode_and_count, encode_feature_choice
 
 # Affinities of a block, in float64.
 BLOCK_ELEMENTS = 2**25

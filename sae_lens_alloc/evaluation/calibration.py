@@ -15,11 +15,8 @@ from sae_lens_alloc.evaluation.equal_l0 import (
     threshold_factor,
 )
 from sae_lens_alloc.evaluation.usage import by_pairs, measure_usage, measure_usages
-from sae_lens_alloc.ops.encode_select import (
-    Encoder,
-    ThresholdCollector,
-    WatchedEncoder,
-)
+from sae_lens_alloc.ops.block_encoder import Encoder, WatchedEncoder
+from sae_lens_alloc.ops.encode_select import ThresholdCollector
 from sae_lens_alloc.saes.allocation_sae import AllocationTrainingSAE
 
 BATCH_SIZE = 4096

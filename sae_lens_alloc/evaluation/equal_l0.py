@@ -5,7 +5,8 @@ from sae_lens.saes.jumprelu_sae import JumpReLUSAE
 
 from sae_lens_alloc.allocation.mutual_choice import budget_for
 from sae_lens_alloc.allocation.sparse_activations import SparseActivations
-from sae_lens_alloc.ops.encode_select import Encoder, encode_mutual_choice
+from sae_lens_alloc.ops.block_encoder import Encoder
+from sae_lens_alloc.ops.encode_select import encode_mutual_choice
 
 # Stands for a threshold of 0 where affinities are divided by it.
 ALWAYS_OPEN = 1e-20

@@ -18,7 +18,8 @@ from sae_lens_alloc.evaluation.equal_l0 import set_l0
 from sae_lens_alloc.evaluation.jumprelu_form import jumprelu_form
 from sae_lens_alloc.evaluation.saved_sae import load_sae
 from sae_lens_alloc.evaluation.usage import Usage, as_user, measure_usage
-from sae_lens_alloc.ops.encode_select import Encoder, encode_feature_choice
+from sae_lens_alloc.ops.block_encoder import Encoder
+from sae_lens_alloc.ops.encode_select import encode_feature_choice
 
 # Relative distance of a threshold from the affinity that decides it.
 MARGIN = 1e-6

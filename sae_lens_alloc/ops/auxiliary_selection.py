@@ -5,7 +5,7 @@ from functools import cached_property
 import torch
 
 from sae_lens_alloc.allocation.sparse_activations import Pairs, SparseActivations
-from sae_lens_alloc.ops.encode_select import Encoder, block_width
+from sae_lens_alloc.ops.block_encoder import Encoder, block_width
 from sae_lens_alloc.ops.encoder_tensors import tensors_for_kernels
 
 

@@ -20,13 +20,9 @@ from sae_lens_alloc.allocation.margin import Margin, gains, selection_gradient
 from sae_lens_alloc.allocation.mutual_choice import budget_for, require_no_nan_or_inf
 from sae_lens_alloc.allocation.schedule import budget_per_token
 from sae_lens_alloc.allocation.sparse_activations import Pairs, SparseActivations
+from sae_lens_alloc.ops.block_encoder import BlockEncoder, Encoder, KnownAffinities
 from sae_lens_alloc.ops.device_checks import DeviceChecks
-from sae_lens_alloc.ops.encode_select import (
-    BlockEncoder,
-    Encoder,
-    KnownAffinities,
-    encode_thresholds,
-)
+from sae_lens_alloc.ops.encode_select import encode_thresholds
 from sae_lens_alloc.ops.pair_autoencoder import (
     GradientMemory,
     decode_pairs,

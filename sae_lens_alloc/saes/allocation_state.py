@@ -19,8 +19,8 @@ from sae_lens_alloc.allocation.zipf import (
     require_smallest_quota,
 )
 from sae_lens_alloc.ops.backend import Backend
+from sae_lens_alloc.ops.block_encoder import BlockEncoder
 from sae_lens_alloc.ops.encode_select import (
-    BlockEncoder,
     encode_and_count,
     encode_feature_choice,
     encode_mutual_choice,

@@ -24,7 +24,7 @@ from sae_lens.saes.topk_sae import TopKTrainingSAE
 from torch import nn
 from typing_extensions import override
 
-from sae_lens_alloc.ops.encode_select import Encoder
+from sae_lens_alloc.ops.block_encoder import Encoder
 from sae_lens_alloc.ops.pair_autoencoder import decode_pairs, pair_pre_acts
 from sae_lens_alloc.saes.allocation_sae import AllocationTrainingSAE
 from sae_lens_alloc.saes.auxiliary_loss import (

@@ -10,7 +10,7 @@ from typing_extensions import override
 from sae_lens_alloc.allocation.schedule import aux_loss_fade
 from sae_lens_alloc.allocation.sparse_activations import Pairs
 from sae_lens_alloc.ops.auxiliary_selection import FlaggedFeatures, encode_auxiliary
-from sae_lens_alloc.ops.encode_select import Encoder
+from sae_lens_alloc.ops.block_encoder import Encoder
 
 
 @dataclass

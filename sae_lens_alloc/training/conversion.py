@@ -26,10 +26,8 @@ from sae_lens_alloc.evaluation.calibration import (
 from sae_lens_alloc.evaluation.jumprelu_form import gate_as_thresholds
 from sae_lens_alloc.evaluation.usage import by_pairs, measure_usage
 from sae_lens_alloc.ops.auxiliary_selection import FlaggedFeatures, encode_auxiliary
-from sae_lens_alloc.ops.encode_select import (
-    Encoder,
-    encode_thresholds,
-)
+from sae_lens_alloc.ops.block_encoder import Encoder
+from sae_lens_alloc.ops.encode_select import encode_thresholds
 from sae_lens_alloc.saes.allocation_sae import AllocationTrainingSAE, decoder_norms
 from sae_lens_alloc.saes.aux_zipf import AuxZipfTrainingSAEConfig
 from sae_lens_alloc.saes.mutual_choice_sae import MutualChoiceTrainingSAEConfig

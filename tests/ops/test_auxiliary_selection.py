@@ -4,10 +4,10 @@ import pytest
 import torch
 
 from sae_lens_alloc.allocation.sparse_activations import Pairs
-from sae_lens_alloc.ops import encode_select
+from sae_lens_alloc.ops import block_encoder
 from sae_lens_alloc.ops.auxiliary_selection import FlaggedFeatures, encode_auxiliary
 from sae_lens_alloc.ops.backend import BACKEND_VARIABLE
-from sae_lens_alloc.ops.encode_select import Encoder
+from sae_lens_alloc.ops.block_encoder import Encoder
 from tests.helpers import affinities_of, exact_tensors, stored_pairs
 
 
@@ -18,7 +18,7 @@ def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
     else:
         monkeypatch.setenv(BACKEND_VARIABLE, "torch")
         # blocks of 64 features
-        monkeypatch.setitem(encode_select._BLOCK_ELEMENTS, "cpu", 1)
+        monkeypatch.setitem(block_encoder._BLOCK_ELEMENTS, "cpu", 1)
     return request.param
 
 

@@ -5,11 +5,10 @@ import torch
 
 from sae_lens_alloc.allocation.feature_choice import select_feature_choice
 from sae_lens_alloc.allocation.sparse_activations import Pairs, SparseActivations
-from sae_lens_alloc.ops import encode_select
+from sae_lens_alloc.ops import block_encoder
+from sae_lens_alloc.ops.block_encoder import Encoder, KnownAffinities
 from sae_lens_alloc.ops.encode_select import (
-    Encoder,
     FeatureChoiceSelection,
-    KnownAffinities,
     encode_feature_choice,
 )
 
@@ -21,7 +20,7 @@ NO_BOUNDS = torch.zeros(N_FEATURES)
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Blocks of 64 features: two whole ones and one of 22."""
-    monkeypatch.setitem(encode_select._BLOCK_ELEMENTS, "cpu", 1)
+    monkeypatch.setitem(block_encoder._BLOCK_ELEMENTS, "cpu", 1)
 
 
 def exact_encoder(dtype: torch.dtype = torch.float32) -> Encoder:

@@ -4,14 +4,9 @@ import pytest
 import torch
 
 from sae_lens_alloc.allocation.sparse_activations import SparseActivations
-from sae_lens_alloc.ops import encode_select
-from sae_lens_alloc.ops.encode_select import (
-    Encoder,
-    KnownAffinities,
-    block_width,
-    encode_mutual_choice,
-    encode_thresholds,
-)
+from sae_lens_alloc.ops import block_encoder
+from sae_lens_alloc.ops.block_encoder import Encoder, KnownAffinities, block_width
+from sae_lens_alloc.ops.encode_select import encode_mutual_choice, encode_thresholds
 from tests.helpers import Pair, stored_pairs
 
 CPU = torch.device("cpu")
@@ -20,7 +15,7 @@ CPU = torch.device("cpu")
 @pytest.fixture
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Blocks of 64 features."""
-    monkeypatch.setitem(encode_select._BLOCK_ELEMENTS, "cpu", 1)
+    monkeypatch.setitem(block_encoder._BLOCK_ELEMENTS, "cpu", 1)
 
 
 def exact_encoder(
@@ -212,7 +207,7 @@ def test_blocks_cover_the_features_once(n_features: int, n_tokens: int):
 
 
 def test_block_width_is_a_multiple_of_64():
-    elements = encode_select._BLOCK_ELEMENTS["cpu"]
+    elements = block_encoder._BLOCK_ELEMENTS["cpu"]
     for n_tokens in (0, 1, 7, 100, 2048, 4096, 10**7):
         width = block_width(n_tokens, CPU)
         assert width % 64 == 0
@@ -254,7 +249,7 @@ def test_encode_mutual_choice_does_not_depend_on_the_block_width(
     encoder, x = exact_encoder(300), exact_inputs(12)
     expected = best_pairs(dense_affinities(encoder, x), budget)
     for width in (64, 128, 192, 256, 320):
-        monkeypatch.setitem(encode_select._BLOCK_ELEMENTS, "cpu", 12 * width)
+        monkeypatch.setitem(block_encoder._BLOCK_ELEMENTS, "cpu", 12 * width)
         assert block_width(12, CPU) == width
         assert stored_pairs(encode_mutual_choice(encoder, x, budget, None)) == expected
 

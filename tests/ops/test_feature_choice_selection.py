@@ -9,7 +9,8 @@ from torch import Tensor
 
 from sae_lens_alloc.allocation.feature_choice import select_feature_choice
 from sae_lens_alloc.ops import feature_choice_selection, pair_keys
-from sae_lens_alloc.ops.encode_select import Encoder, encode_feature_choice
+from sae_lens_alloc.ops.block_encoder import Encoder
+from sae_lens_alloc.ops.encode_select import encode_feature_choice
 from sae_lens_alloc.ops.feature_choice_keys import FeatureKeyEncoder
 from sae_lens_alloc.ops.feature_choice_selection import (
     FeatureChoiceSelection,

@@ -8,7 +8,8 @@ import torch
 from sae_lens_alloc.allocation.mutual_choice import select_mutual_choice
 from sae_lens_alloc.ops import mutual_choice_selection
 from sae_lens_alloc.ops import pair_keys as keys_module
-from sae_lens_alloc.ops.encode_select import Encoder, encode_mutual_choice
+from sae_lens_alloc.ops.block_encoder import Encoder
+from sae_lens_alloc.ops.encode_select import encode_mutual_choice
 from sae_lens_alloc.ops.mutual_choice_keys import N_DIGITS, SHIFTS, KeyEncoder
 from sae_lens_alloc.ops.mutual_choice_selection import (
     key_encoder,

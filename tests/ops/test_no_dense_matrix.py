@@ -17,7 +17,7 @@ from sae_lens_alloc import (
     MutualChoiceTrainingSAE,
     MutualChoiceTrainingSAEConfig,
 )
-from sae_lens_alloc.ops import encode_select, sparse
+from sae_lens_alloc.ops import block_encoder, sparse
 from sae_lens_alloc.ops.backend import BACKEND_VARIABLE
 
 N_TOKENS, D_IN, N_FEATURES, K = 256, 8, 1024, 4
@@ -97,7 +97,7 @@ def training_step(sae: TrainingSAE[Any], step: int) -> torch.Tensor:
 
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(encode_select._BLOCK_ELEMENTS, "cpu", 1)
+    monkeypatch.setitem(block_encoder._BLOCK_ELEMENTS, "cpu", 1)
     monkeypatch.setattr(sparse, "_REFERENCE_CHUNK", DENSE // 32)
 
 

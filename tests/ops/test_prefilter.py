@@ -10,7 +10,8 @@ from sae_lens_alloc.allocation.mutual_choice import select_mutual_choice
 from sae_lens_alloc.ops import mutual_choice_selection
 from sae_lens_alloc.ops import pair_keys as keys_module
 from sae_lens_alloc.ops.backend import BACKEND_VARIABLE
-from sae_lens_alloc.ops.encode_select import Encoder, encode_and_count
+from sae_lens_alloc.ops.block_encoder import Encoder
+from sae_lens_alloc.ops.encode_select import encode_and_count
 from sae_lens_alloc.ops.encoder_tensors import EncoderTensors
 from sae_lens_alloc.ops.mutual_choice_selection import key_encoder, select_by_keys
 from sae_lens_alloc.ops.pair_keys import pair_keys

@@ -8,13 +8,10 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from sae_lens_alloc.ops import device_checks, encode_select
+from sae_lens_alloc.ops import block_encoder, device_checks, encode_select
 from sae_lens_alloc.ops.backend import BACKEND_VARIABLE
-from sae_lens_alloc.ops.encode_select import (
-    Encoder,
-    encode_and_count,
-    encode_feature_choice,
-)
+from sae_lens_alloc.ops.block_encoder import Encoder
+from sae_lens_alloc.ops.encode_select import encode_and_count, encode_feature_choice
 from tests.helpers import exact_tensors
 from tests.questions import CountsQuestions
 from tests.saes.conftest import make_sae, tokens, training_step
@@ -32,7 +29,7 @@ def in_fixed_places(fixed: bool, width: int) -> pytest.MonkeyPatch:
     """What a GPU does, or what a CPU does, in blocks of so many features."""
     patch = pytest.MonkeyPatch()
     patch.setattr(encode_select, "asking_costs_a_wait", lambda _device: fixed)
-    patch.setitem(encode_select._BLOCK_ELEMENTS, "cpu", B * width)
+    patch.setitem(block_encoder._BLOCK_ELEMENTS, "cpu", B * width)
     return patch
 
 
@@ -177,9 +174,9 @@ def test_a_training_step_asks_once(
     width: int,
     monkeypatch: pytest.MonkeyPatch,
 ):
-    """Once the running statistics serve as a guess."""
+    """Once the running statistics serve as a guess; step 10 renews the flags."""
     monkeypatch.setattr(device_checks, "_is_late", lambda tensor: True)  # noqa: ARG005
-    sae = make_sae(architecture, d_sae=F, aux_loss="none", **options)
+    sae = make_sae(architecture, d_sae=F, aux_loss="aux_zipf", **options)
     patch = in_fixed_places(True, width)
     asked: list[int] = []
     try:
@@ -191,4 +188,4 @@ def test_a_training_step_asks_once(
     finally:
         patch.undo()
     assert asked[0] > 1
-    assert asked[6:] == [1] * 6
+    assert asked[6:] == [1, 1, 1, 1, 2, 1]

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from sae_lens_alloc.evaluation.equal_l0 import threshold_factor
-from sae_lens_alloc.ops.encode_select import Encoder
+from sae_lens_alloc.ops.block_encoder import Encoder
 from tests.helpers import exact_tensors
 
 

@@ -9,8 +9,8 @@ import torch
 from sae_lens_alloc import calibrate_thresholds
 from sae_lens_alloc.evaluation.calibration import scale_thresholds
 from sae_lens_alloc.evaluation.usage import by_pairs, measure_usage
-from sae_lens_alloc.ops import encode_select
-from sae_lens_alloc.ops.encode_select import Encoder
+from sae_lens_alloc.ops import block_encoder
+from sae_lens_alloc.ops.block_encoder import Encoder
 from sae_lens_alloc.saes.allocation_sae import AllocationTrainingSAE
 from tests.saes.conftest import make_sae, state_of, tokens, training_step
 
@@ -28,7 +28,7 @@ CASES = pytest.mark.parametrize(
 
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(encode_select._BLOCK_ELEMENTS, "cpu", 64 * BATCH_SIZE)
+    monkeypatch.setitem(block_encoder._BLOCK_ELEMENTS, "cpu", 64 * BATCH_SIZE)
 
 
 def stepped(architecture: str, options: dict[str, Any]) -> AllocationTrainingSAE[Any]:

@@ -8,7 +8,7 @@ import torch
 from sae_lens import BatchTopKTrainingSAE, BatchTopKTrainingSAEConfig
 from sae_lens.saes.sae import TrainStepOutput
 
-from sae_lens_alloc.ops import encode_select
+from sae_lens_alloc.ops import block_encoder
 from sae_lens_alloc.saes.allocation_sae import AllocationTrainingSAE
 from tests.saes.conftest import (
     ARCHITECTURES,
@@ -94,7 +94,7 @@ def test_step_in_float32_over_many_blocks_of_features(
     architecture: str, monkeypatch: pytest.MonkeyPatch
 ):
     # blocks of 64 features, the narrowest there are: 5 of them, the last one narrower
-    monkeypatch.setitem(encode_select._BLOCK_ELEMENTS, "cpu", 1)
+    monkeypatch.setitem(block_encoder._BLOCK_ELEMENTS, "cpu", 1)
     sae = make_sae(architecture, d_sae=300, d_in=16, k=5)
     x = tokens(32, 16)
     mask = expected_mask(sae, x)

@@ -26,7 +26,7 @@ from sae_lens_alloc import (
 from sae_lens_alloc.allocation.sparse_activations import SparseActivations
 from sae_lens_alloc.allocation.zipf import zipf_quotas
 from sae_lens_alloc.evaluation.equal_l0 import set_l0
-from sae_lens_alloc.ops import encode_select
+from sae_lens_alloc.ops import block_encoder
 from sae_lens_alloc.saes.allocation_sae import AllocationTrainingSAE
 from tests.ops.test_no_dense_matrix import LargestTensor
 from tests.saes.conftest import (
@@ -737,7 +737,7 @@ def test_no_tensor_of_the_start_is_near_tokens_times_features(
     name: str, monkeypatch: pytest.MonkeyPatch
 ):
     # blocks of 64 features, or 64 tokens for topk
-    monkeypatch.setattr(encode_select, "_BLOCK_ELEMENTS", {"cpu": 1})
+    monkeypatch.setattr(block_encoder, "_BLOCK_ELEMENTS", {"cpu": 1})
     n_tokens, n_features = 1024, 1024
     source = make_source(name, d_sae=n_features)
     if isinstance(source, BatchTopKTrainingSAE):

@@ -11,7 +11,7 @@ from sae_lens.saes.topk_sae import TopKSAE
 
 from sae_lens_alloc.evaluation.equal_l0 import set_l0, threshold_factor
 from sae_lens_alloc.evaluation.jumprelu_form import jumprelu_form
-from sae_lens_alloc.ops.encode_select import Encoder
+from sae_lens_alloc.ops.block_encoder import Encoder
 
 
 @torch.no_grad()
