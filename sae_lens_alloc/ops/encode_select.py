@@ -184,9 +184,8 @@ def encode_feature_choice(
                 _next_bounds(bounds[block], ranked, quotas[block]),
             )
         )
-    pairs = SparseActivations.from_unordered(
-        *map(torch.cat, zip(*kept, strict=True)), shape
-    )
+    tokens, features, values = map(torch.cat, zip(*kept, strict=True))
+    pairs = SparseActivations.from_unordered(tokens, features, values, shape)
     demand, above, next_bounds = map(torch.cat, zip(*counts, strict=True))
     return FeatureChoiceSelection(pairs, demand, above, next_bounds)
 

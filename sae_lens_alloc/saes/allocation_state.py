@@ -5,19 +5,11 @@ from typing import ClassVar, Literal, get_args
 import torch
 from typing_extensions import override
 
-from sae_lens_alloc.allocation.density import density_ranks, fit_floor
+from sae_lens_alloc.allocation.density import fit_floor
 from sae_lens_alloc.allocation.margin import Margin, split_at_budget
-from sae_lens_alloc.allocation.quota_curve import QuotaCurve
-from sae_lens_alloc.allocation.quotas import most_whole_quotas, take_whole_quotas
+from sae_lens_alloc.allocation.quotas import take_whole_quotas
 from sae_lens_alloc.allocation.sparse_activations import Pairs, SparseActivations
 from sae_lens_alloc.allocation.thresholds import follow_cut, track_threshold
-from sae_lens_alloc.allocation.zipf import (
-    FittedLaw,
-    ZipfLaw,
-    in_float64,
-    log_shape,
-    require_smallest_quota,
-)
 from sae_lens_alloc.ops.backend import Backend
 from sae_lens_alloc.ops.block_encoder import BlockEncoder
 from sae_lens_alloc.ops.encode_select import (
@@ -26,13 +18,10 @@ from sae_lens_alloc.ops.encode_select import (
     encode_mutual_choice,
 )
 from sae_lens_alloc.saes.density_state import kept_in_place
-from sae_lens_alloc.saes.settling_state import UNKNOWN, SettlingState
+from sae_lens_alloc.saes.quota_state import QuotaState
+from sae_lens_alloc.saes.settling_state import UNKNOWN
 
 Rule = Literal["mutual", "feature"]
-
-# Law of the quotas where no Mutual Choice came before. Densities that Mutual Choice finds by
-# itself are flat for about 16 ranks and then fall with an exponent of about 1.
-NATURAL_LAW = ZipfLaw(alpha=1.0, beta=16.0, scale=1.0)
 
 # About the ratio of the margin's smallest affinity to the cut, where the last is not known.
 MARGIN_CUT_GUESS = 0.5
@@ -47,7 +36,7 @@ LOWEST_THRESHOLD = 0.01
 MIN_EVENTS = 10
 
 
-class AllocationState(SettlingState):
+class AllocationState(QuotaState):
     """
     Thresholds, densities and quota remainders: everything that a checkpoint needs besides
     the weights. The densities are those of the demand: the rate at which an affinity exceeds
@@ -61,13 +50,11 @@ class AllocationState(SettlingState):
         device: Device of the buffers.
     """
 
-    tracked: ClassVar[tuple[str, ...]] = (*SettlingState.tracked, "threshold", "cut")
-    added_later: ClassVar[tuple[str, ...]] = (*SettlingState.added_later, "backend")
+    tracked: ClassVar[tuple[str, ...]] = (*QuotaState.tracked, "threshold", "cut")
+    added_later: ClassVar[tuple[str, ...]] = (*QuotaState.added_later, "backend")
 
     threshold: torch.Tensor  # (F,) inference threshold of each feature
     cut: torch.Tensor  # () running cut of Mutual Choice, 0 before the first batch
-    quota_carry: torch.Tensor  # (F,) remainders of the fractional quotas
-    quota_law: torch.Tensor  # (2,) alpha and beta of the law that sets the quotas
     backend: torch.Tensor  # () index of the backend that was found fastest, or UNKNOWN
 
     def __init__(
@@ -78,17 +65,11 @@ class AllocationState(SettlingState):
         min_tokens_per_feature: float,
         device: torch.device,
     ) -> None:
-        super().__init__(d_sae, density_window_tokens, device)
-        self.max_density = max_density
-        self.min_tokens_per_feature = min_tokens_per_feature
+        super().__init__(
+            d_sae, density_window_tokens, max_density, min_tokens_per_feature, device
+        )
         self.register_buffer("threshold", torch.zeros(d_sae, device=device))
         self.register_buffer("cut", torch.zeros((), device=device))
-        # random, or all rare features would be paid out in the same batch
-        self.register_buffer("quota_carry", torch.rand(d_sae, device=device))
-        self.register_buffer(
-            "quota_law",
-            torch.tensor([NATURAL_LAW.alpha, NATURAL_LAW.beta], device=device),
-        )
         self.register_buffer("backend", torch.full((), UNKNOWN, device=device))
 
     @override
@@ -96,12 +77,7 @@ class AllocationState(SettlingState):
         super()._forget_derived()
         self._backend_name: Backend | None = None
         self._cut_is_known: bool | None = None
-        # All tensors that outlive a step stay at their addresses, as a CUDA graph needs it.
-        self._quota_curve: QuotaCurve | None = None
-        # what curve and quotas hold for: tokens of the batch, and its budget as well
-        self._curve_tokens: int | None = None
-        self._quotas_for: tuple[int, int] | None = None
-        self._rank_quotas: torch.Tensor | None = None
+        # kept in place
         self._bounds: torch.Tensor | None = None
         self._margin_cut: torch.Tensor | None = None
         self._lowered: torch.Tensor | None = None
@@ -335,63 +311,6 @@ class AllocationState(SettlingState):
     def _likely_bounds(self) -> torch.Tensor:
         """Guesses of a lower bound of each feature's cut, shape (F,)."""
         return self.threshold * 0.9 if self._bounds is None else self._bounds
-
-    def _quotas(
-        self, density: torch.Tensor, n_tokens: int, budget: int
-    ) -> tuple[torch.Tensor, int]:
-        """
-        Fractional quotas m_j of shape (F,), the law at the rank of each feature's demand, and
-        the limit for their whole parts.
-        """
-        n_features, by_rank = len(density), self._rank_quotas
-        require_smallest_quota(self.min_tokens_per_feature, n_features, budget)
-        if by_rank is None or self._quotas_for != (n_tokens, budget):
-            # of a preview, which changes nothing
-            by_rank = self._curve(n_tokens).quotas(budget).to(density)
-        # what the quotas sum to, without asking them
-        total = min(budget, self.max_density * n_tokens * n_features)
-        return by_rank[density_ranks(density)], most_whole_quotas(total, n_features)
-
-    def _prepare_quotas(self, n_tokens: int, budget: int) -> None:
-        """
-        Brings the quotas by rank up to date, in place. For another budget they are read off
-        the curve of the law, and for another law or size of batch that is made anew.
-        """
-        require_smallest_quota(self.min_tokens_per_feature, len(self.density), budget)
-        if self._quotas_for == (n_tokens, budget):
-            return
-        if self._quota_curve is None or self._curve_tokens != n_tokens:
-            curve = self._curve(n_tokens)
-            if self._quota_curve is None:
-                self._quota_curve = curve
-            else:
-                self._quota_curve.copy_(curve)
-            self._curve_tokens = n_tokens
-        quotas = self._quota_curve.quotas(budget).to(self.density)
-        self._rank_quotas = kept_in_place(self._rank_quotas, quotas)
-        self._quotas_for = (n_tokens, budget)
-
-    def _curve(self, n_tokens: int) -> QuotaCurve:
-        """What the quotas of a batch of this many tokens sum to, by the law as it is."""
-        n_features, max_quota = len(self.density), self.max_density * n_tokens
-        alpha, beta = in_float64(self.quota_law)
-        ranks = torch.arange(1, n_features + 1, device=alpha.device).double()
-        return QuotaCurve.of(
-            log_shape(ranks, alpha, beta),
-            max_quota,
-            min(self.min_tokens_per_feature, max_quota),
-        )
-
-    def _anchor_quota_law(self, floor: float) -> None:
-        """
-        Takes the law of the quotas from what Mutual Choice found, once and for all. It stays
-        where too few features have fired.
-        """
-        law = FittedLaw.fit(self.density, floor)
-        fitted = torch.stack([law.alpha, law.beta])
-        known = law.known.to(self.quota_law.device)
-        self.quota_law.copy_(fitted.to(self.quota_law).where(known, self.quota_law))
-        self._curve_tokens = self._quotas_for = None
 
     @property
     def backend_name(self) -> Backend | None:

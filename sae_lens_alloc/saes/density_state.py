@@ -24,7 +24,10 @@ T_TOTAL = TypeVar("T_TOTAL", torch.Tensor, float, int)
 
 
 def kept_in_place(kept: torch.Tensor | None, value: torch.Tensor) -> torch.Tensor:
-    """The tensor that keeps a value: the old one with the new value, or a first one."""
+    """
+    The tensor that keeps a value: the old one with the new value, or a first one. What outlives
+    a step stays at its address, as a CUDA graph needs it.
+    """
     return value.clone() if kept is None else kept.copy_(value)
 
 
@@ -33,8 +36,7 @@ class StepTotals:
     Sums over the calls of one training step.
 
     Attributes:
-        start: The running statistics as they were before the step, by name. They stay at
-            their addresses from step to step, as a CUDA graph needs it.
+        start: The running statistics as they were before the step, by name, kept in place.
     """
 
     def __init__(self) -> None:

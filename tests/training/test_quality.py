@@ -31,8 +31,8 @@ from sae_lens_alloc.saes.allocation_sae import AllocationTrainingSAE
 from sae_lens_alloc.saes.allocation_state import (
     LOWEST_THRESHOLD,
     MIN_DENSITY_SHARE,
-    NATURAL_LAW,
 )
+from sae_lens_alloc.saes.quota_state import NATURAL_LAW
 from sae_lens_alloc.training.held_out import held_out_metrics
 from sae_lens_alloc.training.trainer import AllocSAETrainer
 from tests.saes.conftest import DenseSAE
