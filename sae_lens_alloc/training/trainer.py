@@ -21,7 +21,7 @@ from sae_lens.training.optim import get_lr_scheduler
 from sae_lens.training.prefetch import PrefetchingIterator
 from sae_lens.training.sae_trainer import Evaluator, SAETrainer, SaveCheckpointFn
 from sae_lens.training.types import DataProvider
-from torch.optim import SGD, Adam
+from torch.optim import SGD, Adam, Optimizer
 from torch.optim.lr_scheduler import ConstantLR
 from typing_extensions import override
 
@@ -56,6 +56,7 @@ class AllocSAETrainer(SAETrainer[T_TRAINING_SAE, T_TRAINING_SAE_CONFIG]):
     that cannot be written is a warning, and training goes on.
     """
 
+    optimizer: Optimizer
     metrics_path: Path | None = None
     held_out: torch.Tensor | None = None
     interrupted: bool = False
