@@ -85,11 +85,17 @@ def encode_and_count(
     counts: list[torch.Tensor] = []
     for block in encoder.blocks(len(x)):
         part = encoder.part(block)
-        products = part.products(x)
+        lowest = collector.bound
+        if thresholds is not None and lowest is not None:
+            lowest = torch.fmin(thresholds[block], lowest)  # a NaN bounds nothing
+        tokens, features, values = part.candidates(part.products(x), lowest)
         if thresholds is not None:
-            affinities = part.affinities_of(products)
-            counts.append(_count_above(affinities, thresholds[block]))
-        tokens, features, values = part.candidates(products, collector.bound)
+            # few, unlike under Feature Choice: no threshold is above the cut
+            exceeding = features[values > thresholds[block][features]]
+            counts.append(torch.bincount(exceeding, minlength=part.n_features))
+            if collector.bound is not None:
+                reach = values >= collector.bound
+                tokens, features, values = tokens[reach], features[reach], values[reach]
         collector.add(tokens, features + block.start, values)
     above = torch.cat(counts) if counts else None
     if cut is not None and collector.n_candidates < budget:
