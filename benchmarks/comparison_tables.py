@@ -145,7 +145,7 @@ def lead_table(results: Results, row: str) -> str:
     """
     columns = {**SHARED, **OF_KIND[results["subject"]["kind"]]}
     lines = [
-        f"| features per token | | {row} | best of SAELens' | less to be desired | "
+        f"| features per token | | {row} | best of SAELens' | error smaller by | "
         "every seed ahead of every seed |",
         "|---" * 6 + "|",
     ]
