@@ -34,7 +34,10 @@ TIMED_SWITCH = RESULTS / "timed_switch.json"
 HOST_TESTS = RESULTS / "host_tests.json"
 EXPERIMENTS = {
     name: RESULTS / f"{name}.json"
-    for name in ("experiments_demo", "experiments_synthetic")
+    for name in (
+        *("experiments_demo", "experiments_synthetic"),
+        *("optimizer_demo", "optimizer_synthetic"),
+    )
 }
 # The rows of each table of docs/experiments.md; the others are told against the first.
 EXPERIMENT_ROWS = {
@@ -98,6 +101,8 @@ EXPERIMENT_ROWS = {
             "nested, Feature Choice for 75%",
         ),
     },
+    "optimizer_demo": {"optimizers": ("adam", "row_sparse_adam")},
+    "optimizer_synthetic": {"optimizers, synthetic": ("adam", "row_sparse_adam")},
 }
 COMPARISONS = {
     name: RESULTS / f"{name}.json"
