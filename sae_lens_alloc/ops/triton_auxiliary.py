@@ -9,6 +9,7 @@ from sae_lens_alloc.ops.encoder_tensors import EncoderTensors
 from sae_lens_alloc.ops.pair_keys import padded_pairs
 from sae_lens_alloc.ops.triton_affinities import (
     FEATURES_PER_TILE,
+    TOKENS_PER_TILE,
     affinities_of_products,
     encoder_arguments,
     n_programs,
@@ -20,8 +21,7 @@ from sae_lens_alloc.ops.triton_affinities import (
 # Keys of a token that a program holds in its registers, and of all its tokens: twice as many
 # tokens spill registers (ptxas for sm_90).
 MAX_SLOTS = 256
-MAX_HELD = 4096
-MAX_TOKENS = 64
+MAX_HELD = 8192
 # Slots without a key hold the least numbers, each another one.
 LEAST = -(2**63)
 MAX_KEY = 2**63 - 1
@@ -128,7 +128,7 @@ def _largest_keys(
 
 def tokens_per_tile(slots: int) -> int:
     """Tokens of a program that holds so many keys of each."""
-    return min(MAX_TOKENS, MAX_HELD // slots)
+    return min(TOKENS_PER_TILE, MAX_HELD // slots)
 
 
 @triton.jit

@@ -27,17 +27,30 @@ TYPES = {"bound": "*i64", "prefix": "*i64", "done": "*i32", "count": "*i64",
          "found": "*i64", "features": "*i64", "n_flagged": "*i64", "below": "*i64",
          "dense": "*bf16", "left": "*fp32", "right": "*bf16"}
 
+# as a launch finds addresses, strides and sizes to be
+ALIGNED = [["tt.divisibility", 16]]
+
 def compile(kernel, options, encoder=None, **constants):
-    signature = {
-        name: encoder if name == "encoder"
-        else "constexpr" if name in constants
-        else TYPES[name[:-4]] if name.endswith("_ptr") else "i32"
-        for name in kernel.arg_names
-    }
-    if encoder is not None and encoder.scale == "constexpr":
-        place = (kernel.arg_names.index("encoder"), encoder._fields.index("scale"))
-        constants = {**constants, place: None}
-    source = ASTSource(fn=kernel, signature=signature, constexprs=constants)
+    signature, constexprs, attributes = {}, dict(constants), {}
+    for i, name in enumerate(kernel.arg_names):
+        if name == "encoder":
+            signature[name] = encoder
+            for j, kind in enumerate(encoder):
+                if kind == "constexpr":
+                    is_scale = encoder._fields[j] == "scale"
+                    constexprs[i, j] = None if is_scale else 1
+                else:
+                    attributes[i, j] = ALIGNED
+        elif name in constants:
+            signature[name] = "constexpr"
+        else:
+            is_pointer = name.endswith("_ptr")
+            signature[name] = TYPES[name[:-4]] if is_pointer else "i32"
+            if name not in ("token_bits", "k"):
+                attributes[i,] = ALIGNED
+    source = ASTSource(
+        fn=kernel, signature=signature, constexprs=constexprs, attrs=attributes
+    )
     compiled = triton.compile(
         source, target=GPUTarget("cuda", 90, 32), options=options
     )
@@ -46,7 +59,8 @@ def compile(kernel, options, encoder=None, **constants):
     assert compiled.metadata.shared <= 99 * 1024
 
 def compile_encoding(kernel, weights="bf16", scale="*fp32", **constants):
-    strides = ["i64"] * 4
+    # both matrices row by row
+    strides = ["i32", "constexpr"] * 2
     encoder = affinities.EncoderArguments(
         f"*{weights}", f"*{weights}", f"*{weights}", scale, "i32", "i32", "i32", *strides
     )
