@@ -42,7 +42,8 @@ def encode_mutual_choice(
         x: Encoder inputs of shape (B, d_in).
         budget: Number of pairs M.
         cut: Cut of the last steps, scalar tensor, or None if there was none. A good guess
-            makes the selection fast; a bad one costs a second pass.
+            makes the selection fast; a bad one costs a second pass, in which the backend
+            `triton_prefilter` rounds differently (see triton_prefilter.py).
 
     Returns:
         The pairs, padded to min(budget, B * F) by the Triton backend.

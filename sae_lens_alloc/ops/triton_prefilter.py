@@ -6,7 +6,7 @@ the cut. In bfloat16 they take a fraction of that time, and tell which pairs can
 guess at all; the float32 dot products of these few are what is selected and counted by. Only
 where the guess was not good does the selection fall back to float32 products of everything.
 These are summed in another order: pairs whose affinities differ by a rounding error may then
-change places.
+change places. For the selection W_enc exists twice more, in bfloat16 and as its transpose.
 
 **The bound.** Let x and w be a token's inputs and a feature's weights, d numbers each, p their
 dot product as float32 gives it, and q that of their roundings to bfloat16. With u = 2^-8, the
