@@ -239,6 +239,43 @@ def test_the_plan_of_a_card():
     assert lengths[4:] == sorted(lengths[4:], reverse=True)
 
 
+def test_eight_minutes_bring_something_of_every_part(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """With a clock of its own, and tasks that take what is guessed of them."""
+    now = 0.0
+
+    def run_task(task: Task, seconds: float) -> dict[str, Any]:
+        nonlocal now
+        # four of the first part run at once
+        taken = 0.25 * task.seconds if task.part == "kernels" else task.seconds / 2
+        assert taken <= seconds
+        now += taken
+        return {}
+
+    monkeypatch.setattr("benchmarks.gpu.campaign.JOBS", {})
+    monkeypatch.setattr("benchmarks.gpu.campaign.run_task", run_task)
+    monkeypatch.setattr("time.monotonic", lambda: now)
+    tasks = plan.all_tasks(CARD, "cuda")
+    results = Results(tmp_path, ABOUT)
+    assert not run_campaign(results, tasks, minutes=8)
+    assert now <= 8 * 60
+    for part in PARTS:
+        assert len(results.content[part]) >= 3
+    centre = [row for row in results.content["steps"].values() if "precision" in row]
+    for precision in PRECISIONS:
+        measured = {r["subject"] for r in centre if r["precision"] == precision}
+        assert {"mutual_choice", "SAELens batchtopk"} <= measured
+    # the next run begins where this one ended
+    done = {part: set(results.content[part]) for part in PARTS}
+    now = 0.0
+    again = Results(tmp_path, ABOUT)
+    assert not run_campaign(again, tasks, minutes=8)
+    for part in PARTS:
+        assert done[part] <= set(again.content[part])
+    assert len(again.content["steps"]) > len(done["steps"])
+
+
 def test_the_synthetic_benchmark_is_the_published_one():
     model = plan.synthetic.model_config(CARD.synthetic)
     assert (model.num_features, model.hidden_dim, model.seed) == (16384, 768, 42)

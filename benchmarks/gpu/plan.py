@@ -164,10 +164,10 @@ def synthetic_tasks(scale: Scale, device: str) -> Iterator[Task]:
                 synthetic.train_and_evaluate,
                 (architecture, samples, sizes, machine),
                 facts={"architecture": architecture, "samples": samples},
-                # 50,000 samples a second, and the model of the data
-                seconds=20 + samples / 50_000,
+                # 100,000 samples a second, and the model of the data
+                seconds=10 + samples / 100_000,
                 like=architecture,
                 size=samples,
-                together=str(samples),
+                together=None if samples == sizes.samples[0] else str(samples),
                 limit=600,
             )
