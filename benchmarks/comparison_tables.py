@@ -4,8 +4,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from sae_lens_alloc.config import sae_config_class
-from sae_lens_alloc.evaluation.comparison.results import numbers_of_seeds
+from sae_lens_alloc.comparison.results import numbers_of_seeds
+from sae_lens_alloc.config.run_file import sae_config_class
 
 Results = dict[str, Any]
 

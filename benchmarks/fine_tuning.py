@@ -19,7 +19,7 @@ from sae_lens.config import LanguageModelSAERunnerConfig
 
 import sae_lens_alloc
 from benchmarks.results import write_results
-from sae_lens_alloc.config import load_fine_tuning_config, load_runner_config
+from sae_lens_alloc.config.run_file import load_fine_tuning_config, load_runner_config
 from sae_lens_alloc.demo.methods import Trained
 from sae_lens_alloc.demo.run import CONTEXTS, evaluate
 from sae_lens_alloc.training.fine_tuning import FineTuningRunner

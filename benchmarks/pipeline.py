@@ -34,7 +34,7 @@ from benchmarks.results import (
     write_results,
 )
 from sae_lens_alloc import cli
-from sae_lens_alloc.config import load_runner_config
+from sae_lens_alloc.config.run_file import load_runner_config
 from sae_lens_alloc.training import runner as runner_module
 from sae_lens_alloc.training import train_step as train_step_module
 from sae_lens_alloc.training import trainer as trainer_module

@@ -11,7 +11,7 @@ from plotly.subplots import make_subplots
 
 from benchmarks.comparison_tables import finished_ks
 from benchmarks.tables import floor_seconds, measured, seconds, sweep
-from sae_lens_alloc.evaluation.comparison.plots import pareto_plot, points_by_row
+from sae_lens_alloc.comparison.plots import pareto_plot, points_by_row
 
 COLOURS = (
     *("#0b62c4", "#4dabf7", "#16a34a", "#d9480f", "#f08c00"),

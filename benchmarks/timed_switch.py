@@ -21,14 +21,14 @@ from sae_lens.saes.sae import TrainingSAE
 
 import sae_lens_alloc
 from benchmarks.results import load_results, write_results
+from sae_lens_alloc.activations.on_text import take_tokens
+from sae_lens_alloc.comparison.config import load_comparison
+from sae_lens_alloc.comparison.run import make_subject
+from sae_lens_alloc.comparison.stream import stored_stream
 from sae_lens_alloc.demo.methods import Trained, demo_configs
 from sae_lens_alloc.demo.run import CONTEXTS, evaluate
-from sae_lens_alloc.evaluation.activations import take_tokens
-from sae_lens_alloc.evaluation.comparison.config import load_comparison
-from sae_lens_alloc.evaluation.comparison.operating_point import at_l0
-from sae_lens_alloc.evaluation.comparison.run import make_subject
-from sae_lens_alloc.evaluation.comparison.stream import stored_stream
 from sae_lens_alloc.evaluation.usage import as_user, measure_usage
+from sae_lens_alloc.thresholds.operating_point import at_l0
 from sae_lens_alloc.training.runner import (
     CALIBRATION_TOKENS,
     METRICS_FILENAME,

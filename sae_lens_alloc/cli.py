@@ -20,19 +20,19 @@ from sae_lens.saes.jumprelu_sae import JumpReLUSAE
 from sae_lens.saes.topk_sae import TopKSAE
 from sae_lens.training._interruption import InterruptedException
 
-from sae_lens_alloc.config import load_fine_tuning_config, load_runner_config
+from sae_lens_alloc.activations.on_text import gather_activations, text_of_sae
+from sae_lens_alloc.config.run_checks import check_device
+from sae_lens_alloc.config.run_file import load_fine_tuning_config, load_runner_config
 from sae_lens_alloc.errors import in_one_sentence
-from sae_lens_alloc.evaluation.activations import gather_activations, text_of_sae
-from sae_lens_alloc.evaluation.recalibration import (
+from sae_lens_alloc.evaluation.results_table import results_table
+from sae_lens_alloc.saes.saved_sae import trained_k
+from sae_lens_alloc.thresholds.recalibration import (
     MIN_TOKENS,
     Recalibration,
     load_saved_sae,
     recalibrate,
     require_target_l0,
 )
-from sae_lens_alloc.evaluation.results_table import results_table
-from sae_lens_alloc.evaluation.saved_sae import trained_k
-from sae_lens_alloc.run_checks import check_device
 from sae_lens_alloc.training.checkpoint import holds_checkpoints
 from sae_lens_alloc.training.conversion import require_convertible
 from sae_lens_alloc.training.fine_tuning_run import fine_tune
@@ -418,7 +418,7 @@ def compare(
     What has finished is kept: the same command goes on where it was interrupted, and with
     --finished, also beside it, compares what there is.
     """
-    from sae_lens_alloc.evaluation.comparison.run import run_comparison
+    from sae_lens_alloc.comparison.run import run_comparison
 
     with _one_sentence_errors(), _interruptible():
         run_comparison(config, overrides or [], output, jobs, finished, Console())

@@ -6,6 +6,7 @@ from typing import Any
 from docstring_parser import parse
 from sae_lens.saes.sae import TrainingSAEConfig
 
+from sae_lens_alloc.config.run_config import AllocSAETrainerConfig
 from sae_lens_alloc.saes.allocation_sae_config import AllocationTrainingSAEConfig
 from sae_lens_alloc.saes.auxiliary_loss import AuxiliaryLossTrainingSAEConfig
 from sae_lens_alloc.saes.feature_choice_sae import FeatureChoiceTrainingSAEConfig
@@ -13,7 +14,6 @@ from sae_lens_alloc.saes.matryoshka_mutual_choice_sae import (
     MatryoshkaMutualChoiceTrainingSAEConfig,
 )
 from sae_lens_alloc.saes.mutual_choice_sae import MutualChoiceTrainingSAEConfig
-from sae_lens_alloc.training.run_config import AllocSAETrainerConfig
 
 
 def config_reference() -> str:

@@ -9,7 +9,7 @@ from pathlib import Path
 import sae_lens
 
 from sae_lens_alloc import MutualChoiceTrainingSAEConfig
-from sae_lens_alloc.buffer_setting import (
+from sae_lens_alloc.activations.buffer_setting import (
     NAMES,
     buffer_setting,
     contexts_in_buffer,

@@ -18,9 +18,9 @@ from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 import sae_lens_alloc
+from sae_lens_alloc.activations.on_text import gather_activations, text_of_sae
 from sae_lens_alloc.cli import app
-from sae_lens_alloc.evaluation.activations import gather_activations, text_of_sae
-from sae_lens_alloc.evaluation.recalibration import load_saved_sae
+from sae_lens_alloc.thresholds.recalibration import load_saved_sae
 from sae_lens_alloc.training import runner as runner_module
 from tests.training.test_output_folder import held_by_another_process
 

@@ -8,7 +8,7 @@ import pytest
 from transformer_lens.loading_from_pretrained import get_official_model_name
 
 from sae_lens_alloc import load_runner_config
-from sae_lens_alloc.evaluation.comparison.config import load_comparison
+from sae_lens_alloc.comparison.config import load_comparison
 
 FOLDER = Path(__file__).parent.parent / "configs"
 DEMO_CONFIG = FOLDER / "demo_mutual_choice.yaml"

@@ -13,16 +13,16 @@ from sae_lens.saes.jumprelu_sae import JumpReLUSAE, JumpReLUSAEConfig
 from torch.nn.functional import cross_entropy
 from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
+from sae_lens_alloc.activations.contexts import held_out_contexts
+from sae_lens_alloc.activations.on_text import take_tokens
 from sae_lens_alloc.demo.methods import HERE
-from sae_lens_alloc.evaluation.activations import take_tokens
 from sae_lens_alloc.evaluation.baseline import measure_baseline
-from sae_lens_alloc.evaluation.contexts import held_out_contexts
-from sae_lens_alloc.evaluation.equal_l0 import set_l0, threshold_factor
 from sae_lens_alloc.evaluation.metrics import evaluate_sae
 from sae_lens_alloc.evaluation.snippets import take_snippets
 from sae_lens_alloc.evaluation.usage import Usage, as_user, measure_usage
 from sae_lens_alloc.ops.backend import BACKEND_VARIABLE
 from sae_lens_alloc.ops.block_encoder import Encoder
+from sae_lens_alloc.thresholds.equal_l0 import set_l0, threshold_factor
 
 HOOK = "transformer.h.0"
 D_IN, D_SAE, VOCAB, BOS = 8, 24, 20, 0

@@ -12,7 +12,7 @@ import torch
 from sae_lens import SAE
 from sae_lens.saes.topk_sae import TopKTrainingSAEConfig
 
-from sae_lens_alloc.config import load_fine_tuning_config
+from sae_lens_alloc.config.run_file import load_fine_tuning_config
 from tests.test_cli import TINY, invoke, train
 
 CONFIGS = Path(__file__).parent.parent / "configs"

@@ -18,8 +18,8 @@ from sae_lens.saes.topk_sae import (
     TopKTrainingSAEConfig,
 )
 
-from sae_lens_alloc.evaluation.activations import text_of_sae
-from sae_lens_alloc.evaluation.recalibration import load_saved_sae, recalibrate
+from sae_lens_alloc.activations.on_text import text_of_sae
+from sae_lens_alloc.thresholds.recalibration import load_saved_sae, recalibrate
 
 D_IN, D_SAE = 8, 48
 

@@ -18,7 +18,7 @@ from sae_lens_alloc import (
 from sae_lens_alloc.allocation.mutual_choice import budget_for
 from sae_lens_alloc.allocation.schedule import budget_per_token
 from sae_lens_alloc.allocation.zipf import ZipfLaw, zipf_quotas
-from sae_lens_alloc.run_checks import check_learning_rate, check_run
+from sae_lens_alloc.config.run_checks import check_learning_rate, check_run
 from tests.training.conftest import D_MODEL, lm_config
 
 COSINE, RESTARTS = "cosineannealing", "cosineannealingwarmrestarts"

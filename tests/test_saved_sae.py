@@ -13,7 +13,7 @@ from sae_lens.saes.topk_sae import TopKSAE, TopKSAEConfig
 from safetensors.torch import load_file, save_file
 
 from sae_lens_alloc import MutualChoiceTrainingSAE, MutualChoiceTrainingSAEConfig
-from sae_lens_alloc.evaluation.saved_sae import load_sae, trained_k
+from sae_lens_alloc.saes.saved_sae import load_sae, trained_k
 from sae_lens_alloc.training.source_sae import load_source_sae
 
 SIZES: dict[str, Any] = {"d_in": 4, "d_sae": 6}

@@ -21,13 +21,13 @@ from benchmarks.gpu.scale import SyntheticScale
 from benchmarks.measure import synchronize
 from benchmarks.subjects import Machine
 from sae_lens_alloc import AllocSAETrainer
-from sae_lens_alloc.evaluation.comparison.config import load_comparison
-from sae_lens_alloc.evaluation.comparison.operating_point import at_l0
-from sae_lens_alloc.evaluation.comparison.synthetic import (
+from sae_lens_alloc.comparison.config import load_comparison
+from sae_lens_alloc.comparison.synthetic import (
     SAMPLES_PER_BATCH,
     known_feature_metrics,
 )
 from sae_lens_alloc.evaluation.usage import as_user, measure_usage
+from sae_lens_alloc.thresholds.operating_point import at_l0
 
 SYNTHSAEBENCH_2K = Path(__file__).parents[2] / "configs" / "compare_synthetic_2k.yaml"
 LEARNING_RATE = 3e-4

@@ -15,6 +15,7 @@ from sae_lens.load_model import load_model
 from safetensors.torch import save_file
 
 import sae_lens_alloc
+from sae_lens_alloc.activations.contexts import held_out_contexts
 from sae_lens_alloc.demo.methods import (
     CORPUS,
     RunnerConfig,
@@ -24,7 +25,6 @@ from sae_lens_alloc.demo.methods import (
     train,
 )
 from sae_lens_alloc.evaluation.baseline import measure_baseline
-from sae_lens_alloc.evaluation.contexts import held_out_contexts
 from sae_lens_alloc.evaluation.metrics import evaluate_sae
 from sae_lens_alloc.evaluation.report import write_report
 from sae_lens_alloc.evaluation.report_run import ReportRun, read_history

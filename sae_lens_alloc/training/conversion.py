@@ -18,12 +18,6 @@ from sae_lens.util import dtype_to_str
 from sae_lens_alloc.allocation.mutual_choice import budget_for
 from sae_lens_alloc.allocation.schedule import budget_per_token
 from sae_lens_alloc.allocation.sparse_activations import SparseActivations
-from sae_lens_alloc.evaluation.calibration import (
-    BATCH_SIZE,
-    require_activations,
-    scale_thresholds,
-)
-from sae_lens_alloc.evaluation.jumprelu_form import gate_as_thresholds
 from sae_lens_alloc.evaluation.usage import by_pairs, measure_usage
 from sae_lens_alloc.ops.auxiliary_selection import FlaggedFeatures, encode_auxiliary
 from sae_lens_alloc.ops.block_encoder import Encoder
@@ -31,6 +25,12 @@ from sae_lens_alloc.ops.encode_select import encode_thresholds
 from sae_lens_alloc.saes.allocation_sae import AllocationTrainingSAE, decoder_norms
 from sae_lens_alloc.saes.aux_zipf import AuxZipfTrainingSAEConfig
 from sae_lens_alloc.saes.mutual_choice_sae import MutualChoiceTrainingSAEConfig
+from sae_lens_alloc.thresholds.calibration import (
+    BATCH_SIZE,
+    require_activations,
+    scale_thresholds,
+)
+from sae_lens_alloc.thresholds.jumprelu_form import gate_as_thresholds
 
 STOCK_ARCHITECTURES = (
     "batchtopk",

@@ -10,7 +10,7 @@ from sae_lens import SAE
 from sae_lens.config import LanguageModelSAERunnerConfig
 from sae_lens.saes.sae import TrainingSAE
 
-from sae_lens_alloc.evaluation.activations import take_tokens
+from sae_lens_alloc.activations.on_text import take_tokens
 from sae_lens_alloc.training.conversion import ConversionReport, convert_sae
 from sae_lens_alloc.training.output_folder import require_other_folder
 from sae_lens_alloc.training.resuming import resumed_sae_config

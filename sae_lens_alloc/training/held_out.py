@@ -8,6 +8,7 @@ import torch
 from sae_lens.config import LanguageModelSAERunnerConfig
 from sae_lens.saes.sae import SAE
 
+from sae_lens_alloc.activations.store import saved_held_out_contexts
 from sae_lens_alloc.evaluation.usage import (
     Autoencode,
     as_user,
@@ -15,7 +16,6 @@ from sae_lens_alloc.evaluation.usage import (
     measure_usage,
 )
 from sae_lens_alloc.saes.allocation_sae import AllocationTrainingSAE
-from sae_lens_alloc.training.activations_store import saved_held_out_contexts
 from sae_lens_alloc.training.resuming import recorded_training_tokens
 
 # At most, and a hundredth of the training tokens in a short run.

@@ -11,10 +11,10 @@ from datasets import load_dataset_builder
 from sae_lens import logger
 from sae_lens.config import LanguageModelSAERunnerConfig
 
-from sae_lens_alloc.buffer_setting import buffer_setting
+from sae_lens_alloc.activations.buffer_setting import buffer_setting
+from sae_lens_alloc.activations.language_model import find_language_model
+from sae_lens_alloc.activations.local_dataset import check_local_dataset
 from sae_lens_alloc.errors import in_one_sentence
-from sae_lens_alloc.training.language_model import find_language_model
-from sae_lens_alloc.training.local_dataset import check_local_dataset
 from sae_lens_alloc.training.pretrained import load_pretrained
 from sae_lens_alloc.training.summary import estimate_memory, in_bytes
 from sae_lens_alloc.typed_values import shown

@@ -5,7 +5,7 @@ from typing import Any
 
 from sae_lens.saes.sae import TrainingSAE, TrainingSAEConfig
 
-from sae_lens_alloc.evaluation.saved_sae import load_sae
+from sae_lens_alloc.saes.saved_sae import load_sae
 
 # The weights mean nothing under another of these; all other settings may change.
 SETTLED_KEYS = ("architecture", "d_in", "d_sae", "normalize_activations")

@@ -10,7 +10,7 @@ from sae_lens.config import LanguageModelSAERunnerConfig
 from sae_lens.constants import RUNNER_CFG_FILENAME, SAE_CFG_FILENAME
 from sae_lens.saes.sae import TrainingSAEConfig
 
-from sae_lens_alloc.run_checks import SAE_SCHEDULE_KEYS
+from sae_lens_alloc.config.run_checks import SAE_SCHEDULE_KEYS
 from sae_lens_alloc.training.checkpoint import find_checkpoint
 from sae_lens_alloc.typed_values import shown
 

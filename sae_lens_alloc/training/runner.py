@@ -23,12 +23,17 @@ from sae_lens.training.sae_trainer import SAETrainer
 from transformer_lens.HookedTransformer import HookedRootModule
 from typing_extensions import override
 
-from sae_lens_alloc.evaluation.activations import take_tokens
-from sae_lens_alloc.evaluation.calibration import calibrate_thresholds
-from sae_lens_alloc.run_checks import check_run
+from sae_lens_alloc.activations.language_model import (
+    check_language_model,
+    load_language_model,
+)
+from sae_lens_alloc.activations.local_dataset import override_for_local_dataset
+from sae_lens_alloc.activations.on_text import take_tokens
+from sae_lens_alloc.activations.store import make_resumable
+from sae_lens_alloc.config.run_checks import check_run
 from sae_lens_alloc.saes.allocation_sae import AllocationTrainingSAE
 from sae_lens_alloc.saes.mutual_choice_sae import with_schedule
-from sae_lens_alloc.training.activations_store import make_resumable
+from sae_lens_alloc.thresholds.calibration import calibrate_thresholds
 from sae_lens_alloc.training.final_sae import (
     how_to_calibrate,
     require_artifact_names,
@@ -37,11 +42,6 @@ from sae_lens_alloc.training.final_sae import (
 )
 from sae_lens_alloc.training.held_out import held_out_metrics, held_out_tokens
 from sae_lens_alloc.training.interruption import interruptible, noting
-from sae_lens_alloc.training.language_model import (
-    check_language_model,
-    load_language_model,
-)
-from sae_lens_alloc.training.local_dataset import override_for_local_dataset
 from sae_lens_alloc.training.metrics_file import drop_rows_from, save_fingerprint
 from sae_lens_alloc.training.preflight import check_devices, check_memory
 from sae_lens_alloc.training.pretrained import load_pretrained

@@ -11,7 +11,7 @@ from sae_lens.constants import (
 )
 from sae_lens.loading.pretrained_saes_directory import get_pretrained_saes_directory
 
-from sae_lens_alloc.evaluation.saved_sae import (
+from sae_lens_alloc.saes.saved_sae import (
     load_sae,
     number_or_none,
     read_json_mapping,

@@ -8,7 +8,7 @@ from sae_lens.config import LanguageModelSAERunnerConfig
 from sae_lens.saes.sae import TrainingSAEConfig
 from sae_lens.util import str_to_dtype
 
-from sae_lens_alloc.buffer_setting import contexts_in_buffer
+from sae_lens_alloc.activations.buffer_setting import contexts_in_buffer
 from sae_lens_alloc.ops.block_encoder import block_width
 from sae_lens_alloc.saes.allocation_sae_config import AllocationTrainingSAEConfig
 from sae_lens_alloc.saes.auxiliary_loss import AuxiliaryLossTrainingSAEConfig

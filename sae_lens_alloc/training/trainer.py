@@ -25,7 +25,8 @@ from torch.optim import SGD, Adam, Optimizer
 from torch.optim.lr_scheduler import ConstantLR
 from typing_extensions import override
 
-from sae_lens_alloc.run_checks import check_learning_rate, check_optimizer
+from sae_lens_alloc.config.run_checks import check_learning_rate, check_optimizer
+from sae_lens_alloc.config.run_config import optimizer_of, uses_cuda_graph
 from sae_lens_alloc.saes.allocation_sae import AllocationTrainingSAE
 from sae_lens_alloc.saes.mutual_choice_sae import with_schedule
 from sae_lens_alloc.training.checkpoint import partial_path, publish_checkpoint
@@ -33,7 +34,6 @@ from sae_lens_alloc.training.held_out import held_out_metrics
 from sae_lens_alloc.training.metrics_file import append_row
 from sae_lens_alloc.training.output_folder import named_write_errors
 from sae_lens_alloc.training.row_sparse_adam import RowSparseAdam
-from sae_lens_alloc.training.run_config import optimizer_of, uses_cuda_graph
 from sae_lens_alloc.training.step_graph import StepGraph
 from sae_lens_alloc.training.train_step import clip_gradients, train_step
 

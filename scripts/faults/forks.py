@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from sae_lens_alloc import cli
+from sae_lens_alloc.activations.store import ResumableActivationsStore
 from sae_lens_alloc.training import (
     final_sae,
     fine_tuning_run,
@@ -21,7 +22,6 @@ from sae_lens_alloc.training import (
     runner,
     trainer,
 )
-from sae_lens_alloc.training.activations_store import ResumableActivationsStore
 
 SECONDS_PER_CASE = 120
 UNCAUGHT = 99  # exit code after an exception that nobody made a sentence of

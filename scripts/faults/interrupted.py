@@ -12,10 +12,10 @@ import yaml
 from sae_lens.training.activation_scaler import ActivationScaler
 
 from sae_lens_alloc import cli
+from sae_lens_alloc.activations.store import ResumableActivationsStore
+from sae_lens_alloc.comparison import pool, worker
 from sae_lens_alloc.demo import run as demo_run
-from sae_lens_alloc.evaluation.comparison import pool, worker
 from sae_lens_alloc.training import fine_tuning, fine_tuning_run, preflight, trainer
-from sae_lens_alloc.training.activations_store import ResumableActivationsStore
 from scripts.faults.forks import PHASES, Action, Case, before_first_call, send
 from scripts.faults.older_run import finetune, train
 

@@ -32,7 +32,7 @@ from typer.testing import CliRunner
 
 import sae_lens_alloc
 from sae_lens_alloc.cli import app
-from sae_lens_alloc.evaluation.saved_sae import load_sae
+from sae_lens_alloc.saes.saved_sae import load_sae
 from scripts.faults.counting import Outcome, chosen, finish, read_options
 from scripts.faults.sae_damages import CFG, Damage, damages
 

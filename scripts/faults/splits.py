@@ -5,8 +5,8 @@ from functools import partial
 from typing import Any
 
 from sae_lens_alloc import cli
-from sae_lens_alloc.evaluation import activations
-from sae_lens_alloc.training.activations_store import ResumableActivationsStore
+from sae_lens_alloc.activations import on_text as activations
+from sae_lens_alloc.activations.store import ResumableActivationsStore
 from sae_lens_alloc.training.fine_tuning_run import FineTuningRunner
 from scripts.faults.forks import Action, Case
 from scripts.faults.older_run import finetune, train

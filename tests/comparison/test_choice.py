@@ -1,8 +1,8 @@
 import math
 from typing import Any
 
-from sae_lens_alloc.evaluation.comparison.cell import Cell
-from sae_lens_alloc.evaluation.comparison.choice import choose, other_seeds
+from sae_lens_alloc.comparison.cell import Cell
+from sae_lens_alloc.comparison.choice import choose, other_seeds
 
 
 def cell(row: str, sparsity: float, lr: float, l0s: tuple[float, ...], seed: int = 0):

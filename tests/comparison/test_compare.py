@@ -14,9 +14,9 @@ from sae_lens import SAE
 from typer.testing import CliRunner
 
 from sae_lens_alloc.cli import app
-from sae_lens_alloc.evaluation.comparison.finished import known_cells
-from sae_lens_alloc.evaluation.comparison.results import SCHEMA, summary
-from sae_lens_alloc.evaluation.comparison.stream import StoredStream
+from sae_lens_alloc.comparison.finished import known_cells
+from sae_lens_alloc.comparison.results import SCHEMA, summary
+from sae_lens_alloc.comparison.stream import StoredStream
 from sae_lens_alloc.evaluation.usage import as_user, measure_usage
 from tests.comparison.conftest import small_settings, write_config
 
@@ -428,8 +428,8 @@ def test_a_summary_is_mean_and_range_over_the_seeds():
 
 
 def test_samples_are_the_same_whatever_was_drawn_before(output: Path, config: Path):
-    from sae_lens_alloc.evaluation.comparison.config import load_comparison
-    from sae_lens_alloc.evaluation.comparison.synthetic import SyntheticSubject
+    from sae_lens_alloc.comparison.config import load_comparison
+    from sae_lens_alloc.comparison.synthetic import SyntheticSubject
 
     torch.manual_seed(123)
     folder = output.parent / "again"

@@ -12,13 +12,13 @@ import torch
 from plotly.offline import get_plotlyjs
 
 from sae_lens_alloc.allocation.zipf import ZipfLaw
-from sae_lens_alloc.evaluation.comparison.allocation_picture import allocation_picture
-from sae_lens_alloc.evaluation.comparison.plots import dead_plot, pareto_plot
-from sae_lens_alloc.evaluation.comparison.report import (
+from sae_lens_alloc.comparison.allocation_picture import allocation_picture
+from sae_lens_alloc.comparison.plots import dead_plot, pareto_plot
+from sae_lens_alloc.comparison.report import (
     render_comparison_report,
     write_comparison_report,
 )
-from sae_lens_alloc.evaluation.comparison.results import (
+from sae_lens_alloc.comparison.results import (
     comparison_results,
     density_curve,
     figures_of,

@@ -3,7 +3,7 @@ from typing import Any
 
 import pytest
 
-from sae_lens_alloc.evaluation.comparison.config import load_comparison
+from sae_lens_alloc.comparison.config import load_comparison
 from tests.comparison.conftest import write_config
 
 

@@ -8,8 +8,8 @@ import pyarrow.parquet as pq
 import pytest
 
 import sae_lens_alloc
-from sae_lens_alloc.evaluation.comparison.config import load_comparison
-from sae_lens_alloc.evaluation.comparison.language_model import (
+from sae_lens_alloc.comparison.config import load_comparison
+from sae_lens_alloc.comparison.language_model import (
     LanguageModelSubject,
     held_out_texts,
 )

@@ -10,7 +10,7 @@ from sae_lens.saes.sae import SAE
 from sae_lens.saes.standard_sae import StandardSAE, StandardSAEConfig
 from sae_lens.saes.topk_sae import TopKSAE, TopKSAEConfig
 
-from sae_lens_alloc.evaluation.comparison.operating_point import at_l0
+from sae_lens_alloc.thresholds.operating_point import at_l0
 
 D_IN, D_SAE, N = 6, 20, 300
 

@@ -6,10 +6,10 @@ from typing import Any
 import pytest
 from sae_lens import SAE
 
-from sae_lens_alloc.evaluation.comparison.cell import sae_folder
-from sae_lens_alloc.evaluation.comparison.config import load_comparison
-from sae_lens_alloc.evaluation.comparison.synthetic import SyntheticSubject
-from sae_lens_alloc.evaluation.comparison.worker import train_cell
+from sae_lens_alloc.comparison.cell import sae_folder
+from sae_lens_alloc.comparison.config import load_comparison
+from sae_lens_alloc.comparison.synthetic import SyntheticSubject
+from sae_lens_alloc.comparison.worker import train_cell
 
 CONFIG = Path(__file__).parents[2] / "configs" / "compare_synthetic_small.yaml"
 

@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from sae_lens_alloc.evaluation.comparison.stream import stored_stream, write_stream
+from sae_lens_alloc.comparison.stream import stored_stream, write_stream
 
 ROWS = torch.arange(36.0).view(12, 3) / 8  # exact in float16
 COUNTS = {"train": 10, "validation": 2, "test": 1}

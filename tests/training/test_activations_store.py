@@ -16,11 +16,11 @@ from sae_lens.training.prefetch import PrefetchingIterator
 from transformer_lens.HookedTransformer import HookedRootModule
 
 from sae_lens_alloc import MutualChoiceTrainingSAEConfig
-from sae_lens_alloc.training.activations_store import (
+from sae_lens_alloc.activations.mixing_buffer import MixingBuffer
+from sae_lens_alloc.activations.store import (
     ResumableActivationsStore,
     make_resumable,
 )
-from sae_lens_alloc.training.mixing_buffer import MixingBuffer
 from tests.training.conftest import D_MODEL, HOOK, lm_config
 
 CONTEXT, PROMPTS = 64, 8  # as in lm_config

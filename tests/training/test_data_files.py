@@ -10,8 +10,8 @@ from datasets import Dataset, load_dataset
 from transformer_lens.HookedTransformer import HookedRootModule
 
 from sae_lens_alloc import AllocSAETrainingRunner, MutualChoiceTrainingSAEConfig
-from sae_lens_alloc.training.activations_store import make_resumable
-from sae_lens_alloc.training.local_dataset import check_local_dataset
+from sae_lens_alloc.activations.local_dataset import check_local_dataset
+from sae_lens_alloc.activations.store import make_resumable
 from tests.training.conftest import D_MODEL, lm_config
 from tests.training.test_activations_store import contexts, store
 

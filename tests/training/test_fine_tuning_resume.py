@@ -11,8 +11,8 @@ from sae_lens.saes.topk_sae import TopKTrainingSAE, TopKTrainingSAEConfig
 from transformer_lens.HookedTransformer import HookedRootModule
 
 from sae_lens_alloc import MutualChoiceTrainingSAEConfig
+from sae_lens_alloc.activations.store import ResumableActivationsStore
 from sae_lens_alloc.training import fine_tuning
-from sae_lens_alloc.training.activations_store import ResumableActivationsStore
 from sae_lens_alloc.training.fine_tuning import FineTuningRunner
 from sae_lens_alloc.training.source_sae import SourceSAE
 from tests.training.conftest import D_MODEL, lm_config, short_documents

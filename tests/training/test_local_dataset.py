@@ -12,13 +12,13 @@ from datasets import Dataset, DatasetDict, load_from_disk
 from sae_lens import SAE
 
 from sae_lens_alloc import MutualChoiceTrainingSAEConfig
-from sae_lens_alloc.evaluation.activations import gather_activations
-from sae_lens_alloc.evaluation.comparison.config import ComparisonConfig
-from sae_lens_alloc.evaluation.comparison.language_model import LanguageModelSubject
-from sae_lens_alloc.training.local_dataset import (
+from sae_lens_alloc.activations.local_dataset import (
     check_local_dataset,
     override_for_local_dataset,
 )
+from sae_lens_alloc.activations.on_text import gather_activations
+from sae_lens_alloc.comparison.config import ComparisonConfig
+from sae_lens_alloc.comparison.language_model import LanguageModelSubject
 from tests.test_cli import CONFIG, TINY, invoke
 from tests.training.conftest import CORPUS, D_MODEL, HOOK, MODEL, lm_config
 

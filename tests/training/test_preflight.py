@@ -14,7 +14,7 @@ from sae_lens import logger
 from transformer_lens import HookedTransformer, HookedTransformerConfig
 
 from sae_lens_alloc import AllocSAETrainingRunner, MutualChoiceTrainingSAEConfig
-from sae_lens_alloc.training.language_model import (
+from sae_lens_alloc.activations.language_model import (
     check_language_model,
     find_language_model,
 )

@@ -18,6 +18,7 @@ from sae_lens_alloc import (
     MutualChoiceTrainingSAE,
     MutualChoiceTrainingSAEConfig,
 )
+from sae_lens_alloc.activations.on_text import gather_activations
 from sae_lens_alloc.allocation.density import (
     density_ranks,
     fit_floor,
@@ -26,7 +27,6 @@ from sae_lens_alloc.allocation.density import (
 from sae_lens_alloc.allocation.schedule import aux_loss_fade
 from sae_lens_alloc.allocation.thresholds import follow_cut
 from sae_lens_alloc.allocation.zipf import ZipfLaw, zipf_quotas
-from sae_lens_alloc.evaluation.activations import gather_activations
 from sae_lens_alloc.saes.allocation_sae import AllocationTrainingSAE
 from sae_lens_alloc.saes.allocation_state import (
     LOWEST_THRESHOLD,

@@ -13,15 +13,15 @@ import torch
 
 import sae_lens_alloc
 from sae_lens_alloc.allocation.zipf import ZipfLaw
-from sae_lens_alloc.evaluation.comparison.cell import Cell
-from sae_lens_alloc.evaluation.comparison.choice import Choice
-from sae_lens_alloc.evaluation.comparison.finished import (
+from sae_lens_alloc.comparison.cell import Cell
+from sae_lens_alloc.comparison.choice import Choice
+from sae_lens_alloc.comparison.finished import (
     SCHEMA_VERSION,
     Cells,
     Failures,
     measured_at,
 )
-from sae_lens_alloc.evaluation.comparison.json_files import finite_or_null, write_whole
+from sae_lens_alloc.comparison.json_files import finite_or_null, write_whole
 from sae_lens_alloc.evaluation.usage import DensityCurve, Usage
 
 SCHEMA = Path(__file__).with_name("results.schema.json")

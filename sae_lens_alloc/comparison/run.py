@@ -18,21 +18,20 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from sae_lens_alloc.errors import as_reason
-from sae_lens_alloc.evaluation.comparison.allocation_picture import allocation_picture
-from sae_lens_alloc.evaluation.comparison.cell import Cell, cell_folder, sae_folder
-from sae_lens_alloc.evaluation.comparison.choice import (
+from sae_lens_alloc.comparison.allocation_picture import allocation_picture
+from sae_lens_alloc.comparison.cell import Cell, cell_folder, sae_folder
+from sae_lens_alloc.comparison.choice import (
     Choice,
     choose,
     other_seeds,
     validation_ev,
 )
-from sae_lens_alloc.evaluation.comparison.config import (
+from sae_lens_alloc.comparison.config import (
     ComparisonConfig,
     digest,
     load_comparison,
 )
-from sae_lens_alloc.evaluation.comparison.finished import (
+from sae_lens_alloc.comparison.finished import (
     FIGURES_FILENAME,
     RESULTS_FILENAME,
     Cells,
@@ -42,26 +41,27 @@ from sae_lens_alloc.evaluation.comparison.finished import (
     known_failures,
     measured_at,
 )
-from sae_lens_alloc.evaluation.comparison.json_files import write_json
-from sae_lens_alloc.evaluation.comparison.language_model import LanguageModelSubject
-from sae_lens_alloc.evaluation.comparison.pool import (
+from sae_lens_alloc.comparison.json_files import write_json
+from sae_lens_alloc.comparison.language_model import LanguageModelSubject
+from sae_lens_alloc.comparison.pool import (
     LOG_FILENAME,
     default_jobs,
     threads_per_job,
     train_cells,
 )
-from sae_lens_alloc.evaluation.comparison.report import write_comparison_report
-from sae_lens_alloc.evaluation.comparison.results import (
+from sae_lens_alloc.comparison.report import write_comparison_report
+from sae_lens_alloc.comparison.results import (
     comparison_results,
     figures_of,
     middle_k,
     point_results,
     write_results,
 )
-from sae_lens_alloc.evaluation.comparison.stream import StoredStream, stored_stream
-from sae_lens_alloc.evaluation.comparison.subject import Subject
-from sae_lens_alloc.evaluation.comparison.synthetic import SyntheticSubject
-from sae_lens_alloc.evaluation.saved_sae import load_sae
+from sae_lens_alloc.comparison.stream import StoredStream, stored_stream
+from sae_lens_alloc.comparison.subject import Subject
+from sae_lens_alloc.comparison.synthetic import SyntheticSubject
+from sae_lens_alloc.errors import as_reason
+from sae_lens_alloc.saes.saved_sae import load_sae
 
 CONFIG_FILENAME = "comparison.yaml"
 REPORT_FILENAME = "report.html"

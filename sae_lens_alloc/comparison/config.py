@@ -10,13 +10,13 @@ from typing import Any, Literal, get_type_hints
 
 from sae_lens.config import LanguageModelSAERunnerConfig
 
-from sae_lens_alloc.config import (
+from sae_lens_alloc.comparison.cell import Cell
+from sae_lens_alloc.config.run_file import (
     check_choice,
     named_errors,
     read_settings,
     sae_config_class,
 )
-from sae_lens_alloc.evaluation.comparison.cell import Cell
 from sae_lens_alloc.typed_values import convert, in_words
 
 # What the grid sets is set nowhere else.

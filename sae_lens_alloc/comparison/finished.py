@@ -4,9 +4,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from sae_lens_alloc.evaluation.comparison.cell import FAILURE_FILENAME, RESULT_FILENAME
-from sae_lens_alloc.evaluation.comparison.json_files import finite_or_null
-from sae_lens_alloc.evaluation.saved_sae import read_json_mapping
+from sae_lens_alloc.comparison.cell import FAILURE_FILENAME, RESULT_FILENAME
+from sae_lens_alloc.comparison.json_files import finite_or_null
+from sae_lens_alloc.saes.saved_sae import read_json_mapping
 
 RESULTS_FILENAME = "results.json"
 SCHEMA_VERSION = 2

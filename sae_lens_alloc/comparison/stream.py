@@ -10,8 +10,8 @@ import numpy as np
 import torch
 
 from sae_lens_alloc.checksums import sha256_of
-from sae_lens_alloc.evaluation.comparison.json_files import write_json
-from sae_lens_alloc.evaluation.saved_sae import read_json_mapping
+from sae_lens_alloc.comparison.json_files import write_json
+from sae_lens_alloc.saes.saved_sae import read_json_mapping
 
 MANIFEST_FILENAME = "stream.json"
 SPLITS = ("train", "validation", "test")

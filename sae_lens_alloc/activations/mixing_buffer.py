@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import torch
 from typing_extensions import Self
 
-from sae_lens_alloc.buffer_setting import buffer_setting
+from sae_lens_alloc.activations.buffer_setting import buffer_setting
 
 
 class MixingBuffer(Iterator[torch.Tensor]):

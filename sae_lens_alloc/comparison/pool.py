@@ -11,13 +11,13 @@ from pathlib import Path
 
 import torch
 
-from sae_lens_alloc.evaluation.comparison.cell import (
+from sae_lens_alloc.comparison.cell import (
     FAILURE_FILENAME,
     RESULT_FILENAME,
     Cell,
     cell_folder,
 )
-from sae_lens_alloc.evaluation.comparison.json_files import write_json
+from sae_lens_alloc.comparison.json_files import write_json
 
 LOG_FILENAME = "log.txt"
 # glibc gives large blocks back after each use and gets them again, zeroed page by page: a sixth
@@ -77,7 +77,7 @@ def train_cells(
                     *(
                         sys.executable,
                         "-m",
-                        "sae_lens_alloc.evaluation.comparison.worker",
+                        "sae_lens_alloc.comparison.worker",
                     ),
                     *(str(config), str(stream), str(folder)),
                     *("--threads", str(threads_per_job(jobs))),

@@ -16,9 +16,9 @@ from safetensors.torch import load_file
 from tqdm.auto import tqdm
 from typing_extensions import override
 
-from sae_lens_alloc.buffer_setting import contexts_in_buffer
+from sae_lens_alloc.activations.buffer_setting import contexts_in_buffer
+from sae_lens_alloc.activations.mixing_buffer import MixingBuffer
 from sae_lens_alloc.errors import in_one_sentence
-from sae_lens_alloc.training.mixing_buffer import MixingBuffer
 
 
 class ResumableActivationsStore(ActivationsStore):

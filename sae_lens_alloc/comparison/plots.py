@@ -129,7 +129,7 @@ def allocation_plot(rules: Mapping[str, Sequence[Sequence[float]]]) -> go.Figure
             row=1,
             col=column,
         )
-    style = new_figure("", "").layout
+    style: Any = new_figure("", "").layout
     figure.update_layout(
         template="none",
         font=style.font,

@@ -13,13 +13,13 @@ from sae_lens.saes.topk_sae import TopKSAE
 
 from sae_lens_alloc.allocation.mutual_choice import budget_for
 from sae_lens_alloc.allocation.quota_curve import QuotaCurve
-from sae_lens_alloc.evaluation.calibration import require_activations
-from sae_lens_alloc.evaluation.equal_l0 import set_l0
-from sae_lens_alloc.evaluation.jumprelu_form import jumprelu_form
-from sae_lens_alloc.evaluation.saved_sae import load_sae
 from sae_lens_alloc.evaluation.usage import Usage, as_user, measure_usage
 from sae_lens_alloc.ops.block_encoder import Encoder
 from sae_lens_alloc.ops.encode_select import encode_feature_choice
+from sae_lens_alloc.saes.saved_sae import load_sae
+from sae_lens_alloc.thresholds.calibration import require_activations
+from sae_lens_alloc.thresholds.equal_l0 import set_l0
+from sae_lens_alloc.thresholds.jumprelu_form import jumprelu_form
 
 # Relative distance of a threshold from the affinity that decides it.
 MARGIN = 1e-6

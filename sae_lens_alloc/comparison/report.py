@@ -10,15 +10,15 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
-from sae_lens_alloc.evaluation.comparison.finished import measured_at
-from sae_lens_alloc.evaluation.comparison.plots import (
+from sae_lens_alloc.comparison.finished import measured_at
+from sae_lens_alloc.comparison.plots import (
     Point,
     allocation_plot,
     dead_plot,
     pareto_plot,
     points_by_row,
 )
-from sae_lens_alloc.evaluation.comparison.results import (
+from sae_lens_alloc.comparison.results import (
     density_curve,
     middle_k,
     numbers_of_seeds,

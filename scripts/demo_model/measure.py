@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from transformers import GPT2LMHeadModel
 
-from sae_lens_alloc.demo.recipe import Recipe
-from sae_lens_alloc.demo.stream import contexts
-from sae_lens_alloc.demo.train import token_losses
+from scripts.demo_model.recipe import Recipe
+from scripts.demo_model.stream import contexts
+from scripts.demo_model.train import token_losses
 
 ROWS = 8
 Edit = Callable[

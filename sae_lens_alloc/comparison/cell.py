@@ -10,7 +10,7 @@ from typing import Any
 
 from sae_lens.config import LanguageModelSAERunnerConfig
 
-from sae_lens_alloc.config import build_training_config
+from sae_lens_alloc.config.run_file import build_training_config
 
 RESULT_FILENAME = "cell.json"
 FAILURE_FILENAME = "failed.json"

@@ -6,7 +6,7 @@ from typing import Any
 
 from sae_lens import SAE
 
-from sae_lens_alloc.evaluation.comparison.stream import StoredStream
+from sae_lens_alloc.comparison.stream import StoredStream
 from sae_lens_alloc.evaluation.usage import Usage
 
 

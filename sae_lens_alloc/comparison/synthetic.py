@@ -17,13 +17,13 @@ from sae_lens.synthetic import (
 from sae_lens.util import temporary_seed
 from typing_extensions import override
 
-from sae_lens_alloc.evaluation.comparison.config import ComparisonConfig
-from sae_lens_alloc.evaluation.comparison.stream import (
+from sae_lens_alloc.comparison.config import ComparisonConfig
+from sae_lens_alloc.comparison.stream import (
     SPLITS,
     StoredStream,
     write_stream,
 )
-from sae_lens_alloc.evaluation.comparison.subject import Subject
+from sae_lens_alloc.comparison.subject import Subject
 from sae_lens_alloc.evaluation.usage import Usage, as_user, measure_usage
 
 SAMPLES_PER_BATCH = 4096

@@ -15,19 +15,19 @@ import torch
 from sae_lens import SAE
 from sae_lens.saes.sae import TrainingSAE
 
-from sae_lens_alloc.errors import as_reason
-from sae_lens_alloc.evaluation.comparison.cell import (
+from sae_lens_alloc.comparison.cell import (
     FAILURE_FILENAME,
     RESULT_FILENAME,
     Cell,
     sae_folder,
 )
-from sae_lens_alloc.evaluation.comparison.config import load_comparison
-from sae_lens_alloc.evaluation.comparison.json_files import write_json
-from sae_lens_alloc.evaluation.comparison.operating_point import at_l0
-from sae_lens_alloc.evaluation.comparison.stream import StoredStream
-from sae_lens_alloc.evaluation.saved_sae import load_sae
+from sae_lens_alloc.comparison.config import load_comparison
+from sae_lens_alloc.comparison.json_files import write_json
+from sae_lens_alloc.comparison.stream import StoredStream
+from sae_lens_alloc.errors import as_reason
 from sae_lens_alloc.evaluation.usage import as_user, measure_usage
+from sae_lens_alloc.saes.saved_sae import load_sae
+from sae_lens_alloc.thresholds.operating_point import at_l0
 from sae_lens_alloc.training.trainer import AllocSAETrainer
 
 

@@ -9,15 +9,15 @@ from sae_lens import SAE
 
 from sae_lens_alloc.allocation.mutual_choice import MutualChoiceCollector, budget_for
 from sae_lens_alloc.allocation.sparse_activations import SparseActivations
-from sae_lens_alloc.evaluation.equal_l0 import (
-    factor_of,
-    relative_encoder,
-    threshold_factor,
-)
 from sae_lens_alloc.evaluation.usage import by_pairs, measure_usage, measure_usages
 from sae_lens_alloc.ops.block_encoder import Encoder, WatchedEncoder
 from sae_lens_alloc.ops.encode_select import ThresholdCollector
 from sae_lens_alloc.saes.allocation_sae import AllocationTrainingSAE
+from sae_lens_alloc.thresholds.equal_l0 import (
+    factor_of,
+    relative_encoder,
+    threshold_factor,
+)
 
 BATCH_SIZE = 4096
 # Thresholds below this share of the largest count as this much where they are scaled.

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from sae_lens_alloc.evaluation.comparison.cell import Cell
+from sae_lens_alloc.comparison.cell import Cell
 
 # What training a cell gave, as `cell.json` holds it, by the cell's key.
 Results = Mapping[str, Mapping[str, Any]]

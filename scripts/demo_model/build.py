@@ -1,4 +1,4 @@
-"""Build the demo's corpus and language model: `python -m sae_lens_alloc.demo.build --out DIR`."""
+"""Build the demo's corpus and language model: `python -m scripts.demo_model.build --out DIR`."""
 
 import argparse
 import dataclasses
@@ -17,16 +17,16 @@ import torch
 import transformers
 from transformers import GPT2LMHeadModel, PreTrainedTokenizerFast
 
-from sae_lens_alloc.demo.card import render
-from sae_lens_alloc.demo.corpus import Row, read_rows, write_licence, write_rows
-from sae_lens_alloc.demo.gates import check
-from sae_lens_alloc.demo.measure import measure
-from sae_lens_alloc.demo.recipe import Recipe
-from sae_lens_alloc.demo.stream import tokenize
-from sae_lens_alloc.demo.tokenizer import BOS, train_tokenizer
-from sae_lens_alloc.demo.train import build_model, train
+from scripts.demo_model.card import render
+from scripts.demo_model.corpus import Row, read_rows, write_licence, write_rows
+from scripts.demo_model.gates import check
+from scripts.demo_model.measure import measure
+from scripts.demo_model.recipe import Recipe
+from scripts.demo_model.stream import tokenize
+from scripts.demo_model.tokenizer import BOS, train_tokenizer
+from scripts.demo_model.train import build_model, train
 
-MODULE = "sae_lens_alloc.demo.build"
+MODULE = "scripts.demo_model.build"
 
 
 def text_bytes(rows: list[Row]) -> int:

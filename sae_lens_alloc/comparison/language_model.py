@@ -13,21 +13,21 @@ from sae_lens.util import get_special_token_ids, temporary_seed
 from transformer_lens.HookedTransformer import HookedRootModule
 from typing_extensions import override
 
-from sae_lens_alloc.errors import as_reason
-from sae_lens_alloc.evaluation.baseline import Baseline, measure_baseline
-from sae_lens_alloc.evaluation.comparison.config import ComparisonConfig
-from sae_lens_alloc.evaluation.comparison.stream import StoredStream, write_stream
-from sae_lens_alloc.evaluation.comparison.subject import Subject
-from sae_lens_alloc.evaluation.contexts import held_out_contexts
-from sae_lens_alloc.evaluation.metrics import evaluate_sae
-from sae_lens_alloc.evaluation.splicing import spliced_loss
-from sae_lens_alloc.evaluation.usage import Usage
-from sae_lens_alloc.training.activations_store import (
+from sae_lens_alloc.activations.contexts import held_out_contexts
+from sae_lens_alloc.activations.language_model import load_language_model
+from sae_lens_alloc.activations.local_dataset import override_for_local_dataset
+from sae_lens_alloc.activations.store import (
     make_resumable,
     require_ordinary_tokens,
 )
-from sae_lens_alloc.training.language_model import load_language_model
-from sae_lens_alloc.training.local_dataset import override_for_local_dataset
+from sae_lens_alloc.comparison.config import ComparisonConfig
+from sae_lens_alloc.comparison.stream import StoredStream, write_stream
+from sae_lens_alloc.comparison.subject import Subject
+from sae_lens_alloc.errors import as_reason
+from sae_lens_alloc.evaluation.baseline import Baseline, measure_baseline
+from sae_lens_alloc.evaluation.metrics import evaluate_sae
+from sae_lens_alloc.evaluation.splicing import spliced_loss
+from sae_lens_alloc.evaluation.usage import Usage
 
 
 class LanguageModelSubject(Subject):

@@ -10,14 +10,14 @@ from sae_lens.config import LanguageModelSAERunnerConfig, SAETrainerConfig
 from sae_lens.constants import DTYPE_MAP
 from sae_lens.saes.sae import TrainingSAEConfig
 
+from sae_lens_alloc.activations.buffer_setting import NAMES as BUFFER_SETTING_NAMES
+from sae_lens_alloc.activations.buffer_setting import buffer_setting, contexts_in_buffer
 from sae_lens_alloc.allocation.mutual_choice import budget_for
 from sae_lens_alloc.allocation.schedule import budget_per_token
-from sae_lens_alloc.buffer_setting import NAMES as BUFFER_SETTING_NAMES
-from sae_lens_alloc.buffer_setting import buffer_setting, contexts_in_buffer
+from sae_lens_alloc.config.run_config import OPTIMIZERS, optimizer_of
 from sae_lens_alloc.saes.allocation_sae_config import AllocationTrainingSAEConfig
 from sae_lens_alloc.saes.feature_choice_sae import FeatureChoiceTrainingSAEConfig
 from sae_lens_alloc.saes.mutual_choice_sae import MutualChoiceTrainingSAEConfig
-from sae_lens_alloc.training.run_config import OPTIMIZERS, optimizer_of
 from sae_lens_alloc.typed_values import check_choice, check_number, shown
 
 SAE_SCHEDULE_KEYS = (

@@ -12,12 +12,12 @@ from sae_lens.config import LoggingConfig
 from sae_lens.registry import SAE_TRAINING_CLASS_REGISTRY
 from sae_lens.saes.sae import SAEConfig, SAEMetadata
 
-from sae_lens_alloc.buffer_setting import with_known_buffer_setting
-from sae_lens_alloc.config_file import parse_value, read_mapping
-from sae_lens_alloc.run_checks import check_run, check_value
+from sae_lens_alloc.activations.buffer_setting import with_known_buffer_setting
+from sae_lens_alloc.config.run_checks import check_run, check_value
+from sae_lens_alloc.config.run_config import AllocSAERunnerConfig
+from sae_lens_alloc.config.yaml_file import parse_value, read_mapping
 from sae_lens_alloc.saes.allocation_sae_config import AllocationTrainingSAEConfig
 from sae_lens_alloc.saes.mutual_choice_sae import with_schedule
-from sae_lens_alloc.training.run_config import AllocSAERunnerConfig
 from sae_lens_alloc.typed_values import check_choice, convert, in_words, nearest, shown
 
 # Step counts that may be given as a share of the training steps, such as "75%".

@@ -8,9 +8,9 @@ from torch.nn.functional import cross_entropy
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from sae_lens_alloc.demo.muon import Muon
-from sae_lens_alloc.demo.recipe import Recipe
-from sae_lens_alloc.demo.stream import random_crops
+from scripts.demo_model.muon import Muon
+from scripts.demo_model.recipe import Recipe
+from scripts.demo_model.stream import random_crops
 
 log = logging.getLogger(__name__)
 

@@ -1,0 +1,1 @@
+"""Where activations come from: language models, datasets, the store that mixes them."""

@@ -1,0 +1,1 @@
+"""How the demo's corpus and language model were made."""
