@@ -110,10 +110,10 @@ def _largest_above(
     budget: int,
     bound: torch.Tensor,
     thresholds: torch.Tensor | None,
-) -> tuple[SparseActivations, torch.Tensor | None] | None:
+) -> tuple[Pairs, torch.Tensor | None] | None:
     """
-    `encode_and_count` with one question to the device, None where fewer than `budget`
-    affinities reach the bound or more than there are places for.
+    `encode_and_count` with one question to the device, or more where fewer than `budget`
+    affinities reach the bound. None where more reach it than there are places for.
     """
     shape = (len(x), encoder.n_features)
     capacity = min(max(PLACES_PER_PAIR * budget, MIN_PLACES), len(x) * shape[1])
@@ -128,12 +128,14 @@ def _largest_above(
         if thresholds is not None:
             counts.append(_count_above(affinities, thresholds[block]))
     assert buffer is not None
-    n_found = int(buffer.count)
-    if not budget <= n_found <= capacity:
+    n_found, above = int(buffer.count), torch.cat(counts) if counts else None
+    if n_found < budget:
+        return encode_mutual_choice(encoder, x, budget, None), above
+    if n_found > capacity:
         return None
     found = SparseActivations.from_unordered(*buffer.first(n_found), shape)
     best, _ = split_at_budget(found, budget, 0)
-    return best.without_padding(), torch.cat(counts) if counts else None
+    return best, above
 
 
 @torch.no_grad()
