@@ -32,7 +32,8 @@ from benchmarks.results import (
     write_results,
 )
 from benchmarks.shape import MEMORY_LINE, Shape
-from benchmarks.subjects import SUBJECTS, Machine
+from benchmarks.subject import Machine
+from benchmarks.subjects import SUBJECTS
 from benchmarks.tables import centre_table
 
 PACKAGES = ("torch", "sae-lens", "eai-sparsify", "dictionary-learning")

@@ -11,7 +11,8 @@ import torch
 from sae_lens import LanguageModelSAERunnerConfig
 
 from benchmarks.shape import Shape
-from benchmarks.subjects import SUBJECTS, Machine, floor
+from benchmarks.subject import Machine
+from benchmarks.subjects import SUBJECTS, floor
 from sae_lens_alloc.training.summary import estimate_memory
 
 N_BATCHES = 4

@@ -1,13 +1,7 @@
 """What is compared: each library's own training loop, from batch to updated weights."""
 
-import os
-import sys
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext, suppress
-from dataclasses import dataclass
-from importlib import import_module
-from importlib.util import find_spec
-from types import ModuleType
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -22,7 +16,21 @@ from sae_lens import (
 )
 from sae_lens.config import SAETrainerConfig
 
+from benchmarks.other_libraries import (
+    dictionary_learning_batchtopk,
+    dictionary_learning_topk,
+    sparsify_topk,
+    sparsify_topk_adam,
+)
 from benchmarks.shape import Shape
+from benchmarks.subject import (
+    MANY_STEPS,
+    Machine,
+    Subject,
+    SubjectKind,
+    autocast,
+    before_each,
+)
 from sae_lens_alloc import (
     AllocSAETrainer,
     AllocSAETrainerConfig,
@@ -31,95 +39,12 @@ from sae_lens_alloc import (
     MutualChoiceTrainingSAE,
     MutualChoiceTrainingSAEConfig,
 )
-from sae_lens_alloc.ops.backend import BACKEND_VARIABLE
 from sae_lens_alloc.training.trainer import DataEndedError
 
-MANY_STEPS = 10**6
 # In the first phase of the recipe the budget falls from 2 k to k. It is measured half-way, where
 # it falls by a few pairs a step.
 HALF_WAY = 1.5
 DECAY_STEPS = 10**4
-
-
-@dataclass(frozen=True)
-class Machine:
-    """
-    Where and how to compute.
-
-    Args:
-        device: A torch device.
-        autocast: Under bfloat16 autocast.
-        matmul: Torch's precision of float32 products: "highest", or "high" for TF32.
-        backend: Backend of ours, None for the one that it chooses itself.
-        cuda_graph: Whether ours are asked to replay their step as a CUDA graph.
-    """
-
-    device: str = "cpu"
-    autocast: bool = False
-    matmul: str = "highest"
-    backend: str | None = None
-    cuda_graph: bool = False
-
-    @property
-    def is_cuda(self) -> bool:
-        return torch.device(self.device).type == "cuda"
-
-    def prepare(self) -> None:
-        """Settings of the whole process."""
-        torch.set_float32_matmul_precision(self.matmul)
-        if self.backend is not None:
-            os.environ[BACKEND_VARIABLE] = self.backend
-
-
-@dataclass
-class Subject:
-    """
-    A trainer about to start.
-
-    Args:
-        train: Trains on the batches, each of shape (B, d_in), until there are no more.
-        parameters: What is trained.
-        optimizers: Whatever has a `state` that maps parameters to dicts of tensors.
-        replays_graph: Whether its steps are the replay of a CUDA graph by now.
-    """
-
-    train: Callable[[Iterator[torch.Tensor]], object]
-    parameters: list[torch.Tensor]
-    optimizers: list[Any]
-    replays_graph: Callable[[], bool] = lambda: False
-
-    def persistent_bytes(self) -> int:
-        """Bytes of the parameters, their gradients and the optimizers' state."""
-        moments = [
-            value
-            for optimizer in self.optimizers
-            for state in optimizer.state.values()
-            for value in state.values()
-            if isinstance(value, torch.Tensor)
-        ]
-        return 2 * _n_bytes(self.parameters) + _n_bytes(moments)
-
-
-@dataclass(frozen=True)
-class SubjectKind:
-    """
-    Args:
-        build: Makes the subject for a shape.
-        module: What must be importable for it.
-        swept: Measured along the sweeps too, rather than at the centre alone.
-        has_aux: Has an auxiliary loss for dead features.
-        config: The config of ours, whose memory `sae_lens_alloc` foretells.
-    """
-
-    build: Callable[[Shape, Machine], Subject]
-    module: str = "sae_lens_alloc"
-    swept: bool = False
-    has_aux: bool = True
-    config: Callable[[Shape, Machine], Any] | None = None
-
-    @property
-    def is_installed(self) -> bool:
-        return find_spec(self.module) is not None
 
 
 def mutual_choice_config(
@@ -233,7 +158,7 @@ def _with_trainer(trainer: SAETrainer[Any, Any], shape: Shape) -> Subject:
         trainer.n_forward_passes_since_fired[: shape.n_dead] = float("inf")
 
     def train(batches: Iterator[torch.Tensor]) -> None:
-        trainer.data_provider = _before_each(batches, kill) if shape.aux else batches
+        trainer.data_provider = before_each(batches, kill) if shape.aux else batches
         # how SAELens' loop, and ours, report that the data is exhausted
         with suppress(StopIteration, DataEndedError):
             trainer.fit()
@@ -245,130 +170,6 @@ def _with_trainer(trainer: SAETrainer[Any, Any], shape: Shape) -> Subject:
     return Subject(
         train, list(trainer.sae.parameters()), [trainer.optimizer], replays_graph
     )
-
-
-def sparsify_topk(shape: Shape, machine: Machine, optimizer: str = "signum") -> Subject:
-    if machine.device == "cpu":
-        # its Triton kernel needs a GPU; it has an eager decoder for where there is none
-        os.environ["SPARSIFY_DISABLE_TRITON"] = "1"
-    sparsify: Any = import_module("sparsify")
-    model = _ActivationsOnly(shape, machine)
-    trainer = sparsify.Trainer(
-        sparsify.TrainConfig(
-            sae=sparsify.SparseCoderConfig(num_latents=shape.d_sae, k=shape.k),
-            batch_size=1,
-            optimizer=optimizer,
-            auxk_alpha=1 / 32 if shape.aux else 0.0,
-            hookpoints=["activations"],
-            log_to_wandb=False,
-        ),
-        dataset=_OneBatchPerItem(model, iter(()), machine.matmul),
-        model=model,
-    )
-    # `fit` ends with a checkpoint
-    trainer.save = lambda: None
-    (sae,) = trainer.saes.values()
-    (tokens_since_fired,) = trainer.num_tokens_since_fired.values()
-
-    def kill() -> None:
-        tokens_since_fired[: shape.n_dead] = 10**9
-
-    def train(batches: Iterator[torch.Tensor]) -> None:
-        trainer.dataset = _OneBatchPerItem(
-            model,
-            _before_each(batches, kill) if shape.aux else batches,
-            machine.matmul,
-        )
-        trainer.fit()
-
-    return Subject(train, list(sae.parameters()), trainer.optimizers)
-
-
-def sparsify_topk_adam(shape: Shape, machine: Machine) -> Subject:
-    return sparsify_topk(shape, machine, "adam")
-
-
-class _ActivationsOnly(torch.nn.Module):
-    """Stands in for the language model whose activations sparsify's trainer hooks."""
-
-    def __init__(self, shape: Shape, machine: Machine):
-        super().__init__()
-        self.activations = torch.nn.Identity()
-        self.device = torch.device(machine.device)
-        self.batch = torch.zeros(1, shape.d_in, device=machine.device)
-
-    @property
-    def base_model(self) -> "_ActivationsOnly":
-        return self
-
-    @property
-    def dummy_inputs(self) -> dict[str, torch.Tensor]:
-        return {"input_ids": torch.zeros(1, 1, dtype=torch.long)}
-
-    def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
-        return self.activations(self.batch.unsqueeze(0))
-
-
-class _OneBatchPerItem:
-    """A dataset whose items are "texts" of B tokens with the next batch as activations."""
-
-    def __init__(
-        self, model: _ActivationsOnly, batches: Iterator[torch.Tensor], matmul: str
-    ):
-        self.model = model
-        self.batches = batches
-        self.matmul = matmul
-
-    def __len__(self) -> int:
-        return MANY_STEPS
-
-    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
-        # `fit` asks for TF32, which would stay for the floor and may not be what is compared.
-        torch.set_float32_matmul_precision(self.matmul)
-        self.model.batch = next(self.batches)
-        return {"input_ids": torch.zeros(len(self.model.batch), dtype=torch.long)}
-
-
-def dictionary_learning_batchtopk(shape: Shape, machine: Machine) -> Subject:
-    return _with_dictionary_learning_trainer("BatchTopKTrainer", shape, machine)
-
-
-def dictionary_learning_topk(shape: Shape, machine: Machine) -> Subject:
-    return _with_dictionary_learning_trainer("TopKTrainer", shape, machine)
-
-
-def _with_dictionary_learning_trainer(
-    trainer_name: str, shape: Shape, machine: Machine
-) -> Subject:
-    if "nnsight" not in sys.modules and find_spec("nnsight") is None:
-        # needed by its activation buffer, which is not in use here
-        stand_in: Any = ModuleType("nnsight")
-        stand_in.LanguageModel = None
-        sys.modules["nnsight"] = stand_in
-    trainer: Any = getattr(import_module("dictionary_learning.trainers"), trainer_name)(
-        steps=MANY_STEPS,
-        activation_dim=shape.d_in,
-        dict_size=shape.d_sae,
-        k=shape.k,
-        layer=0,
-        lm_name="none",
-        device=machine.device,
-        # as it is for all but the first 1000 steps of a run
-        threshold_start_step=0,
-    )
-
-    def kill() -> None:
-        trainer.num_tokens_since_fired[: shape.n_dead] = 10**9
-
-    def train(batches: Iterator[torch.Tensor]) -> None:
-        if shape.aux:
-            batches = _before_each(batches, kill)
-        for step, batch in enumerate(batches):
-            # its `trainSAE` runs the update under autocast
-            with _autocast(machine):
-                trainer.update(step, batch)
-
-    return Subject(train, list(trainer.ae.parameters()), [trainer.optimizer])
 
 
 def floor(shape: Shape, machine: Machine) -> Callable[[torch.Tensor], object]:
@@ -388,31 +189,13 @@ def floor(shape: Shape, machine: Machine) -> Callable[[torch.Tensor], object]:
 
     def step(batch: torch.Tensor) -> None:
         if machine.autocast:
-            with _autocast(machine):
+            with autocast(machine):
                 _ = batch @ W_enc
         else:
             torch.mm(batch, W_enc, out=out)
         optimizer.step()
 
     return step
-
-
-def _before_each(
-    batches: Iterator[torch.Tensor], action: Callable[[], None]
-) -> Iterator[torch.Tensor]:
-    for batch in batches:
-        action()
-        yield batch
-
-
-def _autocast(machine: Machine) -> Any:
-    if not machine.autocast:
-        return nullcontext()
-    return torch.autocast(torch.device(machine.device).type, torch.bfloat16)
-
-
-def _n_bytes(tensors: list[torch.Tensor]) -> int:
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
 SUBJECTS = {

@@ -17,7 +17,8 @@ from benchmarks.measure import Pace, peak_memory, time_step
 from benchmarks.own_process import in_own_process
 from benchmarks.pipeline import Variant, in_fresh_process
 from benchmarks.shape import SWEEPS, Shape
-from benchmarks.subjects import SUBJECTS, Machine, Subject, SubjectKind
+from benchmarks.subject import Machine, Subject, SubjectKind
+from benchmarks.subjects import SUBJECTS
 from sae_lens_alloc.ops.backend import backend_for
 
 TINY = Shape(d_in=8, d_sae=64, k=2, batch=16)

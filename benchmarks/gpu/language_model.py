@@ -21,7 +21,7 @@ from benchmarks.clock import Clock
 from benchmarks.gpu.scale import LanguageModelScale
 from benchmarks.measure import synchronize
 from benchmarks.pipeline import time_the_parts
-from benchmarks.subjects import Machine
+from benchmarks.subject import Machine
 from sae_lens_alloc import AllocSAETrainingRunner
 
 OURS = "mutual_choice"

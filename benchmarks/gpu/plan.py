@@ -12,7 +12,8 @@ from benchmarks.gpu.large_checks import check_large
 from benchmarks.gpu.scale import PRECISIONS, Scale, StepRow
 from benchmarks.gpu.task import Task
 from benchmarks.shape import Shape
-from benchmarks.subjects import SUBJECTS, Machine
+from benchmarks.subject import Machine
+from benchmarks.subjects import SUBJECTS
 
 RATES = "rates"
 # Torch's backend last: it is what the others must beat.

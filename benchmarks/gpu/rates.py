@@ -11,7 +11,7 @@ from benchmarks.gpu.scale import PRECISIONS, Scale
 from benchmarks.measure import synchronize
 from benchmarks.results import describe_machine
 from benchmarks.shape import Shape
-from benchmarks.subjects import Machine
+from benchmarks.subject import Machine
 
 REPEATS = 20
 # Adam reads a weight, its gradient and two moments and writes all but the gradient, in float32.

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from benchmarks.measure import GPU_PACE, Pace
 from benchmarks.shape import Shape
-from benchmarks.subjects import Machine
+from benchmarks.subject import Machine
 
 # How precisely each step table computes.
 PRECISIONS = {

@@ -8,7 +8,8 @@ import torch
 from benchmarks.gpu.task import NotAvailableError
 from benchmarks.measure import Pace, peak_memory, time_step
 from benchmarks.shape import Shape
-from benchmarks.subjects import SUBJECTS, Machine
+from benchmarks.subject import Machine
+from benchmarks.subjects import SUBJECTS
 from sae_lens_alloc.ops.backend import backend_for, why_unavailable
 
 

@@ -19,7 +19,7 @@ from sae_lens.synthetic import SyntheticModel, SyntheticModelConfig
 
 from benchmarks.gpu.scale import SyntheticScale
 from benchmarks.measure import synchronize
-from benchmarks.subjects import Machine
+from benchmarks.subject import Machine
 from sae_lens_alloc import AllocSAETrainer
 from sae_lens_alloc.comparison.config import load_comparison
 from sae_lens_alloc.comparison.synthetic import (
