@@ -138,7 +138,7 @@ def render_comparison_report(results: Mapping[str, Any]) -> str:
     }
     allocation = results["allocation"]
     environment = Environment(
-        loader=PackageLoader("sae_lens_alloc", "evaluation"),
+        loader=PackageLoader("sae_lens_alloc", ""),
         autoescape=True,
         undefined=StrictUndefined,
     )
