@@ -245,8 +245,10 @@ class _DecodePairs(torch.autograd.Function):
             out = ctx.memory.take_W_dec()
         with torch.autocast(values.device.type, enabled=False):
             grad_rows = grad_out.to(values.dtype).flatten(0, 1)
-            grad_values = sampled_products(rows, features, grad_rows, W_dec, real)
             sorted_features, by_feature = _sort_by_feature(features, real, len(W_dec))
+            grad_values = sampled_products(
+                rows, features, grad_rows, W_dec, real, by_column=by_feature
+            )
             row_gradients = None if ctx.memory is None else ctx.memory.rows
             if row_gradients is not None:
                 kept = _real_places(real, by_feature)

@@ -112,6 +112,7 @@ def sampled_products(
     left: torch.Tensor,
     right: torch.Tensor,
     real: torch.Tensor | None = None,
+    by_column: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """
     Dense equivalent: `(left @ right.T)[sorted_rows, columns]`.
@@ -123,6 +124,7 @@ def sampled_products(
         right: Matrix of shape (n_columns, d), of left's dtype or a lower precision.
         real: Boolean mask of shape (N,), false at padding, or None if there is none. What
             padding gets is of no meaning; Triton's kernels do no work for it.
+        by_column: The order that sorts the pairs by column, where it is known already.
 
     Returns:
         Dot products of shape (N,), of left's dtype.
@@ -131,16 +133,34 @@ def sampled_products(
         return _triton().sampled_products(sorted_rows, columns, left, right, real)
     right = right.to(left.dtype)
     if backend_for(left.device) == "torch":
-        zeros = left.new_zeros(len(columns))
-        shape = (left.shape[0], right.shape[0])
-        pattern = _csr_matrix(sorted_rows, columns, zeros, shape)
-        return torch.sparse.sampled_addmm(pattern, left, right.T, beta=0.0).values()
+        if len(left) >= len(right):
+            return _sampled_by_row(sorted_rows, columns, left, right)
+        # The smaller matrix fits into a CPU's caches, the larger one is then read once.
+        if by_column is None:
+            by_column = columns.argsort(stable=True)
+        products = left.new_empty(len(columns))
+        products[by_column] = _sampled_by_row(
+            columns[by_column], sorted_rows[by_column], right, left
+        )
+        return products
     return torch.cat(
         [
             (left[sorted_rows[part]] * right[columns[part]]).sum(1)
             for part in _chunks(len(columns), left.shape[1])
         ]
     )
+
+
+def _sampled_by_row(
+    sorted_rows: torch.Tensor,
+    columns: torch.Tensor,
+    left: torch.Tensor,
+    right: torch.Tensor,
+) -> torch.Tensor:
+    zeros = left.new_zeros(len(columns))
+    shape = (left.shape[0], right.shape[0])
+    pattern = _csr_matrix(sorted_rows, columns, zeros, shape)
+    return torch.sparse.sampled_addmm(pattern, left, right.T, beta=0.0).values()
 
 
 def _triton() -> ModuleType:
