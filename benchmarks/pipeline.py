@@ -34,7 +34,9 @@ from benchmarks.results import (
     write_results,
 )
 from sae_lens_alloc import cli
+from sae_lens_alloc.activations.store import ResumableActivationsStore
 from sae_lens_alloc.config.run_file import load_runner_config
+from sae_lens_alloc.training import after_training
 from sae_lens_alloc.training import runner as runner_module
 from sae_lens_alloc.training import train_step as train_step_module
 from sae_lens_alloc.training import trainer as trainer_module
@@ -123,20 +125,21 @@ def time_the_parts(clock: Clock) -> None:
         (AllocSAETrainingRunner, "__init__", "start-up"),
         (ActivationsStore, "get_filtered_llm_batch", "activation store"),
         (ActivationsStore, "__next__", "activation store"),
+        (ResumableActivationsStore, "__next__", "activation store"),
         (ActivationsStore, "get_activations", "language model"),
         (PrefetchingIterator, "__next__", "activation store"),
         (SAETrainer, "_train_step", "trainer"),
-        (AllocSAETrainer, "_train_step", "trainer"),
+        (trainer_module, "train_step", "trainer"),
         (torch.Tensor, "backward", "SAE backward"),
         (torch.nn.utils, "clip_grad_norm_", "optimizer"),
         (train_step_module, "clip_gradients", "optimizer"),
         (AllocSAETrainer, "_log", "metrics"),
         (trainer_module, "held_out_metrics", "held-out metrics"),
         (AllocSAETrainingRunner, "_calibration_activations", "calibration"),
-        (runner_module, "calibrate_thresholds", "calibration"),
-        (runner_module, "held_out_metrics", "saving and check"),
+        (after_training, "calibrate_thresholds", "calibration"),
+        (after_training, "held_out_metrics", "saving and check"),
         (runner_module, "provenance", "saving and check"),
-        (runner_module, "write_sae_somewhere", "saving and check"),
+        (after_training, "write_sae_somewhere", "saving and check"),
         (LanguageModelSAETrainingRunner, "save_final_sae", "saving and check"),
         (AllocSAETrainingRunner, "save_final_sae", "saving and check"),
     ]

@@ -1,52 +1,57 @@
 """SAELens architectures that treat sparsity as a budget to be allocated (arXiv 2411.02124)."""
 
-from sae_lens import (
-    BatchTopKTrainingSAE,
-    GatedTrainingSAE,
-    JumpReLUTrainingSAE,
-    MatryoshkaBatchTopKTrainingSAE,
-    StandardTrainingSAE,
-    TopKTrainingSAE,
-)
-from sae_lens.registry import (
-    SAE_TRAINING_CLASS_REGISTRY,
-    register_sae_training_class,
-)
+from sae_lens_alloc.host_release import explained
 
-from sae_lens_alloc.allocation.feature_choice import select_feature_choice
-from sae_lens_alloc.allocation.mutual_choice import select_mutual_choice
-from sae_lens_alloc.allocation.sparse_activations import SparseActivations
-from sae_lens_alloc.allocation.zipf import ZipfLaw
-from sae_lens_alloc.config.run_config import (
-    AllocSAERunnerConfig,
-    AllocSAETrainerConfig,
-)
-from sae_lens_alloc.config.run_file import load_runner_config
-from sae_lens_alloc.saes.aux_zipf import AuxZipfLoss, with_aux_zipf
-from sae_lens_alloc.saes.checkpoint_for_inference import register_checkpoints
-from sae_lens_alloc.saes.feature_choice_sae import (
-    FeatureChoiceTrainingSAE,
-    FeatureChoiceTrainingSAEConfig,
-)
-from sae_lens_alloc.saes.matryoshka_mutual_choice_sae import (
-    MatryoshkaMutualChoiceTrainingSAE,
-    MatryoshkaMutualChoiceTrainingSAEConfig,
-)
-from sae_lens_alloc.saes.mutual_choice_sae import (
-    MutualChoiceTrainingSAE,
-    MutualChoiceTrainingSAEConfig,
-)
-from sae_lens_alloc.thresholds.calibration import (
-    CalibrationReport,
-    calibrate_thresholds,
-)
-from sae_lens_alloc.training.conversion import (
-    ConversionReport,
-    convert_sae,
-    warm_start,
-)
-from sae_lens_alloc.training.runner import AllocSAETrainingRunner
-from sae_lens_alloc.training.trainer import AllocSAETrainer
+try:
+    from sae_lens import (
+        BatchTopKTrainingSAE,
+        GatedTrainingSAE,
+        JumpReLUTrainingSAE,
+        MatryoshkaBatchTopKTrainingSAE,
+        StandardTrainingSAE,
+        TopKTrainingSAE,
+    )
+    from sae_lens.registry import (
+        SAE_TRAINING_CLASS_REGISTRY,
+        register_sae_training_class,
+    )
+
+    from sae_lens_alloc.allocation.feature_choice import select_feature_choice
+    from sae_lens_alloc.allocation.mutual_choice import select_mutual_choice
+    from sae_lens_alloc.allocation.sparse_activations import SparseActivations
+    from sae_lens_alloc.allocation.zipf import ZipfLaw
+    from sae_lens_alloc.config.run_config import (
+        AllocSAERunnerConfig,
+        AllocSAETrainerConfig,
+    )
+    from sae_lens_alloc.config.run_file import load_runner_config
+    from sae_lens_alloc.saes.aux_zipf import AuxZipfLoss, with_aux_zipf
+    from sae_lens_alloc.saes.checkpoint_for_inference import register_checkpoints
+    from sae_lens_alloc.saes.feature_choice_sae import (
+        FeatureChoiceTrainingSAE,
+        FeatureChoiceTrainingSAEConfig,
+    )
+    from sae_lens_alloc.saes.matryoshka_mutual_choice_sae import (
+        MatryoshkaMutualChoiceTrainingSAE,
+        MatryoshkaMutualChoiceTrainingSAEConfig,
+    )
+    from sae_lens_alloc.saes.mutual_choice_sae import (
+        MutualChoiceTrainingSAE,
+        MutualChoiceTrainingSAEConfig,
+    )
+    from sae_lens_alloc.thresholds.calibration import (
+        CalibrationReport,
+        calibrate_thresholds,
+    )
+    from sae_lens_alloc.training.conversion import (
+        ConversionReport,
+        convert_sae,
+        warm_start,
+    )
+    from sae_lens_alloc.training.runner import AllocSAETrainingRunner
+    from sae_lens_alloc.training.trainer import AllocSAETrainer
+except ImportError as error:
+    raise explained(error) from error
 
 __version__ = "0.1.0"
 

@@ -18,9 +18,9 @@ from rich.table import Table
 from sae_lens.config import LanguageModelSAERunnerConfig
 from sae_lens.saes.jumprelu_sae import JumpReLUSAE
 from sae_lens.saes.topk_sae import TopKSAE
-from sae_lens.training._interruption import InterruptedException
 
 from sae_lens_alloc.activations.on_text import gather_activations, text_of_sae
+from sae_lens_alloc.compat import InterruptedException
 from sae_lens_alloc.config.run_checks import check_device
 from sae_lens_alloc.config.run_file import load_fine_tuning_config, load_runner_config
 from sae_lens_alloc.errors import in_one_sentence

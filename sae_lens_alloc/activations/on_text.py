@@ -8,7 +8,6 @@ import torch
 from sae_lens.config import LanguageModelSAERunnerConfig, LoggingConfig
 from sae_lens.saes.sae import SAE
 from sae_lens.saes.standard_sae import StandardTrainingSAEConfig
-from sae_lens.training.activations_store import ActivationsStore
 
 from sae_lens_alloc.activations.buffer_setting import buffer_setting
 from sae_lens_alloc.activations.language_model import (
@@ -17,7 +16,7 @@ from sae_lens_alloc.activations.language_model import (
 )
 from sae_lens_alloc.activations.local_dataset import override_for_local_dataset
 from sae_lens_alloc.activations.store import (
-    make_resumable,
+    ResumableActivationsStore,
     require_ordinary_tokens,
 )
 from sae_lens_alloc.typed_values import convert, in_words, shown
@@ -147,9 +146,8 @@ def gather_activations(
     """
     model = load_language_model(cfg)
     check_language_model(model, cfg)
-    store = make_resumable(
-        ActivationsStore.from_config(model, cfg, override_for_local_dataset(cfg)),
-        cfg.dataset_path,
+    store = ResumableActivationsStore.from_config(
+        model, cfg, override_for_local_dataset(cfg)
     )
     require_ordinary_tokens(store)
     store.store_batch_size_prompts = 1

@@ -2,26 +2,29 @@
 
 import math
 import warnings
-from collections.abc import Generator
+from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 from sae_lens import logger
+from sae_lens.config import HfDataset
 from sae_lens.constants import ACTIVATIONS_STORE_STATE_FILENAME
 from sae_lens.training.activations_store import ActivationsStore
 from safetensors import safe_open
 from safetensors.torch import load_file
 from tqdm.auto import tqdm
-from typing_extensions import override
+from transformer_lens.HookedTransformer import HookedRootModule
+from typing_extensions import Self, override
 
 from sae_lens_alloc.activations.buffer_setting import contexts_in_buffer
 from sae_lens_alloc.activations.mixing_buffer import MixingBuffer
+from sae_lens_alloc.compat import ContextsStore
 from sae_lens_alloc.errors import in_one_sentence
 
 
-class ResumableActivationsStore(ActivationsStore):
+class ResumableActivationsStore(ContextsStore):
     """
     SAELens' `ActivationsStore` that yields the same batches and, after `load`, goes on with
     the very batch that would have come next. SAELens' own saves how many documents it has
@@ -37,7 +40,22 @@ class ResumableActivationsStore(ActivationsStore):
     n_metrics_contexts: int = 0  # among them, those of `hold_out`
     loaded_from: str | None = None
     dataset_name: str = "the dataset"
+    batches: MixingBuffer | None = None  # from the first batch on
     _told_of_null: bool = False
+
+    @override
+    @classmethod
+    def from_config(
+        cls,
+        model: HookedRootModule,
+        cfg: Any,
+        override_dataset: HfDataset | None = None,
+    ) -> Self:
+        """As SAELens'; messages name `cfg.dataset_path`."""
+        store = cast(Self, super().from_config(model, cfg, override_dataset))
+        if cfg.dataset_path:
+            store.dataset_name = f"dataset_path {cfg.dataset_path!r}"
+        return store
 
     def require_text(self, n_tokens: int) -> None:
         """
@@ -57,12 +75,11 @@ class ResumableActivationsStore(ActivationsStore):
         if self.cached_activation_dataset is not None:
             found = len(self.cached_activation_dataset) * self.training_context_size
         else:
-            for _ in self._iterate_tokenized_sequences():
+            for _ in self.iterable_sequences:
                 found += self.training_context_size
                 if found >= needed:
                     break
-            # the first epoch begins anew
-            self.iterable_sequences = self._iterate_tokenized_sequences()
+            self.begin_epoch()  # the first one, anew
             self.n_dataset_processed = self.n_contexts_read = 0
         if found < needed:
             raise ValueError(
@@ -151,12 +168,11 @@ class ResumableActivationsStore(ActivationsStore):
             self.cached_activation_dataset = self.cached_activation_dataset.select(rows)
             self.current_row_idx = 0
 
-    # private in SAELens, but the only place that sees every row
     @override
-    def _iterate_raw_dataset(self) -> Generator[Any, None, None]:
+    def rows_of(self, dataset: Iterator[Any]) -> Iterator[Any]:
         n_rows = 0
         try:
-            for content in super()._iterate_raw_dataset():
+            for content in dataset:
                 n_rows += 1
                 if content is not None:
                     yield content
@@ -174,11 +190,10 @@ class ResumableActivationsStore(ActivationsStore):
                 f"{in_one_sentence(error)}"
             ) from error
 
-    # private in SAELens, but the only place that sees every context of every epoch
     @override
-    def _iterate_tokenized_sequences(self) -> Generator[torch.Tensor, None, None]:
+    def contexts_of(self, epoch: Iterator[torch.Tensor]) -> Iterator[torch.Tensor]:
         self.n_contexts_read = 0
-        for context in super()._iterate_tokenized_sequences():
+        for context in epoch:
             self.n_contexts_read += 1
             if len(context) != self.context_size:
                 raise ValueError(
@@ -188,9 +203,8 @@ class ResumableActivationsStore(ActivationsStore):
             if self.n_contexts_read > self.n_held_out_contexts:
                 yield context
 
-    # private in SAELens, whose own goes on for ever where no token is served
-    @override
-    def _iterate_filtered_activations(self) -> Generator[torch.Tensor, None, None]:
+    def _activations(self) -> Iterator[torch.Tensor]:
+        """Of one epoch after the other; SAELens' goes on for ever where no token is served."""
         found = True  # the first pass may begin near the end
         while True:
             try:
@@ -224,9 +238,15 @@ class ResumableActivationsStore(ActivationsStore):
         return MixingBuffer(
             contexts_in_buffer(self) * self.training_context_size,
             self.train_batch_size_tokens,
-            self._iterate_filtered_activations(),
+            self._activations(),
             self.activations_mixing_fraction,
         )
+
+    @override
+    def __next__(self) -> torch.Tensor:
+        if self.batches is None:
+            self.batches = self.get_data_loader()
+        return next(self.batches)
 
     @override
     def state_dict(self) -> dict[str, torch.Tensor]:
@@ -235,10 +255,9 @@ class ResumableActivationsStore(ActivationsStore):
         state["n_metrics_contexts"] = torch.tensor(self.n_metrics_contexts)
         if self.cached_activation_dataset is not None:
             state["current_row_idx"] = torch.tensor(self.current_row_idx)
-        loader = cast(MixingBuffer | None, self._dataloader)
-        if loader is not None and loader.buffer is not None:
-            state["buffer"] = loader.buffer
-            state["n_to_serve"] = torch.tensor(loader.n_to_serve)
+        if self.batches is not None and self.batches.buffer is not None:
+            state["buffer"] = self.batches.buffer
+            state["n_to_serve"] = torch.tensor(self.batches.n_to_serve)
         return state
 
     @override
@@ -260,16 +279,16 @@ class ResumableActivationsStore(ActivationsStore):
         if self.cached_activation_dataset is not None:
             self.current_row_idx = int(state["current_row_idx"])
         # without what was read beforehand
-        self._dataloader = loader = self.get_data_loader()
+        self.batches = self.get_data_loader()
         if "buffer" in state:
-            loader.buffer = state["buffer"].to(self.device)
-            loader.n_to_serve = int(state["n_to_serve"])
+            self.batches.buffer = state["buffer"].to(self.device)
+            self.batches.n_to_serve = int(state["n_to_serve"])
 
     def _go_to(self, n_contexts: int) -> None:
         """Goes to where `n_contexts` of an epoch have been read."""
         if n_contexts < self.n_contexts_read:
             # a later epoch had just begun, or more is read beforehand than at that time
-            self.iterable_sequences = self._iterate_tokenized_sequences()
+            self.begin_epoch()
             self.n_contexts_read = 0
         with tqdm(
             total=n_contexts,
@@ -312,20 +331,3 @@ def require_ordinary_tokens(store: ActivationsStore) -> None:
             "context_size is 1, which leaves no room for a token of the text behind the BOS "
             "token: raise it, or give prepend_bos=false."
         )
-
-
-def make_resumable(
-    store: ActivationsStore, dataset_path: str = ""
-) -> ResumableActivationsStore:
-    """
-    Turns a store from which nothing has been read into a resumable one, in place: SAELens'
-    runner builds its store itself and offers no seam to pass another class. Messages name
-    `dataset_path`.
-    """
-    store.__class__ = ResumableActivationsStore
-    resumable = cast(ResumableActivationsStore, store)
-    if dataset_path:
-        resumable.dataset_name = f"dataset_path {dataset_path!r}"
-    if resumable.dataset is not None:
-        resumable.iterable_sequences = resumable._iterate_tokenized_sequences()
-    return resumable

@@ -8,7 +8,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 from sae_lens import SAE
-from sae_lens.training.activations_store import ActivationsStore
 from sae_lens.util import get_special_token_ids, temporary_seed
 from transformer_lens.HookedTransformer import HookedRootModule
 from typing_extensions import override
@@ -17,7 +16,7 @@ from sae_lens_alloc.activations.contexts import held_out_contexts
 from sae_lens_alloc.activations.language_model import load_language_model
 from sae_lens_alloc.activations.local_dataset import override_for_local_dataset
 from sae_lens_alloc.activations.store import (
-    make_resumable,
+    ResumableActivationsStore,
     require_ordinary_tokens,
 )
 from sae_lens_alloc.comparison.config import ComparisonConfig
@@ -51,11 +50,8 @@ class LanguageModelSubject(Subject):
         held_out = {
             split: self._held_out_activations(split) for split in ("validation", "test")
         }
-        training = make_resumable(
-            ActivationsStore.from_config(
-                self.model, self.cfg, override_for_local_dataset(self.cfg)
-            ),
-            self.cfg.dataset_path,
+        training = ResumableActivationsStore.from_config(
+            self.model, self.cfg, override_for_local_dataset(self.cfg)
         )
         require_ordinary_tokens(training)
         with temporary_seed(self.cfg.seed):

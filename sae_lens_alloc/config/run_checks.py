@@ -14,6 +14,7 @@ from sae_lens_alloc.activations.buffer_setting import NAMES as BUFFER_SETTING_NA
 from sae_lens_alloc.activations.buffer_setting import buffer_setting, contexts_in_buffer
 from sae_lens_alloc.allocation.mutual_choice import budget_for
 from sae_lens_alloc.allocation.schedule import budget_per_token
+from sae_lens_alloc.compat import compile_modes
 from sae_lens_alloc.config.run_config import OPTIMIZERS, optimizer_of
 from sae_lens_alloc.saes.allocation_sae_config import AllocationTrainingSAEConfig
 from sae_lens_alloc.saes.feature_choice_sae import FeatureChoiceTrainingSAEConfig
@@ -215,7 +216,7 @@ def _check_names(cfg: LanguageModelSAERunnerConfig[Any]) -> None:
     ):
         mode = getattr(cfg, key)
         if compiles and mode is not None:
-            check_choice(key, mode, torch._inductor.list_mode_options())
+            check_choice(key, mode, compile_modes())
 
 
 def _check_schedule(cfg: LanguageModelSAERunnerConfig[Any]) -> None:

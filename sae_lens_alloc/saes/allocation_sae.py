@@ -13,13 +13,13 @@ from sae_lens.saes.sae import (
     TrainStepOutput,
 )
 from torch import nn
-from transformer_lens.hook_points import HookPoint
 from typing_extensions import override
 
 from sae_lens_alloc.allocation.margin import Margin, gains, selection_gradient
 from sae_lens_alloc.allocation.mutual_choice import budget_for, require_no_nan_or_inf
 from sae_lens_alloc.allocation.schedule import budget_per_token
 from sae_lens_alloc.allocation.sparse_activations import Pairs, SparseActivations
+from sae_lens_alloc.compat import has_hooks
 from sae_lens_alloc.ops.block_encoder import BlockEncoder, Encoder, KnownAffinities
 from sae_lens_alloc.ops.device_checks import DeviceChecks
 from sae_lens_alloc.ops.encode_select import encode_thresholds
@@ -596,11 +596,6 @@ class AllocationTrainingSAE(TrainingSAE[T_CONFIG]):
     def process_state_dict_for_loading(self, state_dict: dict[str, Any]) -> None:
         super().process_state_dict_for_loading(state_dict)
         self.allocation.read_checkpoint(state_dict, STATISTICS)
-
-
-def has_hooks(hook: HookPoint) -> bool:
-    """Whether somebody looks at, or changes, what passes a hook point."""
-    return len(hook._forward_hooks) > 0 or len(hook._backward_hooks) > 0
 
 
 def _real_pairs(sets: Sequence[Pairs]) -> torch.Tensor | None:

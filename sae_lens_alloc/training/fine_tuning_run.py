@@ -9,8 +9,8 @@ from typing import Any
 
 from sae_lens import SAE
 from sae_lens.config import LanguageModelSAERunnerConfig
-from sae_lens.training._interruption import InterruptedException
 
+from sae_lens_alloc.compat import InterruptedException
 from sae_lens_alloc.evaluation.baseline import measure_baseline
 from sae_lens_alloc.evaluation.metrics import Evaluation, evaluate_sae
 from sae_lens_alloc.evaluation.report import write_report

@@ -1,10 +1,13 @@
 """The random generators of a run."""
 
 import random
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+
+RNG_STATE_FILENAME = "rng_state.pt"
 
 
 def seed_all(seed: int) -> None:
@@ -12,6 +15,18 @@ def seed_all(seed: int) -> None:
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)
+
+
+def save_rng_state(checkpoint: Path) -> None:
+    """Saves the state of all generators in a checkpoint."""
+    torch.save(rng_state(), checkpoint / RNG_STATE_FILENAME)
+
+
+def restore_rng_state(checkpoint: Path) -> None:
+    """Puts all generators where they were at a checkpoint, if it says: SAELens' do not."""
+    path = checkpoint / RNG_STATE_FILENAME
+    if path.exists():
+        set_rng_state(torch.load(path, map_location="cpu", weights_only=True))
 
 
 def rng_state() -> dict[str, Any]:

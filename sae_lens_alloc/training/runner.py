@@ -1,9 +1,6 @@
 """SAELens' runner with runs that can be repeated, resumed and trusted."""
 
-import copy
-import logging
-from collections.abc import Generator
-from contextlib import contextmanager, nullcontext
+import warnings
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -18,7 +15,6 @@ from sae_lens.constants import (
 )
 from sae_lens.llm_sae_training_runner import LanguageModelSAETrainingRunner
 from sae_lens.saes.sae import TrainingSAE
-from sae_lens.training._interruption import InterruptedException
 from sae_lens.training.sae_trainer import SAETrainer
 from transformer_lens.HookedTransformer import HookedRootModule
 from typing_extensions import override
@@ -29,36 +25,34 @@ from sae_lens_alloc.activations.language_model import (
 )
 from sae_lens_alloc.activations.local_dataset import override_for_local_dataset
 from sae_lens_alloc.activations.on_text import take_tokens
-from sae_lens_alloc.activations.store import make_resumable
-from sae_lens_alloc.config.run_checks import check_run
-from sae_lens_alloc.saes.allocation_sae import AllocationTrainingSAE
-from sae_lens_alloc.saes.mutual_choice_sae import with_schedule
-from sae_lens_alloc.thresholds.calibration import calibrate_thresholds
-from sae_lens_alloc.training.final_sae import (
-    how_to_calibrate,
-    require_artifact_names,
-    write_sae,
-    write_sae_somewhere,
+from sae_lens_alloc.activations.store import ResumableActivationsStore
+from sae_lens_alloc.compat import InterruptedException
+from sae_lens_alloc.training.after_training import AfterTraining
+from sae_lens_alloc.training.before_run import (
+    no_warning_of_overrides,
+    pretrained_sae,
+    require_rows,
+    settled_run,
 )
-from sae_lens_alloc.training.held_out import held_out_metrics, held_out_tokens
+from sae_lens_alloc.training.final_sae import require_artifact_names
+from sae_lens_alloc.training.held_out import held_out_tokens
 from sae_lens_alloc.training.interruption import interruptible, noting
 from sae_lens_alloc.training.metrics_file import drop_rows_from, save_fingerprint
-from sae_lens_alloc.training.preflight import check_devices, check_memory
-from sae_lens_alloc.training.pretrained import load_pretrained
 from sae_lens_alloc.training.provenance import provenance
-from sae_lens_alloc.training.resuming import settle_resumed_run
-from sae_lens_alloc.training.rng_state import rng_state, seed_all, set_rng_state
+from sae_lens_alloc.training.rng_state import (
+    restore_rng_state,
+    save_rng_state,
+    seed_all,
+)
 from sae_lens_alloc.training.run_folders import (
     METRICS_FILENAME,
     claimed_folders,
     metrics_path,
 )
-from sae_lens_alloc.training.self_check import check_saved_sae
 from sae_lens_alloc.training.trainer import AllocSAETrainer
 
 __all__ = ["CALIBRATION_TOKENS", "METRICS_FILENAME", "AllocSAETrainingRunner"]
 
-RNG_STATE_FILENAME = "rng_state.pt"
 CALIBRATION_TOKENS = 65_536
 
 
@@ -87,11 +81,9 @@ class AllocSAETrainingRunner(LanguageModelSAETrainingRunner):
 
     held_out: torch.Tensor  # activations that are not trained on, (n_tokens, d_in)
     evaluation_contexts: torch.Tensor  # nor these, if any, (n_contexts, context_size)
-    saved_in: Path | None = None  # where the SAE has been saved so far
 
     sae_is_known: ClassVar[bool] = True  # before the language model has run
 
-    _after_training = "the SAE is trained"
     _resumed_from: str | None = None
     _metrics_path: Path | None = None
 
@@ -118,27 +110,14 @@ class AllocSAETrainingRunner(LanguageModelSAETrainingRunner):
                 cannot be resumed, or the text is too short.
             OSError: if its folders cannot be written to.
         """
-        steps = cfg.total_training_steps
-        cfg = copy.copy(cfg)
-        if override_sae is not None:
-            # what is checked and recorded is the SAE that is trained
-            override_sae.cfg = with_schedule(override_sae.cfg, steps)
-            cfg.sae = override_sae.cfg
-        cfg.sae = with_schedule(cfg.sae, steps)
-        check_run(cfg)
-        check_devices(cfg)
-        check_memory(cfg)
-        settle_resumed_run(cfg, self.sae_is_known)
+        cfg = settled_run(cfg, override_sae, overwrite, self.sae_is_known)
         self.overwrite = overwrite
-        with claimed_folders(cfg, overwrite):
-            pass  # so that a run that cannot be saved is found before the model is loaded
         # SAELens seeds nothing, so the weights of two runs would differ
         seed_all(cfg.seed)
         if override_sae is None:
-            override_sae = _pretrained_sae(cfg)
-        if override_dataset is not None and next(iter(override_dataset), None) is None:
-            raise ValueError("override_dataset holds no rows.")
-        with _no_warning_of_overrides(
+            override_sae = pretrained_sae(cfg)
+        require_rows(override_dataset)
+        with no_warning_of_overrides(
             dataset=override_dataset is None, model=override_model is None
         ):
             super().__init__(
@@ -150,7 +129,7 @@ class AllocSAETrainingRunner(LanguageModelSAETrainingRunner):
                 override_sae,
             )
         check_language_model(self.model, cfg)
-        store = make_resumable(self.activations_store, cfg.dataset_path)
+        store = self._take_resumable_store()
         n_tokens = held_out_tokens(cfg, store.training_context_size)
         n_evaluation_tokens = n_evaluation_contexts * store.training_context_size
         store.require_text(store.tokens_in_batches(n_tokens) + n_evaluation_tokens)
@@ -158,10 +137,26 @@ class AllocSAETrainingRunner(LanguageModelSAETrainingRunner):
         if n_evaluation_contexts:
             contexts = store.hold_out_contexts(n_evaluation_contexts)
             self.evaluation_contexts = contexts.to(str(cfg.llm_device))
+        self._after = AfterTraining(cfg, self.held_out)
+
+    @property
+    def saved_in(self) -> Path | None:
+        """Where the SAE has been saved so far."""
+        return self._after.saved_in
+
+    def _take_resumable_store(self) -> ResumableActivationsStore:
+        """In place of the store that SAELens' runner has made, from which nothing is read."""
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # those of the first store
+            store = ResumableActivationsStore.from_config(
+                self.model, self.cfg, self.activations_store.dataset
+            )
+        self.activations_store = self.evaluator.activations_store = store
+        return store
 
     @override
     def run(self) -> TrainingSAE[Any]:
-        self.saved_in = None
+        self._after = AfterTraining(self.cfg, self.held_out)
         with claimed_folders(self.cfg, self.overwrite), interruptible():
             # again, so that it does not matter what was drawn since the runner was made
             seed_all(self.cfg.seed)
@@ -179,7 +174,7 @@ class AllocSAETrainingRunner(LanguageModelSAETrainingRunner):
             except (InterruptedException, KeyboardInterrupt):
                 if self.saved_in is None:
                     raise InterruptedException() from None
-                raise InterruptedException(self._after_training) from None
+                raise InterruptedException(self._after.what_there_is) from None
             finally:
                 self.cfg.resume_from_checkpoint = self._resumed_from
 
@@ -187,40 +182,33 @@ class AllocSAETrainingRunner(LanguageModelSAETrainingRunner):
     def run_trainer_with_interruption_handling(
         self, trainer: SAETrainer[Any, Any]
     ) -> TrainingSAE[Any]:
-        # SAELens' run() builds its trainer itself and offers no seam to pass another class.
-        trainer.__class__ = AllocSAETrainer
-        assert isinstance(trainer, AllocSAETrainer)
-        trainer.choose_optimizer()
+        # SAELens' run() makes its trainer itself, and asks it for the sparsity afterwards
+        host, trainer = trainer, AllocSAETrainer.in_place_of(trainer)
         if self._resumed_from is not None:
             self._load(trainer, self._resumed_from)
         metadata = trainer.sae.cfg.metadata
         if self.cfg.logger.log_to_wandb:
             require_artifact_names(trainer.sae)
         metadata.provenance = provenance(self.cfg.seed)
-        for key in (
-            "calibration",
-            "held_out",
-        ):  # of the SAE that it starts from, perhaps
+        # of the SAE that it starts from, perhaps
+        for key in ("calibration", "held_out"):
             metadata.__dict__.pop(key, None)
         trainer.held_out = self.held_out
         self._metrics_path = trainer.metrics_path = metrics_path(self.cfg)
         if trainer.metrics_path is not None:
             drop_rows_from(trainer.metrics_path, trainer.n_training_steps)
         if self.cfg.resume_from_checkpoint is not None:
-            _restore_rng_state(Path(self.cfg.resume_from_checkpoint))
+            restore_rng_state(Path(self.cfg.resume_from_checkpoint))
         with noting(trainer.interrupt):
             sae: TrainingSAE[Any] = trainer.fit()
-            if self.cfg.output_path is not None:
-                output = Path(self.cfg.output_path)
-                write_sae_somewhere(sae, self.cfg, output, trainer.log_feature_sparsity)
-                self._note_saved(sae, output)
+            self._after.save_first(sae, trainer.log_feature_sparsity)
         if trainer.interrupted:
             raise InterruptedException()
-        if isinstance(sae, AllocationTrainingSAE):
-            with self._survived("its thresholds were not calibrated"):
-                self._calibrate(sae, trainer)
+        self._after.calibrate(sae, lambda: self._calibration_activations(trainer))
         sae.eval()
-        self._record_held_out(sae)
+        self._after.record_held_out(sae)
+        host.act_freq_scores = trainer.act_freq_scores
+        host.n_frac_active_samples = trainer.n_frac_active_samples
         return sae
 
     def _load(self, trainer: AllocSAETrainer[Any, Any], checkpoint: str) -> None:
@@ -239,7 +227,7 @@ class AllocSAETrainingRunner(LanguageModelSAETrainingRunner):
         if checkpoint_path is not None:
             if self._metrics_path is not None:
                 save_fingerprint(self._metrics_path, checkpoint_path)
-            torch.save(rng_state(), checkpoint_path / RNG_STATE_FILENAME)
+            save_rng_state(checkpoint_path)
 
     @override
     def save_final_sae(
@@ -257,15 +245,9 @@ class AllocSAETrainingRunner(LanguageModelSAETrainingRunner):
             OSError: in one sentence, if it cannot be written.
         """
         output = Path(output_path)
-        if sae.cfg.metadata.held_out is None:
-            self._record_held_out(sae)
-        is_saved = output == self.saved_in
-        with self._survived("it was not saved again") if is_saved else nullcontext():
-            write_sae(sae, self.cfg, output, log_feature_sparsity)
-            self._note_saved(sae, output)
-            self._check(output, sae.cfg.metadata.held_out)
+        self._after.save(sae, output, log_feature_sparsity)
         if self.cfg.logger.log_to_wandb:
-            with self._survived("it was not uploaded to W&B"):
+            with self._after.survived("it was not uploaded to W&B"):
                 self.cfg.logger.log(
                     self,
                     output / SAE_WEIGHTS_FILENAME,
@@ -279,92 +261,3 @@ class AllocSAETrainingRunner(LanguageModelSAETrainingRunner):
     def _calibration_activations(self, trainer: SAETrainer[Any, Any]) -> torch.Tensor:
         taken = take_tokens(trainer.data_provider, CALIBRATION_TOKENS)
         return taken.to(self.cfg.device)
-
-    def _calibrate(
-        self, sae: AllocationTrainingSAE[Any], trainer: AllocSAETrainer[Any, Any]
-    ) -> None:
-        tracked = sae.allocation.threshold.clone()
-        try:
-            report = calibrate_thresholds(sae, self._calibration_activations(trainer))
-        except BaseException:
-            sae.allocation.threshold.copy_(tracked)
-            raise
-        sae.cfg.metadata.l0 = report.l0
-
-    def _record_held_out(self, sae: TrainingSAE[Any]) -> None:
-        with self._survived("it could not be measured on held-out activations"):
-            sae.cfg.metadata.held_out = {
-                **held_out_metrics(
-                    sae, self.held_out, self.cfg.train_batch_size_tokens
-                ),
-                "n_tokens": len(self.held_out),
-            }
-
-    def _check(self, output: Path, recorded: dict[str, Any] | None) -> None:
-        if recorded is None:
-            return
-        with self._survived("it could not be checked"):
-            check_saved_sae(
-                output,
-                recorded,
-                self.held_out,
-                self.cfg.train_batch_size_tokens,
-                self.cfg.device,
-            )
-
-    @contextmanager
-    def _survived(self, missing: str) -> Generator[None, None, None]:
-        """Makes a warning of what fails once the SAE is trained: the SAE is there all the same."""
-        try:
-            yield
-        except Exception as error:
-            reason = str(error).rstrip(".") or type(error).__name__
-            logger.warning(f"{self._after_training}, but {missing}: {reason}.")
-
-    def _note_saved(self, sae: TrainingSAE[Any], output: Path) -> None:
-        self.saved_in = output
-        self._after_training = f"the SAE is saved in {str(output)!r}"
-        if isinstance(sae, AllocationTrainingSAE) and not sae.cfg.metadata.calibration:
-            self._after_training += (
-                " with the thresholds of training, which "
-                f"`{how_to_calibrate(sae, output)}` calibrates"
-            )
-
-
-def _pretrained_sae(
-    cfg: LanguageModelSAERunnerConfig[Any],
-) -> TrainingSAE[Any] | None:
-    """SAELens would train the SAE of the folder's config, not the one of the run's."""
-    if cfg.from_pretrained_path is None:
-        return None
-    if cfg.resume_from_checkpoint is not None:  # whose weights it gets
-        return TrainingSAE.from_dict(cfg.sae.to_dict())
-    return load_pretrained(cfg.from_pretrained_path, cfg.sae, cfg.device)
-
-
-@contextmanager
-def _no_warning_of_overrides(dataset: bool, model: bool) -> Generator[None, None, None]:
-    """
-    SAELens warns that a run with overrides cannot be repeated from its config, which is not
-    so where they are what the config names.
-    """
-    untrue = tuple(
-        f"You just passed in a {what}"
-        for what, is_ours in (("dataset", dataset), ("model", model))
-        if is_ours
-    )
-
-    def is_true(record: logging.LogRecord) -> bool:
-        return not record.getMessage().startswith(untrue)
-
-    logger.addFilter(is_true)
-    try:
-        yield
-    finally:
-        logger.removeFilter(is_true)
-
-
-def _restore_rng_state(checkpoint: Path) -> None:
-    path = checkpoint / RNG_STATE_FILENAME
-    if path.exists():  # SAELens' own checkpoints have none
-        set_rng_state(torch.load(path, map_location="cpu", weights_only=True))

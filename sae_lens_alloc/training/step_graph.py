@@ -10,9 +10,10 @@ import torch
 from sae_lens import logger
 from sae_lens.saes.sae import TrainStepInput, TrainStepOutput
 
+from sae_lens_alloc.compat import has_hooks
 from sae_lens_alloc.ops.backend import uses_triton
 from sae_lens_alloc.ops.pair_autoencoder import GradientMemory
-from sae_lens_alloc.saes.allocation_sae import AllocationTrainingSAE, has_hooks
+from sae_lens_alloc.saes.allocation_sae import AllocationTrainingSAE
 from sae_lens_alloc.saes.backend_trial import settle_backend
 from sae_lens_alloc.saes.step_plan import StepPlan
 

@@ -7,6 +7,7 @@ from sae_lens.saes.sae import TrainStepInput, TrainStepOutput
 from sae_lens.training.sae_trainer import SAETrainer
 from torch.nn.utils import clip_grad_norm_
 
+from sae_lens_alloc.compat import stored_entries
 from sae_lens_alloc.training.row_sparse_adam import RowSparseAdam
 from sae_lens_alloc.training.step_graph import StepGraph
 
@@ -29,7 +30,7 @@ def train_step(
         dead_neuron_mask=trainer.dead_neurons,
         coefficients=trainer.get_coefficients(),
         n_training_steps=trainer.n_training_steps,
-        is_logging_step=trainer._is_logging_step(),
+        is_logging_step=_is_logging_step(trainer),
     )
     if graph is None:
         with trainer.autocast_if_enabled:
@@ -45,6 +46,12 @@ def train_step(
     return output
 
 
+def _is_logging_step(trainer: SAETrainer[Any, Any]) -> bool:
+    logger = trainer.cfg.logger
+    is_due = (trainer.n_training_steps + 1) % logger.wandb_log_frequency == 0
+    return logger.log_to_wandb and is_due
+
+
 def clip_gradients(trainer: SAETrainer[Any, Any]) -> None:
     """Clips the norm of all gradients together to 1, as SAELens does."""
     if not isinstance(trainer.optimizer, RowSparseAdam):  # which clips by itself
@@ -55,9 +62,9 @@ def clip_gradients(trainer: SAETrainer[Any, Any]) -> None:
 def count_firings(trainer: SAETrainer[Any, Any], feature_acts: torch.Tensor) -> None:
     """Adds to the trainer's statistics who fired in a step, given (B, F) activations."""
     if feature_acts.is_sparse:
-        features, values = feature_acts._indices()[-1], feature_acts._values()
+        indices, values = stored_entries(feature_acts)
         counts = torch.zeros_like(trainer.act_freq_scores)
-        counts.scatter_add_(0, features, (values != 0).to(counts))
+        counts.scatter_add_(0, indices[-1], (values != 0).to(counts))
     else:
         counts = (feature_acts != 0).to(trainer.act_freq_scores).sum(0)
     trainer.n_forward_passes_since_fired += 1

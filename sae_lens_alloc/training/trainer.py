@@ -16,24 +16,23 @@ from sae_lens.saes.sae import (
     T_TRAINING_SAE_CONFIG,
     TrainStepOutput,
 )
-from sae_lens.training._interruption import InterruptedException
-from sae_lens.training.optim import get_lr_scheduler
 from sae_lens.training.prefetch import PrefetchingIterator
 from sae_lens.training.sae_trainer import Evaluator, SAETrainer, SaveCheckpointFn
 from sae_lens.training.types import DataProvider
-from torch.optim import SGD, Adam, Optimizer
+from torch.optim import SGD, Optimizer
 from torch.optim.lr_scheduler import ConstantLR
-from typing_extensions import override
+from typing_extensions import Self, override
 
-from sae_lens_alloc.config.run_checks import check_learning_rate, check_optimizer
-from sae_lens_alloc.config.run_config import optimizer_of, uses_cuda_graph
+from sae_lens_alloc.compat import InterruptedException, StepwiseTrainer
+from sae_lens_alloc.config.run_checks import check_learning_rate
+from sae_lens_alloc.config.run_config import uses_cuda_graph
 from sae_lens_alloc.saes.allocation_sae import AllocationTrainingSAE
 from sae_lens_alloc.saes.mutual_choice_sae import with_schedule
 from sae_lens_alloc.training.checkpoint import partial_path, publish_checkpoint
 from sae_lens_alloc.training.held_out import held_out_metrics
 from sae_lens_alloc.training.metrics_file import append_row
+from sae_lens_alloc.training.optimizer import make_optimizer, make_schedule
 from sae_lens_alloc.training.output_folder import named_write_errors
-from sae_lens_alloc.training.row_sparse_adam import RowSparseAdam
 from sae_lens_alloc.training.step_graph import StepGraph
 from sae_lens_alloc.training.train_step import clip_gradients, train_step
 
@@ -42,7 +41,7 @@ class DataEndedError(ValueError):
     """The data provider ended before the training."""
 
 
-class AllocSAETrainer(SAETrainer[T_TRAINING_SAE, T_TRAINING_SAE_CONFIG]):
+class AllocSAETrainer(StepwiseTrainer[T_TRAINING_SAE, T_TRAINING_SAE_CONFIG]):
     """
     SAELens' `SAETrainer` with fused Adam where the device has it. Trains any architecture.
 
@@ -61,7 +60,7 @@ class AllocSAETrainer(SAETrainer[T_TRAINING_SAE, T_TRAINING_SAE_CONFIG]):
     held_out: torch.Tensor | None = None
     interrupted: bool = False
 
-    _optimizer_is_prepared = False
+    _has_begun = False
     _graph: StepGraph | None = None
 
     def __init__(
@@ -82,8 +81,8 @@ class AllocSAETrainer(SAETrainer[T_TRAINING_SAE, T_TRAINING_SAE_CONFIG]):
             save_checkpoint_fn: As for SAETrainer.
 
         Raises:
-            ValueError: if the learning-rate schedule cannot be made, or the data provider is
-                no iterator.
+            ValueError: if the learning-rate schedule cannot be made, the data provider is no
+                iterator, or the optimizer cannot train this SAE.
         """
         check_learning_rate(cfg)
         if not hasattr(data_provider, "__next__"):
@@ -93,35 +92,26 @@ class AllocSAETrainer(SAETrainer[T_TRAINING_SAE, T_TRAINING_SAE_CONFIG]):
             )
         sae.cfg = with_schedule(sae.cfg, cfg.total_training_steps)
         super().__init__(cfg, sae, data_provider, evaluator, save_checkpoint_fn)
-        self.choose_optimizer()
+        # SAELens made its own, which has not stepped
+        self.optimizer = make_optimizer(cfg, sae)
+        self.lr_scheduler = make_schedule(cfg, self.optimizer)
 
-    def choose_optimizer(self) -> None:
+    @classmethod
+    def in_place_of(cls, trainer: SAETrainer[Any, Any]) -> Self:
         """
-        Takes the optimizer that the config names, before the first step and before a
-        checkpoint is loaded. SAELens made its own and a schedule of the learning rate for it.
-
-        Raises:
-            ValueError: if there is no such optimizer, or it cannot train this SAE.
+        A trainer of the same training as one that has not begun. Its SAE keeps its schedule:
+        where a run leaves that to the SAE, so does this.
         """
-        check_optimizer(self.cfg, self.sae.cfg)
-        if optimizer_of(self.cfg) == "adam":
-            return
-        assert isinstance(self.sae, AllocationTrainingSAE)
-        cfg = self.cfg
-        self.optimizer = RowSparseAdam(
-            self.sae, cfg.lr, (cfg.adam_beta1, cfg.adam_beta2)
+        settled = trainer.sae.cfg
+        ours = cls(
+            trainer.cfg,
+            trainer.sae,
+            trainer.data_provider,
+            trainer.evaluator,
+            trainer.save_checkpoint_fn,
         )
-        assert cfg.lr_end is not None
-        self.lr_scheduler = get_lr_scheduler(
-            cfg.lr_scheduler_name,
-            lr=cfg.lr,
-            optimizer=self.optimizer,
-            warm_up_steps=cfg.lr_warm_up_steps,
-            decay_steps=cfg.lr_decay_steps,
-            training_steps=cfg.total_training_steps,
-            lr_end=cfg.lr_end,
-            num_cycles=cfg.n_restart_cycles,
-        )
+        ours.sae.cfg = settled
+        return ours
 
     def interrupt(self) -> None:
         """
@@ -130,7 +120,7 @@ class AllocSAETrainer(SAETrainer[T_TRAINING_SAE, T_TRAINING_SAE_CONFIG]):
         Raises:
             KeyboardInterrupt: before the first step, when there is nothing new to save.
         """
-        if not self._optimizer_is_prepared:
+        if not self._has_begun:
             raise KeyboardInterrupt
         self.interrupted = True
 
@@ -174,21 +164,21 @@ class AllocSAETrainer(SAETrainer[T_TRAINING_SAE, T_TRAINING_SAE_CONFIG]):
 
     @override
     def step(self, batch: torch.Tensor) -> TrainStepOutput:
-        if not self._optimizer_is_prepared:
+        if not self._has_begun:
             self._require_width(batch)
-            self._prepare_optimizer()
-        output = super().step(batch)
+            if uses_cuda_graph(self.cfg):
+                self._graph = self._make_graph()
+            self._has_begun = True
+        if isinstance(self.sae, AllocationTrainingSAE):
+            batch = batch.to(self.sae.device)
+            self.n_training_samples += len(batch)
+            output = train_step(self, self.activation_scaler(batch), self._graph)
+        else:
+            output = super().step(batch)
         every = self.cfg.logger.wandb_log_frequency
         if (self.n_training_steps + 1) % every == 0:
             self._log(output)
         return output
-
-    # private in SAELens, whose own step asks the device who fired
-    @override
-    def _train_step(self, sae: T_TRAINING_SAE, sae_in: torch.Tensor) -> TrainStepOutput:
-        if isinstance(sae, AllocationTrainingSAE):
-            return train_step(self, sae_in, self._graph)
-        return super()._train_step(sae, sae_in)
 
     def _require_width(self, batch: torch.Tensor) -> None:
         if batch.ndim != 2 or batch.shape[1] != self.sae.cfg.d_in:
@@ -197,28 +187,18 @@ class AllocSAETrainer(SAETrainer[T_TRAINING_SAE, T_TRAINING_SAE_CONFIG]):
                 f"got {tuple(batch.shape)}."
             )
 
-    def _prepare_optimizer(self) -> None:
-        by_torch = isinstance(self.optimizer, Adam)
-        if by_torch and torch.device(self.cfg.device).type in ("cpu", "cuda"):
-            for group in self.optimizer.param_groups:
-                group["fused"] = True
-        sae = self.sae
-        if isinstance(sae, AllocationTrainingSAE) and by_torch:
-            self.optimizer.register_step_post_hook(
-                lambda *_: sae.gradient_memory.keep(sae.W_enc, sae.W_dec)
-            )
-        if isinstance(sae, AllocationTrainingSAE) and uses_cuda_graph(self.cfg):
-            self._graph = self._make_graph(sae)
-        self._optimizer_is_prepared = True
-
-    def _make_graph(self, sae: AllocationTrainingSAE[Any]) -> StepGraph | None:
+    def _make_graph(self) -> StepGraph | None:
+        if not isinstance(self.sae, AllocationTrainingSAE):
+            return None
         if torch.device(self.cfg.device).type != "cuda":
             logger.warning(
                 f"cuda_graph is off: the SAE is trained on {self.cfg.device}, and graphs "
                 "are for CUDA."
             )
             return None
-        return StepGraph(sae, partial(clip_gradients, self), self.autocast_if_enabled)
+        return StepGraph(
+            self.sae, partial(clip_gradients, self), self.autocast_if_enabled
+        )
 
     def _log(self, output: TrainStepOutput) -> None:
         interval = (
@@ -248,19 +228,15 @@ class AllocSAETrainer(SAETrainer[T_TRAINING_SAE, T_TRAINING_SAE_CONFIG]):
                     f"{self.metrics_path} ({error.strerror}) and are missing there"
                 )
 
-    # private in SAELens, but called once between two steps, with nothing half done
     @override
-    def _checkpoint_if_needed(self) -> None:
-        # SAELens saves before it counts the step, so that a resumed trainer is one behind
-        self.n_training_steps += 1
+    def between_steps(self) -> None:
         try:
-            super()._checkpoint_if_needed()
+            super().between_steps()
         except OSError as error:
             self.checkpoint_thresholds.pop(0)  # the next one may be luckier
             logger.warning(f"{error} Training goes on without this checkpoint.")
         if self.interrupted:
             self._stop()
-        self.n_training_steps -= 1
 
     def _stop(self) -> None:
         if self.cfg.checkpoint_path is None:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from sae_lens_alloc import cli
-from sae_lens_alloc.training import runner
+from sae_lens_alloc.training import after_training
 from scripts.faults.forks import (
     PHASES,
     Action,
@@ -143,13 +143,13 @@ def signals() -> Iterator[Case]:
 def last_step() -> Iterator[Case]:
     def calibrated_on(change: Callable[[torch.Tensor], object]) -> Action:
         def act() -> None:
-            calibrate = runner.calibrate_thresholds
+            calibrate = after_training.calibrate_thresholds
 
             def changed(sae: Any, x: torch.Tensor) -> Any:
                 change(x)
                 return calibrate(sae, x)
 
-            runner.calibrate_thresholds = changed
+            after_training.calibrate_thresholds = changed
             cli.app(train("output_path=new"))
 
         return act

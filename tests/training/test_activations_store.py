@@ -1,83 +1,44 @@
 """The store yields SAELens' batches, and goes on with them after it was saved and loaded."""
 
-from collections.abc import Iterator
-from itertools import count, islice
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from datasets import Array2D, Dataset, Features
-from hypothesis import given
-from hypothesis import strategies as st
 from sae_lens.training.activations_store import ActivationsStore
-from sae_lens.training.mixing_buffer import mixing_buffer
 from sae_lens.training.prefetch import PrefetchingIterator
 from transformer_lens.HookedTransformer import HookedRootModule
 
 from sae_lens_alloc import MutualChoiceTrainingSAEConfig
-from sae_lens_alloc.activations.mixing_buffer import MixingBuffer
-from sae_lens_alloc.activations.store import (
-    ResumableActivationsStore,
-    make_resumable,
-)
+from sae_lens_alloc.activations.store import ResumableActivationsStore
 from tests.training.conftest import D_MODEL, HOOK, lm_config
 
+SAE = MutualChoiceTrainingSAEConfig(d_in=D_MODEL, d_sae=64, k=4)
 CONTEXT, PROMPTS = 64, 8  # as in lm_config
-
-
-def numbered(sizes: list[int]) -> Iterator[torch.Tensor]:
-    """Tokens 0, 1, 2, ... in chunks of these sizes, over and over."""
-    first = 0
-    for i in count():
-        size = sizes[i % len(sizes)]
-        yield torch.arange(first, first + size).unsqueeze(1)
-        first += size
-
-
-@given(
-    sizes=st.lists(st.integers(1, 40), min_size=1, max_size=4),
-    batch_size=st.integers(1, 20),
-    extra=st.integers(0, 40),
-    mix_fraction=st.sampled_from([0.0, 0.25, 0.5, 1.0]),
-)
-def test_mixing_buffer_serves_what_sae_lens_serves(
-    sizes: list[int], batch_size: int, extra: int, mix_fraction: float
-):
-    served: list[list[torch.Tensor]] = []
-    for buffer in (mixing_buffer, MixingBuffer):
-        torch.manual_seed(0)
-        batches = buffer(batch_size + extra, batch_size, numbered(sizes), mix_fraction)
-        served.append(list(islice(batches, 12)))
-    assert all(torch.equal(*pair) for pair in zip(*served, strict=True))
-
-
-@pytest.mark.parametrize(("buffer_size", "mix_fraction"), [(3, 0.5), (4, 1.5)])
-def test_mixing_buffer_refuses_what_sae_lens_refuses(
-    buffer_size: int, mix_fraction: float
-):
-    with pytest.raises(ValueError):
-        next(mixing_buffer(buffer_size, 4, numbered([4]), mix_fraction))
-    with pytest.raises(ValueError, match="n_batches_in_buffer|mix_fraction"):
-        MixingBuffer(buffer_size, 4, numbered([4]), mix_fraction)
 
 
 def store(
     demo_model: HookedRootModule, text: Dataset, **overrides: Any
 ) -> ActivationsStore:
-    cfg = lm_config(
-        MutualChoiceTrainingSAEConfig(d_in=D_MODEL, d_sae=64, k=4), **overrides
+    return ActivationsStore.from_config(demo_model, lm_config(SAE, **overrides), text)
+
+
+def made(
+    demo_model: HookedRootModule, text: Dataset, **overrides: Any
+) -> ResumableActivationsStore:
+    return ResumableActivationsStore.from_config(
+        demo_model, lm_config(SAE, **overrides), text
     )
-    return ActivationsStore.from_config(demo_model, cfg, text)
 
 
 def resumable(
     demo_model: HookedRootModule, text: Dataset, **overrides: Any
 ) -> ResumableActivationsStore:
     """A store that holds out one batch of contexts, as the runner makes it."""
-    made = make_resumable(store(demo_model, text, **overrides))
-    made.hold_out(n_tokens=1)
-    return made
+    ours = made(demo_model, text, **overrides)
+    ours.hold_out(n_tokens=1)
+    return ours
 
 
 def contexts(source: ActivationsStore, n: int) -> list[list[int]]:
@@ -92,7 +53,7 @@ def test_held_out_contexts_are_served_in_no_epoch(
     epoch: list[list[int]] = [row.tolist() for row in plain.iterable_sequences]
     assert len(epoch) > 2 * PROMPTS
     rest = epoch[PROMPTS:]
-    ours = make_resumable(store(demo_model, text))
+    ours = made(demo_model, text)
     held_out = ours.hold_out(n_tokens=PROMPTS * CONTEXT - 1)
     assert contexts(ours, 3 * len(rest)) == 3 * rest
 
@@ -107,7 +68,7 @@ def test_evaluation_contexts_come_next_and_are_served_in_no_epoch_either(
     text = demo_text.select(range(10))
     plain = store(demo_model, text)
     epoch: list[list[int]] = [row.tolist() for row in plain.iterable_sequences]
-    ours = make_resumable(store(demo_model, text))
+    ours = made(demo_model, text)
     ours.hold_out(n_tokens=1)
     evaluation = ours.hold_out_contexts(PROMPTS + 3)
     assert evaluation.tolist() == epoch[PROMPTS : 2 * PROMPTS + 3]
@@ -122,13 +83,13 @@ def test_looking_whether_there_is_enough_text_reads_nothing(
     # 3 documents make 38 contexts of 64 tokens, and a step takes 256 tokens
     n_contexts = len(list(store(demo_model, text).iterable_sequences))
     enough = (n_contexts - 4) * CONTEXT
-    ours = make_resumable(store(demo_model, text))
+    ours = made(demo_model, text)
     ours.require_text(enough)
     assert ours.n_dataset_processed == ours.n_contexts_read == 0
     expected = contexts(store(demo_model, text), n_contexts)
     assert contexts(ours, n_contexts) == expected
 
-    ours = make_resumable(store(demo_model, text))
+    ours = made(demo_model, text)
     with pytest.raises(
         ValueError,
         match=f"has {n_contexts * CONTEXT:,} tokens in contexts of 64, but "
@@ -144,14 +105,14 @@ def test_held_out_activations_are_never_none(
     bos = demo_model.tokenizer.bos_token_id  # type: ignore
     rows = contexts(store(demo_model, demo_text), 60)
     tokens = Dataset.from_dict({"tokens": 20 * [CONTEXT * [bos]] + rows})
-    ours = make_resumable(store(demo_model, tokens))
+    ours = made(demo_model, tokens)
     held_out = ours.hold_out(n_tokens=1)
     assert ours.n_held_out_contexts == 24  # of which the last 4 are ordinary
     ordinary = [token for row in rows[:4] for token in row if token != bos]
     assert len(held_out) == len(ordinary)
     nothing = Dataset.from_dict({"tokens": 20 * [CONTEXT * [bos]]})
     with pytest.raises(ValueError, match="or only special ones"):
-        make_resumable(store(demo_model, nothing)).hold_out(n_tokens=1)
+        made(demo_model, nothing).hold_out(n_tokens=1)
 
 
 @pytest.mark.parametrize("prefetch", [False, True])
@@ -160,10 +121,10 @@ def test_a_pass_without_a_token_ends_the_waiting(
 ):
     bos = demo_model.tokenizer.bos_token_id  # type: ignore
     text = Dataset.from_dict({"tokens": 20 * [CONTEXT * [bos]]})
-    batches: Any = make_resumable(store(demo_model, text))
+    batches: Any = made(demo_model, text)
     if prefetch:
         batches = PrefetchingIterator(batches)
-    with pytest.raises(ValueError, match="pass over the dataset brought no token"):
+    with pytest.raises(ValueError, match="pass over dataset_path .* brought no token"):
         next(batches)
 
 
@@ -172,7 +133,7 @@ def test_fewer_contexts_than_a_batch_of_the_model_are_served_over_and_over(
 ):
     rows = contexts(store(demo_model, demo_text), 3)  # and 8 make a batch
     few = Dataset.from_dict({"tokens": rows})
-    ours = make_resumable(store(demo_model, few))
+    ours = made(demo_model, few)
     assert [len(next(ours)) for _ in range(10)] == 10 * [256]
 
 
@@ -186,9 +147,8 @@ def test_contexts_of_nothing_but_bos_are_refused(
         "exclude_special_tokens": excluded,
     }
     with pytest.raises(ValueError, match="no room for a token of the text"):
-        make_resumable(store(demo_model, demo_text, **overrides)).require_text(1)
-    without = store(demo_model, demo_text, prepend_bos=False, **overrides)
-    ours = make_resumable(without)
+        made(demo_model, demo_text, **overrides).require_text(1)
+    ours = made(demo_model, demo_text, prepend_bos=False, **overrides)
     ours.require_text(1)
     assert len(next(ours)) == 256
 
@@ -273,7 +233,7 @@ def test_cached_activations_are_held_out_and_resumed(
         "cached_activations_path": str(tmp_path / "cache"),
         "activations_mixing_fraction": 0.0,
     }
-    first = make_resumable(store(demo_model, demo_text, **overrides))
+    first = made(demo_model, demo_text, **overrides)
     held_out = first.hold_out(n_tokens=1)
     assert torch.equal(held_out, rows[:PROMPTS].flatten(0, 1))
     # two epochs of what is left, in order
@@ -304,7 +264,7 @@ def test_contexts_are_held_out_of_cached_activations_by_their_tokens(
             columns["token_ids"] = ids.numpy()
         cache = Dataset.from_dict(columns).cast_column(HOOK, shape)
         cache.save_to_disk(overrides["cached_activations_path"])
-        ours = make_resumable(store(demo_model, demo_text, **overrides))
+        ours = made(demo_model, demo_text, **overrides)
         ours.require_text(36 * CONTEXT)
         with pytest.raises(ValueError, match="2,560 tokens .* 2,561 are needed"):
             ours.require_text(36 * CONTEXT + 1)

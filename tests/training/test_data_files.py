@@ -11,9 +11,8 @@ from transformer_lens.HookedTransformer import HookedRootModule
 
 from sae_lens_alloc import AllocSAETrainingRunner, MutualChoiceTrainingSAEConfig
 from sae_lens_alloc.activations.local_dataset import check_local_dataset
-from sae_lens_alloc.activations.store import make_resumable
 from tests.training.conftest import D_MODEL, lm_config
-from tests.training.test_activations_store import contexts, store
+from tests.training.test_activations_store import contexts, made, store
 
 SAE = MutualChoiceTrainingSAEConfig(d_in=D_MODEL, d_sae=64, k=4)
 NULL = None
@@ -84,7 +83,7 @@ def test_rows_of_null_and_empty_ones_are_passed_over(
     odd = Dataset.from_dict({"text": [NULL, *texts[:3], "", NULL, *texts[3:]]})
     plain = store(demo_model, Dataset.from_dict({"text": texts}))
     expected = [row.tolist() for row in plain.iterable_sequences]
-    ours = make_resumable(store(demo_model, odd), "odd")
+    ours = made(demo_model, odd, dataset_path="odd")
     assert contexts(ours, len(expected)) == expected
     assert caplog.text.count("dataset_path 'odd' holds null") == 1
     assert "row 1 of" in caplog.text
@@ -99,7 +98,7 @@ def test_damage_on_the_way_is_one_sentence(
     content[middle : middle + 200] = bytes(200)
     file.write_bytes(content)
     text: Any = load_dataset(str(tmp_path / "data"), split="train", streaming=True)
-    ours = make_resumable(store(demo_model, text), "data")
+    ours = made(demo_model, text, dataset_path="data")
     with pytest.raises(
         ValueError, match="^dataset_path 'data' cannot be read behind row 8: Corrupt"
     ):
@@ -108,8 +107,10 @@ def test_damage_on_the_way_is_one_sentence(
 
 def test_a_tokenized_row_that_is_too_short_is_named(demo_model: HookedRootModule):
     rows = [list(range(64)), list(range(64)), list(range(63))]
-    ours = make_resumable(store(demo_model, Dataset.from_dict({"tokens": rows})))
-    with pytest.raises(ValueError, match="row 3 of the dataset has 63 tokens, fewer"):
+    ours = made(demo_model, Dataset.from_dict({"tokens": rows}), dataset_path="ids")
+    with pytest.raises(
+        ValueError, match="row 3 of dataset_path 'ids' has 63 tokens, fewer"
+    ):
         contexts(ours, 3)
 
 

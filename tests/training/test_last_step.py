@@ -14,13 +14,12 @@ from datasets import Dataset
 from sae_lens import SAE, LanguageModelSAETrainingRunner
 from sae_lens.config import LoggingConfig
 from sae_lens.saes.sae import TrainingSAE
-from sae_lens.training._interruption import InterruptedException
 from sae_lens.training.sae_trainer import SAETrainer
 from transformer_lens.HookedTransformer import HookedRootModule
 
 from sae_lens_alloc import AllocSAETrainingRunner, MutualChoiceTrainingSAE
-from sae_lens_alloc.training import final_sae, trainer
-from sae_lens_alloc.training import runner as runner_module
+from sae_lens_alloc.compat import InterruptedException
+from sae_lens_alloc.training import after_training, final_sae, trainer
 from tests.training.test_output_folder import file_size_limit
 from tests.training.test_run_folders import config
 
@@ -179,13 +178,13 @@ def test_a_second_save_that_fails_leaves_the_first(
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ):
-    write_sae = runner_module.write_sae
+    write_sae = after_training.write_sae
 
     def limited(*args: Any) -> None:
         with file_size_limit(10_000):
             write_sae(*args)
 
-    monkeypatch.setattr(runner_module, "write_sae", limited)
+    monkeypatch.setattr(after_training, "write_sae", limited)
     start().run()
     assert "with the thresholds of training" in caplog.text
     assert "it was not saved again: the SAE cannot be written to" in caplog.text

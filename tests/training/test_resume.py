@@ -13,7 +13,6 @@ from datasets import Dataset
 from sae_lens import LanguageModelSAETrainingRunner
 from sae_lens.config import LoggingConfig
 from sae_lens.saes.sae import TrainStepOutput
-from sae_lens.training._interruption import InterruptedException
 from sae_lens.training.sae_trainer import SAETrainer
 from transformer_lens.hook_points import HookPoint
 from transformer_lens.HookedTransformer import HookedRootModule
@@ -23,6 +22,7 @@ from sae_lens_alloc import (
     AllocSAETrainingRunner,
     MutualChoiceTrainingSAEConfig,
 )
+from sae_lens_alloc.compat import InterruptedException
 from sae_lens_alloc.saes.allocation_sae import AllocationTrainingSAE
 from sae_lens_alloc.training.checkpoint import MANIFEST_FILENAME
 from sae_lens_alloc.training.trainer import DataEndedError

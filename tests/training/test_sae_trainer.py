@@ -155,35 +155,6 @@ def test_our_trainer_learns_what_sae_lens_trainer_learns(tmp_path: Path):
         torch.testing.assert_close(weights_of(ours)[name], value, rtol=1e-3, atol=1e-4)
 
 
-@pytest.mark.parametrize(
-    "options",
-    [
-        {"architecture": "mutual_choice", "feature_choice_steps": 4},
-        {"architecture": "feature_choice"},
-    ],
-)
-def test_our_step_does_what_the_step_of_sae_lens_does(
-    options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
-):
-    """If this fails, SAELens has changed its step: training/train_step.py must follow."""
-    trainers = []
-    for is_ours in (True, False):
-        if not is_ours:
-            monkeypatch.setattr(AllocSAETrainer, "_train_step", SAETrainer._train_step)
-        sae = fresh_sae(**options)
-        trainer = make_trainer(
-            sae, batches(12), 12, AllocSAETrainer, dead_feature_window=3
-        )
-        trainer.fit()
-        trainers.append(trainer)
-    ours, theirs = trainers
-    assert changed(state_of(theirs.sae), ours.sae) == set()
-    for name in ("act_freq_scores", "n_forward_passes_since_fired"):
-        assert torch.equal(getattr(ours, name), getattr(theirs, name)), name
-    assert ours.n_frac_active_samples == theirs.n_frac_active_samples
-    assert ours.lr_scheduler.last_epoch == theirs.lr_scheduler.last_epoch
-
-
 def strict_json(line: str) -> dict[str, Any]:
     """Parses JSON as everybody but Python reads it: NaN and Infinity are no JSON."""
 

@@ -1,0 +1,139 @@
+"""
+Everything private in SAELens and torch that this package touches, each in one place.
+
+A name that begins with an underscore may change in any release. Each seam below says what the
+host does, why no public way exists, and what breaks if the host changes. `tests/test_compat.py`
+runs the host itself against each of them, and `make test-newest` does so with the newest
+releases. Whatever the host offers in public is used directly and is not listed here.
+"""
+
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+from sae_lens.saes.sae import T_TRAINING_SAE, T_TRAINING_SAE_CONFIG
+
+# What SAELens' runner raises when a run is interrupted, so that one `except` works for its
+# runner and ours. Only a private module defines it. If it moves, importing this package fails.
+from sae_lens.training._interruption import InterruptedException
+from sae_lens.training.activations_store import ActivationsStore
+from sae_lens.training.sae_trainer import SAETrainer
+from torch import nn
+from typing_extensions import override
+
+__all__ = [
+    "ContextsStore",
+    "InterruptedException",
+    "StepwiseTrainer",
+    "compile_modes",
+    "has_hooks",
+    "require_methods",
+    "stored_entries",
+]
+
+
+def require_methods(owner: type, names: Iterable[str]) -> None:
+    """
+    Raises ImportError if a class of SAELens lacks a method. Python would accept ours all the
+    same, and SAELens would never call it.
+    """
+    for name in names:
+        if not hasattr(owner, name):
+            raise ImportError(f"{owner.__name__} has no {name}", name=owner.__module__)
+
+
+require_methods(SAETrainer, ["_checkpoint_if_needed"])
+require_methods(
+    ActivationsStore, ["_iterate_raw_dataset", "_iterate_tokenized_sequences"]
+)
+
+
+class StepwiseTrainer(SAETrainer[T_TRAINING_SAE, T_TRAINING_SAE_CONFIG]):
+    """
+    SAELens' trainer with a place between two steps, `between_steps`.
+
+    SAELens: `fit()` calls `_checkpoint_if_needed()` once after each step and its evaluations,
+    and counts the step in `n_training_steps` right after that.
+    No public way: `step()` ends before the evaluations, which draw from the same activations,
+    and nothing public is called after the last step in all releases of 6.54.
+    If it changes: checkpoints count a step too few or too many, so that a resumed run takes
+    other steps than the one it resumes, or interrupted runs do not stop.
+    """
+
+    @override
+    def _checkpoint_if_needed(self) -> None:
+        # SAELens saves before it counts the step, so that a resumed trainer is one behind
+        self.n_training_steps += 1
+        self.between_steps()
+        self.n_training_steps -= 1
+
+    def between_steps(self) -> None:
+        """Called after each step, which `n_training_steps` counts by now."""
+        super()._checkpoint_if_needed()
+
+
+class ContextsStore(ActivationsStore):
+    """
+    SAELens' store with two places for a subclass: what it reads passes through `rows_of`, and
+    what is made of that through `contexts_of`.
+
+    SAELens: at the start of each epoch `_iterate_tokenized_sequences()` makes contexts of what
+    `_iterate_raw_dataset()` reads, a row at a time.
+    No public way: SAELens begins an epoch in the middle of a batch, with these methods.
+    If it changes: contexts that are held out are trained on, and a resumed run goes on at
+    another place of the text.
+    """
+
+    def begin_epoch(self) -> None:
+        """Goes to the beginning of the dataset."""
+        self.iterable_sequences = self._iterate_tokenized_sequences()
+
+    def rows_of(self, dataset: Iterator[Any]) -> Iterator[Any]:
+        """What one pass over the dataset yields, the content of a row each."""
+        return dataset
+
+    def contexts_of(self, epoch: Iterator[torch.Tensor]) -> Iterator[torch.Tensor]:
+        """What an epoch yields, token ids of shape (context_size,) each."""
+        return epoch
+
+    @override
+    def _iterate_raw_dataset(self) -> Any:
+        return self.rows_of(super()._iterate_raw_dataset())
+
+    @override
+    def _iterate_tokenized_sequences(self) -> Any:
+        return self.contexts_of(super()._iterate_tokenized_sequences())
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """
+    Whether somebody looks at, or changes, what passes a module.
+
+    torch: keeps the hooks of a module in these dictionaries.
+    No public way: TransformerLens lists its own hooks only, not those of torch.
+    If it changes: an AttributeError, or hooks on an SAE that are not called.
+    """
+    return len(module._forward_hooks) > 0 or len(module._backward_hooks) > 0
+
+
+def stored_entries(sparse: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """
+    The entries of a sparse COO tensor as they are stored: indices of shape (n_dims, n_entries)
+    and values of shape (n_entries,).
+
+    torch: `indices()` and `values()` want each index to be stored once, and padding repeats one.
+    No public way: `coalesce()` sums repeated ones, for which a GPU is waited for.
+    If it changes: an AttributeError.
+    """
+    return sparse._indices(), sparse._values()
+
+
+def compile_modes() -> list[str]:
+    """
+    The modes of torch.compile.
+
+    torch: its documentation of `torch.compile` names `torch._inductor.list_mode_options()`.
+    No public way: there is no other list of them.
+    If it changes: an AttributeError where a run is to be compiled.
+    """
+    return list(torch._inductor.list_mode_options())

@@ -1,0 +1,133 @@
+"""What follows the last step: whatever fails then is a warning, since the SAE is there."""
+
+from collections.abc import Callable, Generator
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from sae_lens import logger
+from sae_lens.config import LanguageModelSAERunnerConfig
+from sae_lens.saes.sae import TrainingSAE
+
+from sae_lens_alloc.saes.allocation_sae import AllocationTrainingSAE
+from sae_lens_alloc.thresholds.calibration import calibrate_thresholds
+from sae_lens_alloc.training.final_sae import (
+    how_to_calibrate,
+    write_sae,
+    write_sae_somewhere,
+)
+from sae_lens_alloc.training.held_out import held_out_metrics
+from sae_lens_alloc.training.self_check import check_saved_sae
+
+
+class AfterTraining:
+    """Saves, calibrates, measures and checks the SAE of a run, and knows how far that is."""
+
+    saved_in: Path | None = None  # where the SAE has been saved so far
+
+    def __init__(
+        self, cfg: LanguageModelSAERunnerConfig[Any], held_out: torch.Tensor
+    ) -> None:
+        """
+        Args:
+            cfg: The run.
+            held_out: Activations that are not trained on, shape (n_tokens, d_in).
+        """
+        self.cfg = cfg
+        self.held_out = held_out
+        self.what_there_is = "the SAE is trained"
+
+    @contextmanager
+    def survived(self, missing: str) -> Generator[None, None, None]:
+        """Within it, an error is a warning that says what there is and what is missing."""
+        try:
+            yield
+        except Exception as error:
+            reason = str(error).rstrip(".") or type(error).__name__
+            logger.warning(f"{self.what_there_is}, but {missing}: {reason}.")
+
+    def save_first(
+        self, sae: TrainingSAE[Any], log_feature_sparsity: torch.Tensor
+    ) -> None:
+        """
+        Saves the SAE right after the last step, as `write_sae_somewhere` does, if the run has
+        an output folder.
+        """
+        if self.cfg.output_path is not None:
+            output = Path(self.cfg.output_path)
+            write_sae_somewhere(sae, self.cfg, output, log_feature_sparsity)
+            self._note_saved(sae, output)
+
+    def save(
+        self,
+        sae: TrainingSAE[Any],
+        output: Path,
+        log_feature_sparsity: torch.Tensor | None,
+    ) -> None:
+        """
+        Saves the SAE with its metrics and checks what was saved. If it has been saved there
+        before, an error is a warning.
+
+        Raises:
+            OSError: in one sentence, if it cannot be written.
+        """
+        if sae.cfg.metadata.held_out is None:
+            self.record_held_out(sae)
+        is_saved = output == self.saved_in
+        with self.survived("it was not saved again") if is_saved else nullcontext():
+            write_sae(sae, self.cfg, output, log_feature_sparsity)
+            self._note_saved(sae, output)
+            self._check(output, sae.cfg.metadata.held_out)
+
+    def calibrate(
+        self, sae: TrainingSAE[Any], activations: Callable[[], torch.Tensor]
+    ) -> None:
+        """
+        Calibrates the thresholds of an SAE of ours, or leaves them as they are if that fails.
+
+        Args:
+            sae: The SAE.
+            activations: Gives activations of shape (n_tokens, d_in) to calibrate them on.
+        """
+        if not isinstance(sae, AllocationTrainingSAE):
+            return
+        with self.survived("its thresholds were not calibrated"):
+            tracked = sae.allocation.threshold.clone()
+            try:
+                report = calibrate_thresholds(sae, activations())
+            except BaseException:
+                sae.allocation.threshold.copy_(tracked)
+                raise
+            sae.cfg.metadata.l0 = report.l0
+
+    def record_held_out(self, sae: TrainingSAE[Any]) -> None:
+        """Records the metrics of the SAE on held-out activations in its metadata."""
+        with self.survived("it could not be measured on held-out activations"):
+            sae.cfg.metadata.held_out = {
+                **held_out_metrics(
+                    sae, self.held_out, self.cfg.train_batch_size_tokens
+                ),
+                "n_tokens": len(self.held_out),
+            }
+
+    def _check(self, output: Path, recorded: dict[str, Any] | None) -> None:
+        if recorded is None:
+            return
+        with self.survived("it could not be checked"):
+            check_saved_sae(
+                output,
+                recorded,
+                self.held_out,
+                self.cfg.train_batch_size_tokens,
+                self.cfg.device,
+            )
+
+    def _note_saved(self, sae: TrainingSAE[Any], output: Path) -> None:
+        self.saved_in = output
+        self.what_there_is = f"the SAE is saved in {str(output)!r}"
+        if isinstance(sae, AllocationTrainingSAE) and not sae.cfg.metadata.calibration:
+            self.what_there_is += (
+                " with the thresholds of training, which "
+                f"`{how_to_calibrate(sae, output)}` calibrates"
+            )

@@ -1,0 +1,101 @@
+"""What is settled and checked before a run loads anything."""
+
+import copy
+import logging
+from collections.abc import Generator
+from contextlib import contextmanager
+from typing import Any
+
+from sae_lens import logger
+from sae_lens.config import HfDataset, LanguageModelSAERunnerConfig
+from sae_lens.saes.sae import TrainingSAE
+
+from sae_lens_alloc.config.run_checks import check_run
+from sae_lens_alloc.saes.mutual_choice_sae import with_schedule
+from sae_lens_alloc.training.preflight import check_devices, check_memory
+from sae_lens_alloc.training.pretrained import load_pretrained
+from sae_lens_alloc.training.resuming import settle_resumed_run
+from sae_lens_alloc.training.run_folders import claimed_folders
+
+
+def settled_run(
+    cfg: LanguageModelSAERunnerConfig[Any],
+    override_sae: TrainingSAE[Any] | None,
+    overwrite: bool,
+    sae_is_known: bool,
+) -> LanguageModelSAERunnerConfig[Any]:
+    """
+    A run's config with its schedule, and with its checkpoint and the schedule of that if it is
+    resumed. The run is found here if it cannot work or cannot be saved.
+
+    Args:
+        cfg: The run, which is left as it is.
+        override_sae: The SAE to train if it is not `cfg.sae`'s; it gets the schedule, too.
+        overwrite: Whether an SAE in the output folder may be replaced.
+        sae_is_known: Whether `cfg.sae` says already which SAE is trained.
+
+    Raises:
+        ValueError: if the run cannot work, would lose something in its folders or has no room
+            there, or cannot be resumed.
+        OSError: if its folders cannot be written to.
+    """
+    cfg = copy.copy(cfg)
+    # what is checked and recorded is the SAE that is trained
+    cfg.sae = with_schedule(
+        cfg.sae if override_sae is None else override_sae.cfg, cfg.total_training_steps
+    )
+    if override_sae is not None:
+        override_sae.cfg = cfg.sae
+    check_run(cfg)
+    check_devices(cfg)
+    check_memory(cfg)
+    settle_resumed_run(cfg, sae_is_known)
+    with claimed_folders(cfg, overwrite):
+        pass  # so that a run that cannot be saved is found before the model is loaded
+    return cfg
+
+
+def pretrained_sae(
+    cfg: LanguageModelSAERunnerConfig[Any],
+) -> TrainingSAE[Any] | None:
+    """
+    The SAE that a run starts from, None if it starts from random weights. SAELens would train
+    the SAE of the folder's config, not the one of the run's.
+    """
+    if cfg.from_pretrained_path is None:
+        return None
+    if cfg.resume_from_checkpoint is not None:  # whose weights it gets
+        return TrainingSAE.from_dict(cfg.sae.to_dict())
+    return load_pretrained(cfg.from_pretrained_path, cfg.sae, cfg.device)
+
+
+def require_rows(dataset: HfDataset | None) -> None:
+    """Raises ValueError if a dataset holds no rows."""
+    if dataset is not None and next(iter(dataset), None) is None:
+        raise ValueError("override_dataset holds no rows.")
+
+
+@contextmanager
+def no_warning_of_overrides(dataset: bool, model: bool) -> Generator[None, None, None]:
+    """
+    SAELens warns that a run with overrides cannot be repeated from its config. Within it, SAELens
+    does not where they are what the config names.
+
+    Args:
+        dataset: Whether the dataset is the config's.
+        model: Whether the model is the config's.
+    """
+    untrue = tuple(
+        f"You just passed in a {what}"
+        for what, is_ours in (("dataset", dataset), ("model", model))
+        if is_ours
+    )
+
+    def is_true(record: logging.LogRecord) -> bool:
+        return not record.getMessage().startswith(untrue)
+
+    logger.addFilter(is_true)
+    try:
+        yield
+    finally:
+        logger.removeFilter(is_true)

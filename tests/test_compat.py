@@ -1,0 +1,303 @@
+"""
+What SAELens and torch must go on doing. If one of these fails with a new release, the host has
+changed: look at what the failure names in sae_lens_alloc/compat.py, mend that, and only then
+raise the bound in pyproject.toml and in sae_lens_alloc/host_release.py.
+"""
+
+import subprocess
+import sys
+from collections.abc import Iterator
+from itertools import count, islice
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from sae_lens import TopKTrainingSAE, TopKTrainingSAEConfig, llm_sae_training_runner
+from sae_lens.training.activations_store import ActivationsStore
+from sae_lens.training.mixing_buffer import mixing_buffer
+from sae_lens.training.sae_trainer import SAETrainer
+from safetensors.torch import load_file
+from torch import nn
+from transformer_lens.hook_points import HookPoint
+from typing_extensions import override
+
+from sae_lens_alloc import AllocSAETrainer, AllocSAETrainingRunner
+from sae_lens_alloc.activations.mixing_buffer import MixingBuffer
+from sae_lens_alloc.activations.store import ResumableActivationsStore
+from sae_lens_alloc.compat import (
+    ContextsStore,
+    InterruptedException,
+    compile_modes,
+    has_hooks,
+    require_methods,
+    stored_entries,
+)
+from sae_lens_alloc.host_release import SUPPORTED, explained
+from sae_lens_alloc.training import trainer as trainer_module
+from tests.saes.conftest import changed, state_of
+from tests.training.conftest import (
+    D_MODEL,
+    few_calibration_tokens,
+    lm_config,
+    load_demo_model,
+    make_trainer,
+    restore_signals,
+    short_documents,
+)
+from tests.training.test_sae_trainer import batches, fresh_sae
+
+__all__ = ["few_calibration_tokens", "restore_signals"]
+
+ROOT = Path(__file__).parents[1]
+TOPK = TopKTrainingSAEConfig(d_in=8, d_sae=16, k=2)
+
+
+def changed_host(seam: str) -> str:
+    return f"the host has changed: see {seam} in sae_lens_alloc/compat.py"
+
+
+def saved_steps(folder: Path) -> dict[str, int]:
+    """Steps that the checkpoints of a folder count, by the checkpoints' names."""
+    return {
+        path.parent.name: torch.load(path)["n_training_steps"]
+        for path in folder.glob("*/trainer_state.pt")
+    }
+
+
+def test_sae_lens_saves_a_checkpoint_before_it_counts_the_step(tmp_path: Path):
+    # of 8 steps of 64 tokens, those that first exceed 128, 256 and 384 are the 3rd, 5th, 7th
+    counted: dict[type[Any], dict[str, int]] = {}
+    for trainer_class in (SAETrainer, AllocSAETrainer):
+        folder = tmp_path / trainer_class.__name__
+        make_trainer(
+            TopKTrainingSAE(TOPK),
+            batches(8),
+            8,
+            trainer_class,
+            n_checkpoints=3,
+            checkpoint_path=str(folder),
+        ).fit()
+        counted[trainer_class] = saved_steps(folder)
+    seam = changed_host("StepwiseTrainer")
+    assert counted[SAETrainer] == {"192": 2, "320": 4, "448": 6}, seam
+    assert counted[AllocSAETrainer] == {"192": 3, "320": 5, "448": 7}, seam
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"architecture": "mutual_choice", "feature_choice_steps": 4},
+        {"architecture": "feature_choice"},
+    ],
+)
+def test_our_step_does_what_the_step_of_sae_lens_does(
+    options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+):
+    trainers = []
+    for is_ours in (True, False):
+        if not is_ours:
+            monkeypatch.setattr(
+                trainer_module,
+                "train_step",
+                lambda trainer, x, _: SAETrainer._train_step(trainer, trainer.sae, x),
+            )
+        sae = fresh_sae(**options)
+        trainer = make_trainer(
+            sae, batches(12), 12, AllocSAETrainer, dead_feature_window=3
+        )
+        trainer.fit()
+        trainers.append(trainer)
+    ours, theirs = trainers
+    reason = "SAELens has changed its step: training/train_step.py must follow"
+    assert changed(state_of(theirs.sae), ours.sae) == set(), reason
+    for name in ("act_freq_scores", "n_forward_passes_since_fired"):
+        assert torch.equal(getattr(ours, name), getattr(theirs, name)), (name, reason)
+    for name in ("n_frac_active_samples", "n_training_samples", "n_training_steps"):
+        assert getattr(ours, name) == getattr(theirs, name), (name, reason)
+    assert ours.lr_scheduler.last_epoch == theirs.lr_scheduler.last_epoch, reason
+
+
+def test_a_checkpoint_of_sae_lens_goes_on_with_a_fused_optimizer(tmp_path: Path):
+    stock = make_trainer(fresh_sae("mutual_choice"), batches(4), 8)
+    for _ in range(4):
+        stock.step(next(stock.data_provider))
+    stock.save_trainer_state(tmp_path)
+    ours = make_trainer(fresh_sae("mutual_choice"), batches(4), 8, AllocSAETrainer)
+    ours.load_trainer_state(tmp_path)
+    (group,) = ours.optimizer.param_groups
+    assert group["fused"] is True
+    moments = [
+        [s["exp_avg"] for s in t.optimizer.state.values()] for t in (stock, ours)
+    ]
+    assert all(torch.equal(*pair) for pair in zip(*moments, strict=True))
+    ours.step(next(ours.data_provider))  # of which fused Adam takes the step count
+    assert [int(s["step"]) for s in ours.optimizer.state.values()] == 4 * [5]
+
+
+class NotingStore(ContextsStore):
+    """Notes all that passes it."""
+
+    rows: list[str]
+    contexts: list[list[int]]
+
+    @override
+    def rows_of(self, dataset: Iterator[Any]) -> Iterator[Any]:
+        for row in dataset:
+            self.rows.append(row)
+            yield row
+
+    @override
+    def contexts_of(self, epoch: Iterator[torch.Tensor]) -> Iterator[torch.Tensor]:
+        for context in epoch:
+            self.contexts.append(context.tolist())
+            yield context
+
+
+def test_the_store_of_sae_lens_reads_all_its_epochs_through_our_places():
+    cfg = lm_config(TopKTrainingSAEConfig(d_in=D_MODEL, d_sae=64, k=4))
+    model, text = load_demo_model(), short_documents(3)
+    stock = ActivationsStore.from_config(model, cfg, text)
+    epoch = [context.tolist() for context in stock.iterable_sequences]
+    store = NotingStore.from_config(model, cfg, text)
+    assert isinstance(store, NotingStore)
+    store.rows, store.contexts = [], []
+    # two epochs and one context, in batches that do not end with the epochs
+    served = [store.get_batch_tokens(1)[0].tolist() for _ in range(2 * len(epoch) + 1)]
+    seam = changed_host("ContextsStore")
+    assert served == store.contexts == [*epoch, *epoch, epoch[0]], seam
+    assert store.rows[:6] == 2 * list(text["text"]), seam
+    store.begin_epoch()
+    assert store.get_batch_tokens(1)[0].tolist() == epoch[0], seam
+
+
+def numbered(sizes: list[int]) -> Iterator[torch.Tensor]:
+    """Tokens 0, 1, 2, ... in chunks of these sizes, over and over."""
+    first = 0
+    for i in count():
+        size = sizes[i % len(sizes)]
+        yield torch.arange(first, first + size).unsqueeze(1)
+        first += size
+
+
+@given(
+    sizes=st.lists(st.integers(1, 40), min_size=1, max_size=4),
+    batch_size=st.integers(1, 20),
+    extra=st.integers(0, 40),
+    mix_fraction=st.sampled_from([0.0, 0.25, 0.5, 1.0]),
+)
+def test_mixing_buffer_serves_what_sae_lens_serves(
+    sizes: list[int], batch_size: int, extra: int, mix_fraction: float
+):
+    served: list[list[torch.Tensor]] = []
+    for buffer in (mixing_buffer, MixingBuffer):
+        torch.manual_seed(0)
+        serving = buffer(batch_size + extra, batch_size, numbered(sizes), mix_fraction)
+        served.append(list(islice(serving, 12)))
+    assert all(torch.equal(*pair) for pair in zip(*served, strict=True)), (
+        "SAELens has changed its mixing buffer: activations/mixing_buffer.py must follow"
+    )
+
+
+@pytest.mark.parametrize(("buffer_size", "mix_fraction"), [(3, 0.5), (4, 1.5)])
+def test_mixing_buffer_refuses_what_sae_lens_refuses(
+    buffer_size: int, mix_fraction: float
+):
+    with pytest.raises(ValueError):
+        next(mixing_buffer(buffer_size, 4, numbered([4]), mix_fraction))
+    with pytest.raises(ValueError, match="n_batches_in_buffer|mix_fraction"):
+        MixingBuffer(buffer_size, 4, numbered([4]), mix_fraction)
+
+
+@pytest.mark.usefixtures("few_calibration_tokens", "restore_signals")
+def test_the_runner_of_sae_lens_works_with_our_store_and_our_trainer(tmp_path: Path):
+    cfg = lm_config(
+        TopKTrainingSAEConfig(d_in=D_MODEL, d_sae=64, k=4), output_path=str(tmp_path)
+    )
+    runner = AllocSAETrainingRunner(cfg, short_documents(20), load_demo_model())
+    store = runner.activations_store
+    assert isinstance(store, ResumableActivationsStore)
+    assert runner.evaluator.activations_store is store
+    runner.run()
+    # 4 features of 64 are active on each token, by the statistics of the trainer that trained
+    density = 10 ** load_file(tmp_path / "sparsity.safetensors")["sparsity"]
+    assert density.sum().item() == pytest.approx(4, rel=1e-5)
+
+
+def test_interrupted_exception_is_what_sae_lens_raises():
+    with pytest.raises(InterruptedException):
+        llm_sae_training_runner.interrupt_callback(15, None)
+
+
+def test_hooks_of_torch_and_of_transformer_lens_are_seen():
+    point, seam = HookPoint(), changed_host("has_hooks")
+    assert not has_hooks(point), seam
+    for register in (point.register_forward_hook, point.register_full_backward_hook):
+        handle = register(lambda *_: None)
+        assert has_hooks(point), seam
+        handle.remove()
+        assert not has_hooks(point), seam
+    for direction in ("fwd", "bwd"):
+        point.add_hook(lambda *_, **__: None, dir=direction)
+        assert has_hooks(point), seam
+        point.remove_hooks(direction)
+        assert not has_hooks(point), seam
+
+
+def test_stored_entries_are_not_summed():
+    indices = torch.tensor([[0, 1, 1], [2, 0, 0]])
+    values = torch.tensor([3.0, 4.0, 0.0])
+    found = stored_entries(
+        torch.sparse_coo_tensor(indices, values, (2, 3), check_invariants=False)
+    )
+    seam = changed_host("stored_entries")
+    assert torch.equal(found[0], indices), seam
+    assert torch.equal(found[1], values), seam
+
+
+def test_torch_takes_the_modes_that_it_lists():
+    modes = compile_modes()
+    seam = changed_host("compile_modes")
+    assert {"default", "max-autotune"} <= set(modes), seam
+    for mode in modes:
+        torch.compile(
+            nn.Linear(1, 1), mode=mode
+        )  # compiles nothing before it is called
+    with pytest.raises(RuntimeError, match="nonsense"):
+        torch.compile(nn.Linear(1, 1), mode="nonsense")
+
+
+def test_a_method_that_the_host_lacks_is_reported_when_we_are_imported():
+    require_methods(SAETrainer, ["fit"])
+    with pytest.raises(ImportError, match="SAETrainer has no nonsense"):
+        require_methods(SAETrainer, ["fit", "nonsense"])
+
+
+def test_the_supported_release_is_that_of_pyproject():
+    assert f'    "{SUPPORTED}",' in (ROOT / "pyproject.toml").read_text()
+
+
+def test_only_errors_of_importing_sae_lens_are_explained():
+    other = ImportError("No module named 'typer'", name="typer")
+    assert explained(other) is other
+    ours = ImportError("cannot import name 'x'", name="sae_lens_alloc.compat")
+    assert explained(ours) is ours
+
+
+def test_another_sae_lens_is_one_sentence(tmp_path: Path):
+    """With a SAELens in front that has nothing of what we import."""
+    (tmp_path / "sae_lens").mkdir()
+    (tmp_path / "sae_lens" / "__init__.py").write_text("")
+    found = subprocess.run(
+        [sys.executable, "-c", "import sae_lens_alloc"],
+        env={"PYTHONPATH": f"{tmp_path}:{ROOT}"},
+        capture_output=True,
+        text=True,
+    )
+    assert found.returncode == 1
+    last = found.stderr.strip().splitlines()[-1]
+    assert last.startswith(f"ImportError: sae-lens-alloc works with {SUPPORTED}, not")
+    assert "cannot import name" in last
+    assert last.endswith(f"run `pip install '{SUPPORTED}'`.")
