@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: install demo test lint bench docs
+.PHONY: install demo test test-fast test-newest lint bench docs
 
 install: .venv/installed
 
@@ -16,6 +16,12 @@ demo: install
 
 test: install
 	$(BIN)/python -m pytest
+
+test-fast: install
+	$(BIN)/python -m pytest -m "not slow"
+
+test-newest:
+	PYTHON=$(PYTHON) scripts/test_newest.sh
 
 lint: install
 	$(BIN)/ruff check .

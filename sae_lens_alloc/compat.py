@@ -7,8 +7,8 @@ runs the host itself against each of them, and `make test-newest` does so with t
 releases. Whatever the host offers in public is used directly and is not listed here.
 """
 
-from collections.abc import Iterable, Iterator
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, TypeVar
 
 import torch
 from sae_lens.saes.sae import T_TRAINING_SAE, T_TRAINING_SAE_CONFIG
@@ -21,9 +21,12 @@ from sae_lens.training.sae_trainer import SAETrainer
 from torch import nn
 from typing_extensions import override
 
+T_MODULE = TypeVar("T_MODULE", bound="ModuleOfKeptDtypes")
+
 __all__ = [
     "ContextsStore",
     "InterruptedException",
+    "ModuleOfKeptDtypes",
     "StepwiseTrainer",
     "compile_modes",
     "has_hooks",
@@ -103,6 +106,33 @@ class ContextsStore(ActivationsStore):
     @override
     def _iterate_tokenized_sequences(self) -> Any:
         return self.contexts_of(super()._iterate_tokenized_sequences())
+
+
+class ModuleOfKeptDtypes(nn.Module):
+    """
+    A module without parameters whose buffers keep their dtypes when an SAE that it belongs to is
+    cast: thresholds in bfloat16 would change which features fire (SAELens #728).
+
+    torch: `to()`, `half()`, `cuda()` and the like call `_apply()` of each module within with what
+    casts or moves a tensor.
+    No public way: the `to()` that is called is the SAE's, not that of the modules within.
+    If it changes: the buffers are cast with the SAE.
+    """
+
+    @override
+    def _apply(
+        self: T_MODULE, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True
+    ) -> T_MODULE:
+        for name, buffer in self.named_buffers():
+            moved = fn(buffer)
+            if moved.dtype != buffer.dtype:
+                moved = buffer.to(moved.device)
+            setattr(self, name, moved)
+        self.after_moving()
+        return self
+
+    def after_moving(self) -> None:
+        """Called when the buffers have been moved."""
 
 
 def has_hooks(module: nn.Module) -> bool:

@@ -4,6 +4,10 @@ changed: look at what the failure names in sae_lens_alloc/compat.py, mend that, 
 raise the bound in pyproject.toml and in sae_lens_alloc/host_release.py.
 """
 
+import ast
+import importlib
+import inspect
+import pkgutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -24,12 +28,14 @@ from torch import nn
 from transformer_lens.hook_points import HookPoint
 from typing_extensions import override
 
+import sae_lens_alloc
 from sae_lens_alloc import AllocSAETrainer, AllocSAETrainingRunner
 from sae_lens_alloc.activations.mixing_buffer import MixingBuffer
 from sae_lens_alloc.activations.store import ResumableActivationsStore
 from sae_lens_alloc.compat import (
     ContextsStore,
     InterruptedException,
+    ModuleOfKeptDtypes,
     compile_modes,
     has_hooks,
     require_methods,
@@ -267,6 +273,76 @@ def test_torch_takes_the_modes_that_it_lists():
         )  # compiles nothing before it is called
     with pytest.raises(RuntimeError, match="nonsense"):
         torch.compile(nn.Linear(1, 1), mode="nonsense")
+
+
+def test_casting_an_sae_casts_no_buffer_of_a_module_that_keeps_its_dtypes():
+    class Thresholds(ModuleOfKeptDtypes):
+        n_moved = 0
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("threshold", torch.tensor([0.1]))
+
+        @override
+        def after_moving(self) -> None:
+            self.n_moved += 1
+
+    thresholds = Thresholds()
+    sae = nn.Sequential(nn.Linear(1, 1), thresholds).to(torch.bfloat16)
+    seam = changed_host("ModuleOfKeptDtypes")
+    assert next(sae.parameters()).dtype == torch.bfloat16
+    assert thresholds.threshold.dtype == torch.float32, seam
+    assert thresholds.threshold.item() == torch.tensor(0.1).item(), seam
+    assert thresholds.n_moved == 1, seam
+    sae.to("meta")
+    assert thresholds.threshold.is_meta, seam
+
+
+def private(name: str) -> bool:
+    return name.startswith("_") and not name.startswith("__")
+
+
+def test_nothing_private_of_others_is_used_elsewhere():
+    """A private name that no file of ours defines is the host's, and belongs in compat.py."""
+    defined: set[str] = set()
+    used: list[tuple[str, str]] = []
+    for file in (ROOT / "sae_lens_alloc").rglob("*.py"):
+        if file.name == "compat.py":
+            continue
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.FunctionDef | ast.ClassDef):
+                defined.add(node.name)
+            elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+                defined.add(node.id)
+            elif isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store):
+                defined.add(node.attr)
+                used += [(file.name, "__class__")] * (node.attr == "__class__")
+            elif isinstance(node, ast.Attribute):
+                used += [(file.name, node.attr)] * private(node.attr)
+            elif isinstance(node, ast.ImportFrom):
+                names = [*str(node.module).split("."), *(n.name for n in node.names)]
+                used += [(file.name, name) for name in names if private(name)]
+    assert [(file, name) for file, name in used if name not in defined] == []
+    assert "__class__" not in defined
+
+
+def test_nothing_private_of_the_host_is_overridden_elsewhere():
+    hosts = ("sae_lens.", "transformer_lens.", "torch.nn.", "torch.optim.")
+    overridden: list[tuple[str, str, str]] = []
+    for info in pkgutil.walk_packages(sae_lens_alloc.__path__, "sae_lens_alloc."):
+        if info.name.endswith(("compat", "__main__")) or "triton" in info.name:
+            continue
+        for cls in vars(importlib.import_module(info.name)).values():
+            if not inspect.isclass(cls) or cls.__module__ != info.name:
+                continue
+            overridden += [
+                (info.name, cls.__name__, name)
+                for base in cls.__mro__
+                if base.__module__.startswith(hosts)
+                for name in vars(cls).keys() & vars(base).keys()
+                if private(name) and callable(vars(cls)[name])
+            ]
+    assert overridden == []
 
 
 def test_a_method_that_the_host_lacks_is_reported_when_we_are_imported():

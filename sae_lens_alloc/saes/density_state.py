@@ -5,7 +5,6 @@ from functools import lru_cache
 from typing import Any, ClassVar, TypeVar
 
 import torch
-from torch import nn
 from typing_extensions import override
 
 from sae_lens_alloc.allocation.density import (
@@ -14,12 +13,12 @@ from sae_lens_alloc.allocation.density import (
     update_density,
 )
 from sae_lens_alloc.allocation.zipf import MIN_FEATURES, FittedLaw, ZipfLaw
+from sae_lens_alloc.compat import ModuleOfKeptDtypes
 from sae_lens_alloc.ops.auxiliary_selection import FlaggedFeatures
 
 # Densities move slowly, and ranking them takes time: once in so many steps.
 STEPS_BETWEEN_FLAGS = 10
 
-T_STATE = TypeVar("T_STATE", bound="DensityState")
 T_TOTAL = TypeVar("T_TOTAL", torch.Tensor, float, int)
 
 
@@ -55,7 +54,7 @@ class StepTotals:
         return self._sums[name]
 
 
-class DensityState(nn.Module):
+class DensityState(ModuleOfKeptDtypes):
     """
     How often each feature fires and which ones the auxiliary loss trains: what a checkpoint
     needs besides the weights. All of it stays float32 whatever the dtype of the SAE.
@@ -99,20 +98,8 @@ class DensityState(nn.Module):
         self._flagged: FlaggedFeatures | None = None
 
     @override
-    def _apply(
-        self: T_STATE,
-        fn: Callable[[torch.Tensor], torch.Tensor],
-        recurse: bool = True,
-    ) -> T_STATE:
-        # nn.Module.to(dtype) casts every float buffer; thresholds in bfloat16 would change
-        # which features fire (SAELens #728). Only the move to a device is wanted.
-        for name, buffer in self.named_buffers():
-            moved = fn(buffer)
-            if moved.dtype != buffer.dtype:
-                moved = buffer.to(moved.device)
-            setattr(self, name, moved)
+    def after_moving(self) -> None:
         self._forget_derived()
-        return self
 
     def begin_step(self, n_training_steps: int) -> int:
         """

@@ -1,5 +1,10 @@
-"""Regressions of quality: all architectures on a small synthetic subject, under a minute."""
+"""
+Quality does not move: each architecture on a small synthetic subject, trained as
+configs/compare_synthetic_small.yaml says, does about as well as when docs/results was written.
+The bounds are wide, since one seed on another processor rounds differently.
+"""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +16,17 @@ from sae_lens_alloc.comparison.config import load_comparison
 from sae_lens_alloc.comparison.synthetic import SyntheticSubject
 from sae_lens_alloc.comparison.worker import train_cell
 
-CONFIG = Path(__file__).parents[2] / "configs" / "compare_synthetic_small.yaml"
+pytestmark = pytest.mark.slow
+
+ROOT = Path(__file__).parents[2]
+CONFIG = ROOT / "configs" / "compare_synthetic_small.yaml"
+# what `sae-lens-alloc compare` wrote for the config
+RECORDED: dict[str, dict[str, Any]] = {
+    cell["row"]: cell["measured"]["test"]["4"]
+    for cell in json.loads(
+        (ROOT / "docs" / "results" / "compare_synthetic_small.json").read_text()
+    )["cells"].values()
+}
 
 
 @pytest.fixture(scope="module")
@@ -29,45 +44,16 @@ def figures(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any
     return figures
 
 
-def test_all_reach_the_same_l0(figures: dict[str, dict[str, Any]]):
-    for row in figures.values():
-        assert row["l0"] == pytest.approx(4.0, rel=0.02)
+def test_every_row_was_recorded(figures: dict[str, dict[str, Any]]):
+    assert figures.keys() == RECORDED.keys()
 
 
-STOCK = ("topk", "batchtopk", "jumprelu", "standard", "gated")
-
-
-@pytest.mark.parametrize(
-    ("figure", "lead"),
-    # of .023, .096, .011 and .016 when this was written; another processor rounds differently
-    [("explained_variance", 0.01), ("f1", 0.05), ("mcc", -0.02), ("uniqueness", -0.03)],
-)
-def test_our_recipe_is_ahead_of_every_stock_architecture(
-    figures: dict[str, dict[str, Any]], figure: str, lead: float
-):
-    best = max(figures[row][figure] for row in STOCK)
-    assert figures["mutual_choice"][figure] > best + lead
-
-
-def test_shares_keep_features_alive(figures: dict[str, dict[str, Any]]):
-    assert figures["feature_choice"]["dead_features"] == 0
-
-
-@pytest.mark.parametrize(
-    ("row", "least"),
-    [
-        ("topk", 0.68),
-        ("batchtopk", 0.7),
-        ("jumprelu", 0.7),
-        ("standard", 0.62),
-        ("gated", 0.58),
-        ("mutual_choice", 0.74),
-        ("matryoshka_mutual_choice", 0.71),
-        ("feature_choice", 0.69),
-        ("Mutual Choice alone", 0.71),
-    ],
-)
-def test_every_architecture_learns(
-    figures: dict[str, dict[str, Any]], row: str, least: float
-):
-    assert figures[row]["explained_variance"] > least
+@pytest.mark.parametrize("row", RECORDED)
+def test_figures_are_about_those_recorded(figures: dict[str, dict[str, Any]], row: str):
+    found, recorded = figures[row], RECORDED[row]
+    assert found["l0"] == pytest.approx(4.0, rel=0.02)
+    assert found["explained_variance"] == pytest.approx(
+        recorded["explained_variance"], abs=0.04
+    )
+    for name in ("f1", "mcc"):
+        assert found[name] == pytest.approx(recorded[name], abs=0.15), name
