@@ -10,7 +10,7 @@ from transformer_lens.loading_from_pretrained import get_official_model_name
 from sae_lens_alloc import load_runner_config
 from sae_lens_alloc.comparison.config import load_comparison
 
-FOLDER = Path(__file__).parent.parent / "configs"
+FOLDER = Path(__file__).parents[2] / "configs"
 DEMO_CONFIG = FOLDER / "demo_mutual_choice.yaml"
 COMPARISONS = sorted(FOLDER.glob("compare_*.yaml"))
 # the others are tested where the commands that read them are
