@@ -85,15 +85,15 @@ def test_an_endless_run_and_a_traceback_would_be_counted(
         while True:
             pass
 
-    monkeypatch.setattr(cli, "check_training", never_ends)
+    monkeypatch.setattr(cli.train, "check_training", never_ends)
     assert try_case("endless", text).outcome == "endless"
 
     def fails(*_: Any) -> None:
         raise KeyError("oh")
 
-    monkeypatch.setattr(cli, "check_training", fails)
+    monkeypatch.setattr(cli.train, "check_training", fails)
     assert try_case("unforeseen", text).outcome == "unexpected"
-    monkeypatch.setenv(cli.TRACEBACK_VARIABLE, "1")
+    monkeypatch.setenv(cli.endings.TRACEBACK_VARIABLE, "1")
     assert try_case("traceback", text).outcome == "traceback"
 
 
