@@ -40,13 +40,10 @@ from sae_lens_alloc.thresholds.calibration import (
     CalibrationReport,
     calibrate_thresholds,
 )
-from sae_lens_alloc.training.conversion import (
-    ConversionReport,
-    convert_sae,
-    warm_start,
-)
+from sae_lens_alloc.training.conversion import convert_sae
 from sae_lens_alloc.training.runner import AllocSAETrainingRunner
 from sae_lens_alloc.training.trainer import AllocSAETrainer
+from sae_lens_alloc.training.warm_start import ConversionReport, warm_start
 
 __version__ = "0.1.0"
 

@@ -76,6 +76,7 @@ def test_an_endless_run_and_a_traceback_would_be_counted(
 ):
     """The script can find what it looks for."""
     from sae_lens_alloc import cli
+    from sae_lens_alloc.cli.endings import TRACEBACK_VARIABLE
     from scripts.faults import configs
 
     text = yaml.safe_dump(BASE)
@@ -93,7 +94,7 @@ def test_an_endless_run_and_a_traceback_would_be_counted(
 
     monkeypatch.setattr(cli.train, "check_training", fails)
     assert try_case("unforeseen", text).outcome == "unexpected"
-    monkeypatch.setenv(cli.endings.TRACEBACK_VARIABLE, "1")
+    monkeypatch.setenv(TRACEBACK_VARIABLE, "1")
     assert try_case("traceback", text).outcome == "traceback"
 
 
