@@ -13,7 +13,7 @@ from sae_lens_alloc.evaluation.usage import by_pairs, measure_usage, measure_usa
 from sae_lens_alloc.ops.block_encoder import Encoder, WatchedEncoder
 from sae_lens_alloc.ops.encode_select import ThresholdCollector
 from sae_lens_alloc.saes.allocation_sae import AllocationTrainingSAE
-from sae_lens_alloc.thresholds.equal_l0 import (
+from sae_lens_alloc.thresholds.factor import (
     factor_of,
     relative_encoder,
     threshold_factor,

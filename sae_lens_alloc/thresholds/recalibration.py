@@ -18,7 +18,7 @@ from sae_lens_alloc.ops.block_encoder import Encoder
 from sae_lens_alloc.ops.encode_select import encode_feature_choice
 from sae_lens_alloc.saes.saved_sae import load_sae
 from sae_lens_alloc.thresholds.calibration import require_activations
-from sae_lens_alloc.thresholds.equal_l0 import set_l0
+from sae_lens_alloc.thresholds.factor import set_l0
 from sae_lens_alloc.thresholds.jumprelu_form import jumprelu_form
 
 # Relative distance of a threshold from the affinity that decides it.

@@ -22,7 +22,7 @@ from sae_lens_alloc.evaluation.snippets import take_snippets
 from sae_lens_alloc.evaluation.usage import Usage, as_user, measure_usage
 from sae_lens_alloc.ops.backend import BACKEND_VARIABLE
 from sae_lens_alloc.ops.block_encoder import Encoder
-from sae_lens_alloc.thresholds.equal_l0 import set_l0, threshold_factor
+from sae_lens_alloc.thresholds.factor import set_l0, threshold_factor
 
 HOOK = "transformer.h.0"
 D_IN, D_SAE, VOCAB, BOS = 8, 24, 20, 0

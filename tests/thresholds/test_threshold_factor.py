@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from sae_lens_alloc.ops.block_encoder import Encoder
-from sae_lens_alloc.thresholds.equal_l0 import threshold_factor
+from sae_lens_alloc.thresholds.factor import threshold_factor
 from tests.helpers import exact_tensors
 
 

@@ -27,7 +27,7 @@ from sae_lens_alloc.allocation.sparse_activations import SparseActivations
 from sae_lens_alloc.allocation.zipf import zipf_quotas
 from sae_lens_alloc.ops import block_encoder
 from sae_lens_alloc.saes.allocation_sae import AllocationTrainingSAE
-from sae_lens_alloc.thresholds.equal_l0 import set_l0
+from sae_lens_alloc.thresholds.factor import set_l0
 from tests.ops.test_no_dense_matrix import LargestTensor
 from tests.saes.conftest import (
     ARCHITECTURES,
