@@ -20,8 +20,8 @@ from sae_lens_alloc.thresholds.recalibration import (
     Recalibration,
     load_saved_sae,
     recalibrate,
-    require_target_l0,
 )
+from sae_lens_alloc.thresholds.requirements import require_target_l0
 from sae_lens_alloc.training.output_folder import (
     locked_folder,
     new_files,

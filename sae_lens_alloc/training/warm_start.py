@@ -12,11 +12,9 @@ from sae_lens_alloc.allocation.mutual_choice import budget_for
 from sae_lens_alloc.allocation.schedule import budget_per_token
 from sae_lens_alloc.evaluation.usage import by_pairs, measure_usage
 from sae_lens_alloc.saes.allocation_sae import AllocationTrainingSAE
-from sae_lens_alloc.thresholds.calibration import (
-    BATCH_SIZE,
-    require_activations,
-    scale_thresholds,
-)
+from sae_lens_alloc.thresholds.calibration import BATCH_SIZE
+from sae_lens_alloc.thresholds.factor import scale_thresholds
+from sae_lens_alloc.thresholds.requirements import require_activations
 from sae_lens_alloc.training.source_selection import (
     carried_thresholds,
     source_selection,
