@@ -44,8 +44,7 @@ from sae_lens_alloc.training.conversion import convert_sae
 from sae_lens_alloc.training.runner import AllocSAETrainingRunner
 from sae_lens_alloc.training.trainer import AllocSAETrainer
 from sae_lens_alloc.training.warm_start import ConversionReport, warm_start
-
-__version__ = "0.1.0"
+from sae_lens_alloc.version import __version__ as __version__
 
 __all__ = [
     "AllocSAERunnerConfig",
