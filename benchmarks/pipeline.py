@@ -110,7 +110,7 @@ def measure(variant: Variant, started: float) -> dict[str, Any]:
             cfg = load_runner_config(CONFIG, overrides)
             LanguageModelSAETrainingRunner(cfg).run()
         else:
-            cli.train(CONFIG, overrides, overwrite=True)
+            cli.train.train(CONFIG, overrides, overwrite=True)
     return {
         "training_tokens": variant.training_tokens,
         "seconds": {"run;imports": imports, **clock.seconds()},

@@ -23,7 +23,7 @@ import sae_lens_alloc
 from benchmarks.results import load_results, write_results
 from sae_lens_alloc.activations.on_text import take_tokens
 from sae_lens_alloc.comparison.config import load_comparison
-from sae_lens_alloc.comparison.run import make_subject
+from sae_lens_alloc.comparison.shared_activations import make_subject
 from sae_lens_alloc.comparison.stream import stored_stream
 from sae_lens_alloc.demo.methods import Trained, demo_configs
 from sae_lens_alloc.demo.run import CONTEXTS, evaluate

@@ -1,6 +1,7 @@
 """SAELens architectures that treat sparsity as a budget to be allocated (arXiv 2411.02124)."""
 
 from sae_lens_alloc.host_release import explained
+from sae_lens_alloc.version import __version__ as __version__
 
 try:
     from sae_lens import (
@@ -43,17 +44,13 @@ try:
         CalibrationReport,
         calibrate_thresholds,
     )
-    from sae_lens_alloc.training.conversion import (
-        ConversionReport,
-        convert_sae,
-        warm_start,
-    )
+    from sae_lens_alloc.training.conversion import convert_sae
     from sae_lens_alloc.training.runner import AllocSAETrainingRunner
     from sae_lens_alloc.training.trainer import AllocSAETrainer
+    from sae_lens_alloc.training.warm_start import ConversionReport, warm_start
 except ImportError as error:
     raise explained(error) from error
 
-__version__ = "0.1.0"
 
 __all__ = [
     "AllocSAERunnerConfig",

@@ -277,6 +277,7 @@ def test_torch_takes_the_modes_that_it_lists():
 
 def test_casting_an_sae_casts_no_buffer_of_a_module_that_keeps_its_dtypes():
     class Thresholds(ModuleOfKeptDtypes):
+        threshold: torch.Tensor
         n_moved = 0
 
         def __init__(self) -> None:

@@ -8,7 +8,11 @@ from typing import Any
 import pytest
 import typer
 
-from sae_lens_alloc.cli import TRACEBACK_VARIABLE, _interruptible, _one_sentence_errors
+from sae_lens_alloc.cli.endings import (
+    TRACEBACK_VARIABLE,
+    ends_when_interrupted,
+    one_sentence_errors,
+)
 from sae_lens_alloc.errors import LONGEST_SENTENCE, in_one_sentence
 
 
@@ -53,7 +57,7 @@ def test_an_unforeseen_error_is_a_sentence_too(
     monkeypatch: pytest.MonkeyPatch,
 ):
     monkeypatch.delenv(TRACEBACK_VARIABLE, raising=False)
-    with pytest.raises(typer.Exit) as stop, _one_sentence_errors():
+    with pytest.raises(typer.Exit) as stop, one_sentence_errors():
         raise kind("why")
     assert stop.value.exit_code == 1
     said = capsys.readouterr().err
@@ -61,12 +65,12 @@ def test_an_unforeseen_error_is_a_sentence_too(
     assert said.count("\n") == 1
 
     monkeypatch.setenv(TRACEBACK_VARIABLE, "1")
-    with pytest.raises(kind), _one_sentence_errors():
+    with pytest.raises(kind), one_sentence_errors():
         raise kind("why")
 
 
 def test_an_exit_keeps_its_code():
-    with pytest.raises(typer.Exit) as stop, _one_sentence_errors():
+    with pytest.raises(typer.Exit) as stop, one_sentence_errors():
         raise typer.Exit(130)
     assert stop.value.exit_code == 130
 
@@ -78,7 +82,7 @@ def test_the_hint_after_an_interruption_can_be_pasted(
     (folder / "256").mkdir(parents=True)
     (folder / "256" / "checkpoint.json").touch()
     cfg: Any = SimpleNamespace(checkpoint_path=str(folder))
-    with pytest.raises(typer.Exit), _interruptible(cfg):
+    with pytest.raises(typer.Exit), ends_when_interrupted(cfg):
         raise KeyboardInterrupt
     said = capsys.readouterr().err
     assert shlex.split(said)[-1] == f"resume_from_checkpoint={folder}"

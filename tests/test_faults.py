@@ -11,7 +11,7 @@ import pytest
 import torch
 import yaml
 
-from docs import render
+from docs import measured
 from sae_lens_alloc.training import runner
 from scripts.faults.configs import (
     BASE,
@@ -76,6 +76,7 @@ def test_an_endless_run_and_a_traceback_would_be_counted(
 ):
     """The script can find what it looks for."""
     from sae_lens_alloc import cli
+    from sae_lens_alloc.cli.endings import TRACEBACK_VARIABLE
     from scripts.faults import configs
 
     text = yaml.safe_dump(BASE)
@@ -85,15 +86,15 @@ def test_an_endless_run_and_a_traceback_would_be_counted(
         while True:
             pass
 
-    monkeypatch.setattr(cli, "check_training", never_ends)
+    monkeypatch.setattr(cli.train, "check_training", never_ends)
     assert try_case("endless", text).outcome == "endless"
 
     def fails(*_: Any) -> None:
         raise KeyError("oh")
 
-    monkeypatch.setattr(cli, "check_training", fails)
+    monkeypatch.setattr(cli.train, "check_training", fails)
     assert try_case("unforeseen", text).outcome == "unexpected"
-    monkeypatch.setenv(cli.TRACEBACK_VARIABLE, "1")
+    monkeypatch.setenv(TRACEBACK_VARIABLE, "1")
     assert try_case("traceback", text).outcome == "traceback"
 
 
@@ -127,8 +128,8 @@ def test_one_command_writes_what_a_script_counts(tmp_path: Path):
 
 def test_the_page_shows_the_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     path = tmp_path / "faults.json"
-    monkeypatch.setattr(render, "FAULTS", path)
-    assert render.faults_table() == "Not counted yet."
+    monkeypatch.setattr(measured, "FAULTS", path)
+    assert measured.faults_table() == "Not counted yet."
     counts = {**dict.fromkeys(OUTCOMES, 0), "refused": 1234, "lost": 1}
     report = {
         "command": "python -m scripts.faults",
@@ -137,7 +138,7 @@ def test_the_page_shows_the_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         "scripts": {"configs": {"n_cases": 1235, "counts": counts, "cases": []}},
     }
     path.write_text(json.dumps(report))
-    assert render.faults_table().splitlines() == [
+    assert measured.faults_table().splitlines() == [
         "All cases; torch 2.13, sae-lens 6.54 (`python -m scripts.faults`):",
         "",
         "| | cases | refused | refused late | worked | unexpected | traceback | endless | lost | leaked | ignored |",

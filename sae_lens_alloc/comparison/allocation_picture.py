@@ -1,5 +1,7 @@
 """Figure 1 of the paper on real activations: one budget, given out by three rules."""
 
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -9,6 +11,11 @@ from sae_lens_alloc.allocation.feature_choice import select_feature_choice
 from sae_lens_alloc.allocation.mutual_choice import select_mutual_choice
 from sae_lens_alloc.allocation.sparse_activations import SparseActivations
 from sae_lens_alloc.allocation.zipf import ZipfLaw, zipf_quotas
+from sae_lens_alloc.comparison.cell import cell_folder, sae_folder
+from sae_lens_alloc.comparison.config import ComparisonConfig
+from sae_lens_alloc.comparison.results import middle_k
+from sae_lens_alloc.comparison.stream import StoredStream
+from sae_lens_alloc.saes.saved_sae import load_sae
 
 N_TOKENS, N_FEATURES = 40, 40
 PAIRS_PER_TOKEN = 4
@@ -63,3 +70,38 @@ def _feature_choice(affinities: torch.Tensor, budget: int) -> SparseActivations:
 
 def _rounded(values: torch.Tensor) -> list[list[float]]:
     return [[round(value, 3) for value in row] for row in values.tolist()]
+
+
+def shown_allocation(
+    config: ComparisonConfig,
+    points: Sequence[dict[str, Any]],
+    output: Path,
+    stream: StoredStream | None,
+    earlier: Mapping[str, Any] | None,
+) -> dict[str, Any] | None:
+    """
+    The picture for the first row of ours at the middle k, else the first row; the earlier one
+    where its SAE is not here.
+    """
+    k = middle_k(config.k)
+    shown = [
+        (point["row"], sae_folder(cell_folder(output, point["runs"][0]["cell"]), k))
+        for point in points
+        if point["k"] == k and point["runs"]
+    ]
+    here = [(row, folder) for row, folder in shown if folder.exists()]
+    ours = [
+        (row, folder)
+        for row, folder in here
+        if config.rows[row]["architecture"] == "mutual_choice"
+    ]
+    picture = None if earlier is None else earlier["allocation"]
+    if stream is None or not here or (picture is not None and not ours):
+        return picture
+    row, folder = (ours or here)[0]
+    try:
+        sae = load_sae(folder)
+    except ValueError:  # damaged since it was measured
+        return picture
+    activations = stream.split(config.measured_on)
+    return {"row": row, "k": k, "rules": allocation_picture(sae, activations)}

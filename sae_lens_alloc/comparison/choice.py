@@ -97,3 +97,12 @@ def other_seeds(cells: Sequence[Cell], choices: Sequence[Choice]) -> list[Cell]:
         if choice.cell is not None
     }
     return [cell for cell in cells if (cell.row, cell.sparsity, cell.lr) in chosen]
+
+
+def trained_runs(cells: Sequence[Cell], choice: Choice, results: Results) -> list[Cell]:
+    """The chosen settings' cells that have been trained, one a seed."""
+    return [
+        cell
+        for cell in other_seeds(cells, [choice])
+        if validation_ev(results.get(cell.key), choice.k) is not None
+    ]

@@ -11,7 +11,6 @@ from typing import Any
 import sae_lens
 import torch
 
-import sae_lens_alloc
 from sae_lens_alloc.allocation.zipf import ZipfLaw
 from sae_lens_alloc.comparison.cell import Cell
 from sae_lens_alloc.comparison.choice import Choice
@@ -23,6 +22,7 @@ from sae_lens_alloc.comparison.finished import (
 )
 from sae_lens_alloc.comparison.json_files import finite_or_null, write_whole
 from sae_lens_alloc.evaluation.usage import DensityCurve, Usage
+from sae_lens_alloc.version import __version__
 
 SCHEMA = Path(__file__).with_name("results.schema.json")
 VERY_RARE_DENSITY = 1e-5
@@ -159,7 +159,7 @@ def comparison_results(
         "settings": settings,
         "machine": machine,
         "versions": {
-            "sae_lens_alloc": sae_lens_alloc.__version__,
+            "sae_lens_alloc": __version__,
             "sae_lens": sae_lens.__version__,
             "torch": torch.__version__,
         },

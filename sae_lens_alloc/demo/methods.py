@@ -14,7 +14,7 @@ from sae_lens_alloc.activations.on_text import take_tokens
 from sae_lens_alloc.config.run_file import load_runner_config
 from sae_lens_alloc.evaluation.usage import as_user, measure_usage
 from sae_lens_alloc.saes.mutual_choice_sae import MutualChoiceTrainingSAEConfig
-from sae_lens_alloc.thresholds.equal_l0 import set_l0
+from sae_lens_alloc.thresholds.factor import set_l0
 from sae_lens_alloc.training.output_folder import new_files
 from sae_lens_alloc.training.runner import (
     CALIBRATION_TOKENS,

@@ -14,7 +14,6 @@ from sae_lens import SAE
 from sae_lens.load_model import load_model
 from safetensors.torch import save_file
 
-import sae_lens_alloc
 from sae_lens_alloc.activations.contexts import held_out_contexts
 from sae_lens_alloc.demo.methods import (
     CORPUS,
@@ -36,6 +35,7 @@ from sae_lens_alloc.training.output_folder import (
     new_files,
 )
 from sae_lens_alloc.training.runner import METRICS_FILENAME
+from sae_lens_alloc.version import __version__
 
 # A first look: fewer tokens to learn from, and fewer to judge by.
 QUICK = "training_tokens=120_000"
@@ -135,7 +135,7 @@ def write_results(
     results: dict[str, Any] = {
         "quick": quick,
         "versions": {
-            "sae_lens_alloc": sae_lens_alloc.__version__,
+            "sae_lens_alloc": __version__,
             "sae_lens": sae_lens.__version__,
             "torch": torch.__version__,
         },

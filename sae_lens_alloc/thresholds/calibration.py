@@ -5,7 +5,6 @@ from functools import partial
 from typing import Any
 
 import torch
-from sae_lens import SAE
 
 from sae_lens_alloc.allocation.mutual_choice import MutualChoiceCollector, budget_for
 from sae_lens_alloc.allocation.sparse_activations import SparseActivations
@@ -13,15 +12,14 @@ from sae_lens_alloc.evaluation.usage import by_pairs, measure_usage, measure_usa
 from sae_lens_alloc.ops.block_encoder import Encoder, WatchedEncoder
 from sae_lens_alloc.ops.encode_select import ThresholdCollector
 from sae_lens_alloc.saes.allocation_sae import AllocationTrainingSAE
-from sae_lens_alloc.thresholds.equal_l0 import (
+from sae_lens_alloc.thresholds.factor import (
     factor_of,
+    movable_thresholds,
     relative_encoder,
-    threshold_factor,
 )
+from sae_lens_alloc.thresholds.requirements import require_activations
 
 BATCH_SIZE = 4096
-# Thresholds below this share of the largest count as this much where they are scaled.
-SMALLEST_SHARE = 1e-6
 
 
 @dataclass(frozen=True)
@@ -159,48 +157,3 @@ class _FirstPass:
         self._above = by_threshold.finish(len(inputs))
         self._n_seen += len(inputs)
         return pairs
-
-
-def require_activations(sae: SAE[Any], activations: torch.Tensor) -> None:
-    """Raises ValueError if activations are not finite and of shape (tokens, d_in)."""
-    if activations.ndim != 2 or activations.shape[1] != sae.cfg.d_in:
-        raise ValueError(
-            f"activations must have shape (tokens, {sae.cfg.d_in}), got "
-            f"{tuple(activations.shape)}."
-        )
-    if not torch.isfinite(activations).all():
-        raise ValueError(
-            "activations contain NaN or Inf: check the language model and its dtype."
-        )
-
-
-@torch.no_grad()
-def scale_thresholds(
-    sae: AllocationTrainingSAE[Any], activations: torch.Tensor, target_l0: float
-) -> None:
-    """
-    Multiplies all thresholds of an SAE by one factor such that `target_l0` features per
-    token are active on activations of shape (T, d_in). Silenced features, of infinite
-    threshold, stay silenced.
-
-    Raises:
-        ValueError: if no thresholds give the wanted L0. They are then as they were.
-    """
-    tracked = sae.allocation.threshold
-    thresholds = movable_thresholds(tracked)
-    factor = threshold_factor(
-        sae.encoder(), sae.process_sae_in(activations), thresholds, target_l0
-    )
-    tracked.copy_(thresholds * factor)
-
-
-def movable_thresholds(thresholds: torch.Tensor) -> torch.Tensor:
-    """
-    Thresholds of shape (F,) of which a factor moves all: those of 0, as features of a gated or
-    JumpReLU SAE may have, become very small ones. Silenced features, of infinite threshold,
-    stay silenced.
-    """
-    largest = thresholds.where(thresholds.isfinite(), 0.0).max()
-    if largest == 0:  # of an SAE that has not been trained yet, or was a ReLU
-        return thresholds.where(thresholds != 0, 1.0)
-    return thresholds.clamp(min=SMALLEST_SHARE * float(largest))

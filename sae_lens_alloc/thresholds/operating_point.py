@@ -10,7 +10,7 @@ from sae_lens.saes.standard_sae import StandardSAE
 from sae_lens.saes.topk_sae import TopKSAE
 
 from sae_lens_alloc.ops.block_encoder import Encoder
-from sae_lens_alloc.thresholds.equal_l0 import set_l0, threshold_factor
+from sae_lens_alloc.thresholds.factor import set_l0, threshold_factor
 from sae_lens_alloc.thresholds.jumprelu_form import jumprelu_form
 
 

@@ -11,18 +11,16 @@ from sae_lens.saes.jumprelu_sae import JumpReLUSAE
 from sae_lens.saes.sae import TrainingSAE
 from sae_lens.saes.topk_sae import TopKSAE
 
-from sae_lens_alloc.allocation.mutual_choice import budget_for
-from sae_lens_alloc.allocation.quota_curve import QuotaCurve
 from sae_lens_alloc.evaluation.usage import Usage, as_user, measure_usage
-from sae_lens_alloc.ops.block_encoder import Encoder
-from sae_lens_alloc.ops.encode_select import encode_feature_choice
 from sae_lens_alloc.saes.saved_sae import load_sae
-from sae_lens_alloc.thresholds.calibration import require_activations
-from sae_lens_alloc.thresholds.equal_l0 import set_l0
+from sae_lens_alloc.thresholds.densities import set_densities
+from sae_lens_alloc.thresholds.factor import set_l0
 from sae_lens_alloc.thresholds.jumprelu_form import jumprelu_form
+from sae_lens_alloc.thresholds.requirements import (
+    require_activations,
+    require_target_l0,
+)
 
-# Relative distance of a threshold from the affinity that decides it.
-MARGIN = 1e-6
 # Two in each half, or there is no variance.
 MIN_TOKENS = 4
 # An SAE whose squared error is twice the variance is not one of these activations.
@@ -134,7 +132,7 @@ def recalibrate(
     if isinstance(sae, TopKSAE) or not per_feature:
         set_l0(calibrated, used, target_l0)
     if per_feature:
-        _set_densities(calibrated, used, before.firings.to(used.device), target_l0)
+        set_densities(calibrated, used, before.firings.to(used.device), target_l0)
     report = Recalibration(
         sae=calibrated,
         target_l0=target_l0,
@@ -148,15 +146,6 @@ def recalibrate(
     calibrated.cfg.metadata.calibration = report.to_dict()
     calibrated.cfg.metadata.l0 = report.after.l0
     return report
-
-
-def require_target_l0(sae: SAE[Any], target_l0: float) -> None:
-    """Raises ValueError if an L0 is not above 0 and at most the number of features."""
-    if not 0 < target_l0 <= sae.cfg.d_sae:
-        raise ValueError(
-            f"no thresholds give an L0 of {target_l0:g}: it must be above 0 and at most "
-            f"{sae.cfg.d_sae}, the number of features."
-        )
 
 
 def _require_sense(report: Recalibration) -> None:
@@ -178,63 +167,3 @@ def _require_sense(report: Recalibration) -> None:
 
 def _usage(sae: SAE[Any], activations: torch.Tensor) -> Usage:
     return measure_usage(as_user(sae), activations)
-
-
-def _set_densities(
-    sae: JumpReLUSAE, activations: torch.Tensor, counts: torch.Tensor, target_l0: float
-) -> None:
-    """
-    Sets each threshold such that the feature is active on a number of tokens in proportion
-    to `counts`, all together on `target_l0` features per token.
-
-    Args:
-        sae: The SAE; its thresholds, which are changed in place, make this fast if they are
-            near.
-        activations: Activations as the SAE takes them, shape (T, d_in).
-        counts: Shape (F,).
-        target_l0: Wanted features per token.
-
-    Raises:
-        ValueError: if the features cannot be active on so many tokens.
-    """
-    encoder, x = Encoder(sae.W_enc, sae.b_enc, None), sae.process_sae_in(activations)
-    budget = budget_for(target_l0, len(x))
-    guess = sae.threshold / 2
-    never = guess.new_tensor(torch.inf)
-    caps = torch.full_like(counts, len(x))
-    while True:
-        quotas = _quotas_in_proportion(counts, budget, caps)
-        if budget == 0 or int(quotas.sum()) < budget:
-            raise ValueError(
-                f"no thresholds give an L0 of {target_l0} on these {len(x)} tokens: the "
-                f"{int((counts > 0).sum())} features that are active on them reach "
-                f"{int(quotas.sum()) / len(x):.3g}."
-            )
-        # a feature without quota is silenced, so its largest affinity has to be known, too
-        wanted = quotas.clamp(min=1)
-        best = encode_feature_choice(
-            encoder, x, wanted, guess, never, guess, int(wanted.sum())
-        ).pairs.without_padding()
-        found = best.feature_counts()
-        if not (found < quotas).any():
-            break
-        caps = torch.where(found < quotas, found, caps)  # all its positive affinities
-    last = torch.full_like(guess, torch.inf).scatter_reduce(
-        0, best.feature_indices, best.values.to(guess), "amin"
-    )
-    largest = last.where(found > 0, 0.0)
-    silencing = torch.maximum(largest * (1 + MARGIN), sae.threshold)
-    sae.threshold.copy_(torch.where(quotas > 0, last * (1 - MARGIN), silencing))
-
-
-def _quotas_in_proportion(
-    counts: torch.Tensor, budget: int, caps: torch.Tensor
-) -> torch.Tensor:
-    """Whole quotas in proportion to `counts` that sum to the budget; int64 of shape (F,)."""
-    active = (counts > 0).nonzero().squeeze(1)
-    quotas = torch.zeros_like(counts, dtype=torch.float64)
-    if len(active) > 0:
-        log_shares = counts[active].double().log()
-        quotas[active] = QuotaCurve.of(log_shares, caps[active]).quotas(budget)
-    # remainders are handed on from feature to feature, so that the sum is right
-    return (quotas.cumsum(0) + 1e-6).floor().diff(prepend=quotas.new_zeros(1)).long()

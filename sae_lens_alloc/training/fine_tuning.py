@@ -11,11 +11,12 @@ from sae_lens.config import LanguageModelSAERunnerConfig
 from sae_lens.saes.sae import TrainingSAE
 
 from sae_lens_alloc.activations.on_text import take_tokens
-from sae_lens_alloc.training.conversion import ConversionReport, convert_sae
+from sae_lens_alloc.training.conversion import convert_sae
 from sae_lens_alloc.training.output_folder import require_other_folder
 from sae_lens_alloc.training.resuming import resumed_sae_config
 from sae_lens_alloc.training.runner import CALIBRATION_TOKENS, AllocSAETrainingRunner
 from sae_lens_alloc.training.source_sae import SourceSAE
+from sae_lens_alloc.training.warm_start import ConversionReport
 
 # A file read as another architecture is off by more than this: a TopK SAE read as a ReLU one
 # has 5 to 20 times the features per token (SAELens #308, #553).

@@ -5,6 +5,8 @@ import subprocess
 from importlib.metadata import version
 from typing import Any
 
+from sae_lens_alloc.version import __version__
+
 LIBRARIES = ("sae-lens", "transformer-lens", "torch", "transformers", "datasets")
 
 
@@ -13,14 +15,12 @@ def provenance(seed: int) -> dict[str, Any]:
     Seed, versions, and the git commit of the current directory, which ends in `-dirty` where
     files differ from it and is None outside of a repository.
     """
-    import sae_lens_alloc  # whose import imports this module
-
     return {
         "seed": seed,
         "git_commit": _git_commit(),
         "versions": {
             "python": platform.python_version(),
-            "sae-lens-alloc": sae_lens_alloc.__version__,
+            "sae-lens-alloc": __version__,
             **{name: version(name) for name in LIBRARIES},
         },
     }

@@ -29,7 +29,8 @@ from typer.testing import CliRunner  # noqa: E402
 
 import sae_lens_alloc  # noqa: E402
 from sae_lens_alloc import MutualChoiceTrainingSAEConfig  # noqa: E402
-from sae_lens_alloc.cli import TRACEBACK_VARIABLE, app  # noqa: E402
+from sae_lens_alloc.cli import app  # noqa: E402
+from sae_lens_alloc.cli.endings import TRACEBACK_VARIABLE  # noqa: E402
 from sae_lens_alloc.training import runner  # noqa: E402
 from scripts.faults.counting import (  # noqa: E402
     Outcome,

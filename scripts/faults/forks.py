@@ -15,6 +15,7 @@ from typing import Any
 
 from sae_lens_alloc import cli
 from sae_lens_alloc.activations.store import ResumableActivationsStore
+from sae_lens_alloc.cli import calibrate
 from sae_lens_alloc.training import (
     final_sae,
     fine_tuning_run,
@@ -42,7 +43,7 @@ PHASES: dict[str, tuple[Any, str]] = {
     "check": (runner, "check_saved_sae"),
 }
 OTHER_PHASES: dict[str, tuple[Any, str]] = {
-    "recalibration": (cli, "recalibrate"),
+    "recalibration": (calibrate, "recalibrate"),
     "report": (fine_tuning_run, "write_report"),
 }
 

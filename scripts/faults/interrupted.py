@@ -13,6 +13,7 @@ from sae_lens.training.activation_scaler import ActivationScaler
 
 from sae_lens_alloc import cli
 from sae_lens_alloc.activations.store import ResumableActivationsStore
+from sae_lens_alloc.cli import calibrate
 from sae_lens_alloc.comparison import pool, worker
 from sae_lens_alloc.demo import run as demo_run
 from sae_lens_alloc.training import fine_tuning, fine_tuning_run, preflight, trainer
@@ -33,9 +34,9 @@ IN_FINE_TUNING: dict[str, Place] = {
     "first step": IN_TRAINING["first step"],
 }
 IN_CALIBRATION: dict[str, Place] = {
-    "model": (cli, "gather_activations"),
+    "model": (calibrate, "gather_activations"),
     "tokens": IN_TRAINING["tokens"],
-    "recalibration": (cli, "recalibrate"),
+    "recalibration": (calibrate, "recalibrate"),
 }
 
 

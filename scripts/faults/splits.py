@@ -97,7 +97,7 @@ def watched_halves(command: list[str]) -> Action:
             print(f"{LEAK if n > half // 10 else 'clean'}: {n} of {half}")
             return x
 
-        cli.gather_activations = gathering
+        cli.calibrate.gather_activations = gathering
         cli.app(command)
 
     return act

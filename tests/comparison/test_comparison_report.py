@@ -25,7 +25,7 @@ from sae_lens_alloc.comparison.results import (
     summary,
 )
 from sae_lens_alloc.evaluation.usage import Usage
-from tests.test_report import CHROMIUM, PHONE_WIDTH, traces
+from tests.evaluation.test_report import CHROMIUM, PHONE_WIDTH, traces
 
 ROWS = ("mutual_choice, <aux>", "topk", "standard")
 KS = (8.0, 16.0, 32.0)

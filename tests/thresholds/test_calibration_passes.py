@@ -11,7 +11,7 @@ from sae_lens_alloc.evaluation.usage import by_pairs, measure_usage
 from sae_lens_alloc.ops import block_encoder
 from sae_lens_alloc.ops.block_encoder import Encoder
 from sae_lens_alloc.saes.allocation_sae import AllocationTrainingSAE
-from sae_lens_alloc.thresholds.calibration import scale_thresholds
+from sae_lens_alloc.thresholds.factor import scale_thresholds
 from tests.saes.conftest import make_sae, state_of, tokens, training_step
 
 N_TOKENS, D_SAE, BATCH_SIZE = 2000, 200, 300

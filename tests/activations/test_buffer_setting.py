@@ -56,7 +56,7 @@ def test_a_run_with_a_sae_lens_that_has_renamed_it(tmp_path: Path):
     shutil.copytree(installed, renamed, ignore=shutil.ignore_patterns("__pycache__"))
     for file in renamed.rglob("*.py"):
         file.write_text(file.read_text().replace(OLD, NEW))
-    python_path = [str(tmp_path / "site"), str(Path(__file__).parent.parent)]
+    python_path = [str(tmp_path / "site"), str(Path(__file__).parents[2])]
     result = subprocess.run(
         [sys.executable, "-c", RUN, str(tmp_path / "out")],
         env={**os.environ, "PYTHONPATH": os.pathsep.join(python_path)},

@@ -11,8 +11,8 @@ from transformer_lens.HookedTransformer import HookedRootModule
 
 from sae_lens_alloc import AllocSAETrainingRunner, MutualChoiceTrainingSAEConfig
 from sae_lens_alloc.activations.local_dataset import check_local_dataset
+from tests.activations.test_activations_store import contexts, made, store
 from tests.training.conftest import D_MODEL, lm_config
-from tests.training.test_activations_store import contexts, made, store
 
 SAE = MutualChoiceTrainingSAEConfig(d_in=D_MODEL, d_sae=64, k=4)
 NULL = None

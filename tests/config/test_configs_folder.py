@@ -10,7 +10,8 @@ from transformer_lens.loading_from_pretrained import get_official_model_name
 from sae_lens_alloc import load_runner_config
 from sae_lens_alloc.comparison.config import load_comparison
 
-FOLDER = Path(__file__).parent.parent / "configs"
+ROOT = Path(__file__).parents[2]
+FOLDER = ROOT / "configs"
 DEMO_CONFIG = FOLDER / "demo_mutual_choice.yaml"
 COMPARISONS = sorted(FOLDER.glob("compare_*.yaml"))
 # the others are tested where the commands that read them are
@@ -44,6 +45,12 @@ def test_model_and_hook_exist_and_have_the_width(cfg: Any):
     match = re.fullmatch(pattern, cfg.hook_name)
     assert match is not None
     assert int(match[1]) < n_blocks
+
+
+@pytest.mark.parametrize("path", sorted(FOLDER.glob("*.yaml")), ids=lambda p: p.stem)
+def test_files_of_this_repository_are_where_a_config_says(path: Path):
+    named = re.findall(r"\b(?:sae_lens_alloc|scripts)/[\w./]+", path.read_text())
+    assert [name for name in named if not (ROOT / name).exists()] == []
 
 
 def test_schedule_is_the_recipe(cfg: Any):

@@ -1,7 +1,6 @@
 """Evaluation of saved SAEs against plain float64 computations on a tiny model."""
 
 import json
-import math
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
@@ -11,18 +10,11 @@ import torch
 from sae_lens.load_model import HookedProxyLM
 from sae_lens.saes.jumprelu_sae import JumpReLUSAE, JumpReLUSAEConfig
 from torch.nn.functional import cross_entropy
-from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
+from transformers import GPT2Config, GPT2LMHeadModel
 
-from sae_lens_alloc.activations.contexts import held_out_contexts
-from sae_lens_alloc.activations.on_text import take_tokens
-from sae_lens_alloc.demo.methods import HERE
 from sae_lens_alloc.evaluation.baseline import measure_baseline
 from sae_lens_alloc.evaluation.metrics import evaluate_sae
-from sae_lens_alloc.evaluation.snippets import take_snippets
 from sae_lens_alloc.evaluation.usage import Usage, as_user, measure_usage
-from sae_lens_alloc.ops.backend import BACKEND_VARIABLE
-from sae_lens_alloc.ops.block_encoder import Encoder
-from sae_lens_alloc.thresholds.equal_l0 import set_l0, threshold_factor
 
 HOOK = "transformer.h.0"
 D_IN, D_SAE, VOCAB, BOS = 8, 24, 20, 0
@@ -300,120 +292,3 @@ def test_figures_can_be_written_as_json(
     figures = evaluate_sae(sae, model, tokens, HOOK).to_dict()
     assert json.loads(json.dumps(figures, allow_nan=False)) == figures
     assert sum(figures["l0_histogram"]) == figures["n_tokens"]
-
-
-def test_thresholds_are_moved_to_the_wanted_l0(sae: JumpReLUSAE):
-    torch.manual_seed(3)
-    activations = torch.randn(500, D_IN, dtype=torch.float64)
-    with torch.no_grad():
-        sae.threshold.uniform_(0.3, 0.9)
-    ratios = sae.threshold / sae.threshold[0]
-    for target in (1.0, 3.7):
-        set_l0(sae, activations, target)
-        assert measure_usage(as_user(sae), activations).l0 == pytest.approx(
-            math.floor(target * 500) / 500
-        )
-        assert torch.allclose(sae.threshold / sae.threshold[0], ratios)
-
-
-@pytest.mark.parametrize("target", [0.0001, 23.0])
-def test_an_l0_out_of_reach_is_an_error(sae: JumpReLUSAE, target: float):
-    activations = torch.randn(50, D_IN, dtype=torch.float64)
-    with pytest.raises(ValueError, match="no thresholds give an L0"):
-        set_l0(sae, activations, target)
-
-
-@torch.no_grad()
-def test_a_threshold_of_zero_stays_zero(sae: JumpReLUSAE):
-    """Feature 3 keeps all its positive affinities, the others share what is left."""
-    activations = torch.randn(
-        500, D_IN, dtype=torch.float64, generator=torch.manual_seed(3)
-    )
-    sae.threshold.uniform_(0.3, 0.9)
-    sae.threshold[3] = 0.0
-    ratios = sae.threshold / sae.threshold[0]
-    affinities = sae.process_sae_in(activations) @ sae.W_enc + sae.b_enc
-    always = int((affinities[:, 3] > 0).sum())
-    target = (always + 700) / 500
-    relative = affinities / sae.threshold
-    relative[:, 3] = -1
-    cut = relative.flatten().sort(descending=True).values[699]
-
-    set_l0(sae, activations, target)
-    active = sae.encode(activations) > 0
-    assert torch.equal(active[:, 3], affinities[:, 3] > 0)
-    active[:, 3] = False
-    assert torch.equal(active, relative >= cut)
-    assert torch.allclose(sae.threshold / sae.threshold[0], ratios)
-
-    with pytest.raises(ValueError, match="threshold is 0, and stays so"):
-        set_l0(sae, activations, (always - 1) / 500)
-
-
-def test_negative_thresholds_are_not_moved_by_a_factor(sae: JumpReLUSAE):
-    with torch.no_grad():
-        sae.threshold[3] = -0.1
-    with pytest.raises(ValueError, match="no threshold may be negative"):
-        set_l0(sae, torch.randn(50, D_IN, dtype=torch.float64), 2.0)
-
-
-def test_thresholds_of_nan_are_not_moved_by_a_factor(sae: JumpReLUSAE):
-    with torch.no_grad():
-        sae.threshold[3] = torch.nan
-    with pytest.raises(ValueError, match="1 of 24 thresholds are NaN"):
-        set_l0(sae, torch.randn(50, D_IN, dtype=torch.float64), 2.0)
-
-
-@pytest.mark.parametrize("backend", ["torch", "reference"])
-def test_silenced_features_are_not_counted(
-    backend: str, monkeypatch: pytest.MonkeyPatch
-):
-    """Of 10 tokens with affinities 1, 2 and 3 of three features, two of them silenced."""
-    monkeypatch.setenv(BACKEND_VARIABLE, backend)
-    encoder = Encoder(torch.zeros(4, 3), torch.tensor([1.0, 2.0, 3.0]), None)
-    x, inf = torch.zeros(10, 4), torch.inf
-    factor = threshold_factor(encoder, x, torch.tensor([2.0, inf, inf]), 1.0)
-    assert factor.item() == pytest.approx(0.5, rel=1e-5)
-    for thresholds in ([2.0, inf, inf], [inf] * 3):
-        with pytest.raises(ValueError, match="those of silenced features left out"):
-            threshold_factor(encoder, x, torch.tensor(thresholds), 1.1)
-
-
-def test_batches_that_end_say_how_many_there_were():
-    batches = [torch.ones(4, 2), torch.zeros(4, 2)]
-    assert torch.equal(take_tokens(iter(batches), 5), torch.cat(batches))
-    with pytest.raises(ValueError, match="of 9 tokens are wanted, .* end after 8"):
-        take_tokens(iter(batches), 9)
-
-
-def test_contexts_are_laid_out_as_in_training():
-    tokenizer = AutoTokenizer.from_pretrained(HERE / "model")
-    texts = ["import os\n", "", "def f(x):\n    return x + 1\n"]
-    bos = tokenizer.bos_token_id
-    first, second = (tokenizer(text)["input_ids"] for text in (texts[0], texts[2]))
-    # BOS opens every context and stands between two texts
-    stream = [bos, *first, bos, *second]
-    contexts = held_out_contexts(texts, tokenizer, 6)
-    assert contexts[0].tolist() == stream[:6]
-    assert contexts[1].tolist() == [bos, *stream[6:11]]
-    assert contexts.shape[1] == 6
-
-
-def test_few_contexts_are_spread_over_all():
-    tokenizer = AutoTokenizer.from_pretrained(HERE / "model")
-    texts = [f"x = {i}\n" * 5 for i in range(40)]
-    all_contexts = held_out_contexts(texts, tokenizer, 8)
-    few = held_out_contexts(texts, tokenizer, 8, 3)
-    last = len(all_contexts) - 1
-    assert torch.equal(few, all_contexts[[0, last // 2, last]])
-
-
-def test_snippets_start_at_a_line_and_know_their_counts():
-    tokenizer = AutoTokenizer.from_pretrained(HERE / "model")
-    text = "a = 1\n" + "value = compute(value)\n" * 20
-    tokens = held_out_contexts([text], tokenizer, 60)
-    (snippet,) = take_snippets(tokens, tokenizer, [0], max_tokens=40)
-    assert "".join(snippet.tokens).startswith("value = compute")
-    counts = torch.arange(60)[None]
-    assert snippet.counts(counts) == list(range(snippet.start, 60))
-    assert len(snippet.tokens) == 60 - snippet.start <= 40

@@ -1,4 +1,6 @@
-"""Comparing SAEs at equal sparsity: thresholds of a saved SAE moved to a wanted L0."""
+"""One factor for all thresholds of an SAE, which brings it to a wanted L0 and keeps their ratios."""
+
+from typing import Any
 
 import torch
 from sae_lens.saes.jumprelu_sae import JumpReLUSAE
@@ -7,9 +9,51 @@ from sae_lens_alloc.allocation.mutual_choice import budget_for
 from sae_lens_alloc.allocation.sparse_activations import SparseActivations
 from sae_lens_alloc.ops.block_encoder import Encoder
 from sae_lens_alloc.ops.encode_select import encode_mutual_choice
+from sae_lens_alloc.saes.allocation_sae import AllocationTrainingSAE
 
 # Stands for a threshold of 0 where affinities are divided by it.
 ALWAYS_OPEN = 1e-20
+# Thresholds below this share of the largest count as this much where they are scaled.
+SMALLEST_SHARE = 1e-6
+
+
+@torch.no_grad()
+def set_l0(sae: JumpReLUSAE, activations: torch.Tensor, target_l0: float) -> None:
+    """
+    Multiplies all thresholds of a JumpReLU SAE by one factor such that `target_l0` features
+    per token are active on the given activations.
+
+    Args:
+        sae: An inference SAE, as batchtopk, jumprelu and our own architectures are saved.
+            Its thresholds are changed in place.
+        activations: Activations as the SAE takes them, shape (T, d_in).
+
+    Raises:
+        ValueError: if a threshold is negative, or no factor gives the wanted L0.
+    """
+    encoder = Encoder(sae.W_enc, sae.b_enc, None)
+    x = sae.process_sae_in(activations)
+    sae.threshold.mul_(threshold_factor(encoder, x, sae.threshold, target_l0))
+
+
+@torch.no_grad()
+def scale_thresholds(
+    sae: AllocationTrainingSAE[Any], activations: torch.Tensor, target_l0: float
+) -> None:
+    """
+    Multiplies all thresholds of an SAE by one factor such that `target_l0` features per
+    token are active on activations of shape (T, d_in). Silenced features, of infinite
+    threshold, stay silenced.
+
+    Raises:
+        ValueError: if no thresholds give the wanted L0. They are then as they were.
+    """
+    tracked = sae.allocation.threshold
+    thresholds = movable_thresholds(tracked)
+    factor = threshold_factor(
+        sae.encoder(), sae.process_sae_in(activations), thresholds, target_l0
+    )
+    tracked.copy_(thresholds * factor)
 
 
 @torch.no_grad()
@@ -97,20 +141,13 @@ def factor_of(
     return pairs.values[last] * (1 - 1e-6)
 
 
-@torch.no_grad()
-def set_l0(sae: JumpReLUSAE, activations: torch.Tensor, target_l0: float) -> None:
+def movable_thresholds(thresholds: torch.Tensor) -> torch.Tensor:
     """
-    Multiplies all thresholds of a JumpReLU SAE by one factor such that `target_l0` features
-    per token are active on the given activations.
-
-    Args:
-        sae: An inference SAE, as batchtopk, jumprelu and our own architectures are saved.
-            Its thresholds are changed in place.
-        activations: Activations as the SAE takes them, shape (T, d_in).
-
-    Raises:
-        ValueError: if a threshold is negative, or no factor gives the wanted L0.
+    Thresholds of shape (F,) of which a factor moves all: those of 0, as features of a gated or
+    JumpReLU SAE may have, become very small ones. Silenced features, of infinite threshold,
+    stay silenced.
     """
-    encoder = Encoder(sae.W_enc, sae.b_enc, None)
-    x = sae.process_sae_in(activations)
-    sae.threshold.mul_(threshold_factor(encoder, x, sae.threshold, target_l0))
+    largest = thresholds.where(thresholds.isfinite(), 0.0).max()
+    if largest == 0:  # of an SAE that has not been trained yet, or was a ReLU
+        return thresholds.where(thresholds != 0, 1.0)
+    return thresholds.clamp(min=SMALLEST_SHARE * float(largest))

@@ -1,0 +1,113 @@
+"""The tables of single measurements: the demo, fine-tuning, the timed switch, and faults."""
+
+import json
+from pathlib import Path
+
+RESULTS = Path(__file__).parent / "results"
+DEMO = RESULTS / "demo.json"
+FINE_TUNING = RESULTS / "fine_tuning.json"
+TIMED_SWITCH = RESULTS / "timed_switch.json"
+FAULTS = RESULTS / "faults.json"
+
+
+def demo_table() -> str:
+    """The table of the demo, from the results.json that `make demo` wrote."""
+    results = json.loads(DEMO.read_text())
+    versions, runs = results["versions"], results["runs"]
+    first = next(iter(runs.values()))
+    rows = [
+        f"{first['training_tokens']:,} training tokens, {first['n_tokens']:,} tokens of "
+        f"held-out text, {results['threads']} threads; torch {versions['torch']}, sae-lens "
+        f"{versions['sae_lens']}, one seed (`make demo`):\n",
+        "| saved SAE | variance explained | CE recovered (mean ablation) "
+        "| CE recovered (zero ablation) | features per token | dead | rare (< 1e-4) "
+        "| training |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for name, run in runs.items():
+        rows.append(
+            f"| `{name}` | {run['explained_variance']:.4f} "
+            f"| {run['ce_recovered_mean']:.4f} | {run['ce_recovered_zero']:.4f} "
+            f"| {run['l0']:.2f} | {run['dead_features']:,} | {run['rare_features']:,} "
+            f"| {run['seconds']:.0f} s |"
+        )
+    return "\n".join(rows)
+
+
+def fine_tuning_table() -> str:
+    """The continuations of a TopK SAE, from what benchmarks/fine_tuning.py measured."""
+    report = json.loads(FINE_TUNING.read_text())
+    versions, seeds = report["versions"], list(report["seeds"].values())
+    columns = {
+        "variance explained": ("explained_variance", ".4f"),
+        "CE recovered (mean ablation)": ("ce_recovered_mean", ".4f"),
+        "CE recovered (zero ablation)": ("ce_recovered_zero", ".4f"),
+        "features per token": ("l0", ".2f"),
+        "dead": ("dead_features", ".0f"),
+        "rare (< 1e-4)": ("rare_features", ".0f"),
+    }
+    rows = [
+        f"Mean of {len(seeds)} seeds (lowest to highest), {seeds[0]['start']['n_tokens']:,} "
+        f"tokens; torch {versions['torch']}, sae-lens {versions['sae_lens']} "
+        f"(`{report['command']}`):\n",
+        f"| trained on as | {' | '.join(columns)} |",
+        "|---" * (len(columns) + 1) + "|",
+    ]
+    for name in seeds[0]:
+        cells = [
+            _mean_and_range([seed[name][key] for seed in seeds], style)
+            for key, style in columns.values()
+        ]
+        label = "not at all" if name == "start" else name
+        rows.append(f"| {label} | {' | '.join(cells)} |")
+    return "\n".join(rows)
+
+
+def timed_switch_table() -> str:
+    """The switch that times itself, from what benchmarks/timed_switch.py measured."""
+    report = json.loads(TIMED_SWITCH.read_text())
+    versions = report["versions"]
+    rows = [
+        f"One seed; torch {versions['torch']}, sae-lens {versions['sae_lens']} "
+        f"(`{report['command']}`).\n",
+        "| trained on | steps | our schedule: Mutual Choice from step | variance explained | dead "
+        "| by itself: Mutual Choice from step | variance explained | dead | not explained |",
+        "|---" * 9 + "|",
+    ]
+    for name, runs in report["subjects"].items():
+        ours, timed = runs["schedule"], runs["timed"]
+        more = (1 - timed["explained_variance"]) / (1 - ours["explained_variance"]) - 1
+        cells = [
+            f"{run['switch']:,} | {run['explained_variance']:.4f} | {run['dead_features']:,}"
+            for run in (ours, timed)
+        ]
+        rows.append(
+            f"| {name} | {ours['steps']:,} | {' | '.join(cells)} | {more:+.1%} |"
+        )
+    return "\n".join(rows)
+
+
+def faults_table() -> str:
+    """How bad inputs and faults ended, from what `python -m scripts.faults` counted."""
+    if not FAULTS.exists():
+        return "Not counted yet."
+    report = json.loads(FAULTS.read_text())
+    versions = report["versions"]
+    every = report["every"]
+    which = "All cases" if every == 1 else f"One case of {every}"
+    outcomes = list(next(iter(report["scripts"].values()))["counts"])
+    rows = [
+        f"{which}; torch {versions['torch']}, sae-lens {versions['sae-lens']} "
+        f"(`{report['command']}`):\n",
+        f"| | cases | {' | '.join(outcomes)} |",
+        "|---" * (len(outcomes) + 2) + "|",
+    ]
+    for name, script in report["scripts"].items():
+        cells = [f"{script['counts'][outcome]:,}" for outcome in outcomes]
+        rows.append(f"| {name} | {script['n_cases']:,} | {' | '.join(cells)} |")
+    return "\n".join(rows)
+
+
+def _mean_and_range(values: list[float], style: str) -> str:
+    mean = sum(values) / len(values)
+    return f"{mean:{style}} ({min(values):{style}}–{max(values):{style}})"

@@ -1,0 +1,153 @@
+"""`sae-lens-alloc calibrate`: the thresholds of a saved SAE set to a wanted L0."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+from sae_lens.saes.jumprelu_sae import JumpReLUSAE
+from sae_lens.saes.topk_sae import TopKSAE
+
+from sae_lens_alloc.activations.on_text import gather_activations, text_of_sae
+from sae_lens_alloc.cli.arguments import OverwriteOption
+from sae_lens_alloc.cli.endings import ends_when_interrupted, one_sentence_errors
+from sae_lens_alloc.config.run_checks import check_device
+from sae_lens_alloc.config.run_file import load_runner_config
+from sae_lens_alloc.saes.saved_sae import trained_k
+from sae_lens_alloc.thresholds.recalibration import (
+    MIN_TOKENS,
+    Recalibration,
+    load_saved_sae,
+    recalibrate,
+)
+from sae_lens_alloc.thresholds.requirements import require_target_l0
+from sae_lens_alloc.training.output_folder import (
+    locked_folder,
+    new_files,
+    require_empty,
+    require_other_folder,
+)
+from sae_lens_alloc.training.preflight import check_activations, check_devices
+from sae_lens_alloc.training.runner import CALIBRATION_TOKENS
+
+
+def calibrate(
+    sae: Annotated[
+        Path,
+        typer.Argument(
+            metavar="SAE",
+            exists=True,
+            file_okay=False,
+            help="Folder of a saved SAE: one of ours, or a stock jumprelu, batchtopk or "
+            "topk one. It is left as it is.",
+        ),
+    ],
+    output: Annotated[
+        Path, typer.Option(help="Folder for the SAE with its new thresholds.")
+    ],
+    l0: Annotated[
+        float | None,
+        typer.Option(
+            "--l0",
+            help="Wanted features per token; by default the k that the SAE was trained with.",
+            show_default=False,
+        ),
+    ] = None,
+    per_feature: Annotated[
+        bool,
+        typer.Option(
+            "--per-feature",
+            help="Move all densities by one factor, rather than all thresholds.",
+        ),
+    ] = False,
+    tokens: Annotated[
+        int,
+        typer.Option(help="Tokens of text: half set the thresholds, half check them."),
+    ] = 2 * CALIBRATION_TOKENS,
+    model: Annotated[
+        str | None,
+        typer.Option(help="Language model, if not the one the SAE was trained on."),
+    ] = None,
+    dataset: Annotated[
+        str | None,
+        typer.Option(help="Text, if not that which the SAE was trained on."),
+    ] = None,
+    config: Annotated[
+        Path | None,
+        typer.Option(
+            exists=True,
+            dir_okay=False,
+            help="YAML file of a run, as `train` takes, whose model and text to use.",
+        ),
+    ] = None,
+    device: Annotated[
+        str, typer.Option(help="Torch device for the SAE and the language model.")
+    ] = "cpu",
+    overwrite: OverwriteOption = False,
+) -> None:
+    """
+    Set the thresholds of a saved SAE to a wanted L0 on text of your choice.
+
+    The text and the language model are those that SAELens recorded in the SAE, unless told
+    otherwise. A topk SAE becomes a jumprelu one, which needs no sorting.
+    """
+    with one_sentence_errors(), ends_when_interrupted():
+        check_device("--device", device)
+        given = load_saved_sae(sae)
+        target_l0 = _trained_l0(given) if l0 is None else l0
+        require_target_l0(given, target_l0)
+        if tokens < MIN_TOKENS:
+            raise ValueError(
+                f"--tokens must be at least {MIN_TOKENS}, two for each half, got {tokens}."
+            )
+        if config is None:
+            cfg = text_of_sae(given, model, dataset, device)
+        else:
+            cfg = load_runner_config(config, [f"device={device}"])
+            cfg.model_name = model or cfg.model_name
+            cfg.dataset_path = dataset or cfg.dataset_path
+        check_devices(cfg)
+        check_activations(cfg)
+        require_other_folder(output, sae, "the SAE itself")
+        with locked_folder(output, "--output"):
+            require_empty(output, "--output", overwrite)
+            given.to(device)
+            report = recalibrate(
+                given, gather_activations(cfg, tokens), target_l0, per_feature
+            )
+            with new_files(output, "the SAE") as folder:
+                report.sae.save_model(folder)
+    Console().print(_calibration_table(report))
+    typer.echo(f"saved in {output}")
+
+
+def _trained_l0(sae: JumpReLUSAE | TopKSAE) -> float:
+    k = trained_k(sae)
+    if k is None:
+        raise ValueError(
+            "the SAE was not trained with a fixed number of features per token: give --l0."
+        )
+    return k
+
+
+def _calibration_table(report: Recalibration) -> Table:
+    how = "each feature's share kept" if report.per_feature else "one factor"
+    table = Table(title=f"L0 {report.target_l0:g} wanted, {how}")
+    table.add_column("on", style="bold")
+    for column in ("thresholds", "L0", "explained\nvariance", "dead"):
+        table.add_column(column, justify="right")
+    half = f"half of {report.before.n_tokens:,} tokens"
+    for text, pair in {
+        f"calibration {half}": (report.before, report.after),
+        f"held-out {half}": (report.held_out_before, report.held_out_after),
+    }.items():
+        for thresholds, usage in zip(("before", "after"), pair, strict=True):
+            table.add_row(
+                text,
+                thresholds,
+                f"{usage.l0:.2f}",
+                f"{usage.explained_variance:.4f}",
+                f"{usage.dead_features:,}",
+            )
+    return table

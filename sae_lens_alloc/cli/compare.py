@@ -1,0 +1,55 @@
+"""`sae-lens-alloc compare`: many architectures at equal L0."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from sae_lens_alloc.cli.endings import ends_when_interrupted, one_sentence_errors
+
+
+def compare(
+    config: Annotated[
+        Path,
+        typer.Argument(
+            metavar="CONFIG.yaml",
+            exists=True,
+            dir_okay=False,
+            help="SAELens' own keys for what all SAEs share, and the grid under `compare:`.",
+        ),
+    ],
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="KEY=VALUE",
+            help="Settings that replace the file's, such as `device=cuda`.",
+        ),
+    ] = None,
+    output: Annotated[
+        Path,
+        typer.Option(help="Folder for the SAEs, results.json and report.html."),
+    ] = Path("comparison-output"),
+    jobs: Annotated[
+        int | None,
+        typer.Option(
+            min=1, help="SAEs to train side by side. [default: 1, or one on each GPU]"
+        ),
+    ] = None,
+    finished: Annotated[
+        bool,
+        typer.Option(
+            "--finished", help="Compare what has finished so far, and train nothing."
+        ),
+    ] = False,
+) -> None:
+    """
+    Train SAEs of several architectures on the same activations and compare them at equal L0.
+
+    What has finished is kept: the same command goes on where it was interrupted, and with
+    --finished, also beside it, compares what there is.
+    """
+    from sae_lens_alloc.comparison.run import run_comparison
+
+    with one_sentence_errors(), ends_when_interrupted():
+        run_comparison(config, overrides or [], output, jobs, finished, Console())

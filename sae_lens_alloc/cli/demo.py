@@ -1,0 +1,31 @@
+"""`sae-lens-alloc demo`: two SAEs on the shipped language model, and a report."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from sae_lens_alloc.cli.arguments import OverwriteOption
+from sae_lens_alloc.cli.endings import ends_when_interrupted, one_sentence_errors
+
+
+def demo(
+    quick: Annotated[
+        bool,
+        typer.Option(
+            "--quick", help="Train on less text: under 90 seconds on 2 cores."
+        ),
+    ] = False,
+    output: Annotated[
+        Path, typer.Option(help="Folder for the SAEs, the figures and report.html.")
+    ] = Path("demo-output"),
+    overwrite: OverwriteOption = False,
+) -> None:
+    """
+    Train a Mutual Choice SAE and a stock batchtopk SAE on the shipped language model,
+    compare them on held-out text, and write a report. Needs no network.
+    """
+    from sae_lens_alloc.demo.run import run_demo
+
+    with one_sentence_errors(), ends_when_interrupted():
+        run_demo(output, quick, overwrite)

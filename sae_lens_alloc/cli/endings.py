@@ -1,0 +1,61 @@
+"""How a command ends: with one sentence after an error, and with exit code 130 when interrupted."""
+
+import os
+import shlex
+from collections.abc import Generator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import click
+import typer
+from sae_lens.config import LanguageModelSAERunnerConfig
+
+from sae_lens_alloc.compat import InterruptedException
+from sae_lens_alloc.errors import in_one_sentence
+from sae_lens_alloc.training.checkpoint import holds_checkpoints
+from sae_lens_alloc.training.interruption import interruptible
+
+# For whoever has to mend an error that is not theirs.
+TRACEBACK_VARIABLE = "SAE_LENS_ALLOC_TRACEBACK"
+
+
+@contextmanager
+def one_sentence_errors() -> Generator[None, None, None]:
+    """Turns an error into one sentence and exit code 1."""
+    try:
+        yield
+    except (typer.Exit, click.ClickException):
+        raise
+    except Exception as error:
+        if TRACEBACK_VARIABLE in os.environ:
+            raise
+        hint = ""
+        if not isinstance(error, ValueError | OSError):
+            hint = f" (set {TRACEBACK_VARIABLE}=1 to see where)"
+        typer.echo(f"error: {in_one_sentence(error)}{hint}", err=True)
+        raise typer.Exit(1) from None
+
+
+@contextmanager
+def ends_when_interrupted(
+    cfg: LanguageModelSAERunnerConfig[Any] | None = None,
+) -> Generator[None, None, None]:
+    """
+    Ends on SIGINT and SIGTERM with exit code 130, says where the SAE is if it is saved, and
+    otherwise the checkpoints, if there are any.
+    """
+    try:
+        with interruptible():
+            yield
+    except (InterruptedException, KeyboardInterrupt) as interruption:
+        how = str(interruption)
+        if cfg is not None and not how:
+            folder = cfg.checkpoint_path
+            how = (
+                f"to go on, start again with resume_from_checkpoint={shlex.quote(folder)}"
+                if folder is not None and holds_checkpoints(Path(folder))
+                else "no checkpoint was saved"
+            )
+        typer.echo(f"interrupted; {how}" if how else "interrupted", err=True)
+        raise typer.Exit(130) from None

@@ -1,0 +1,76 @@
+"""`sae-lens-alloc finetune`: an SAE trained further."""
+
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from sae_lens_alloc.cli.arguments import (
+    ConfigArgument,
+    DryRunOption,
+    OverridesArgument,
+    OverwriteOption,
+)
+from sae_lens_alloc.cli.endings import ends_when_interrupted, one_sentence_errors
+from sae_lens_alloc.config.run_file import load_fine_tuning_config
+from sae_lens_alloc.evaluation.results_table import results_table
+from sae_lens_alloc.training.conversion import require_convertible
+from sae_lens_alloc.training.fine_tuning_run import fine_tune
+from sae_lens_alloc.training.output_folder import require_other_folder
+from sae_lens_alloc.training.preflight import check_output, check_training
+from sae_lens_alloc.training.resuming import settle_resumed_run
+from sae_lens_alloc.training.run_folders import claimed_folders
+from sae_lens_alloc.training.source_sae import load_source_sae
+from sae_lens_alloc.training.summary import describe_run
+
+
+def finetune(
+    config: ConfigArgument,
+    source: Annotated[
+        str,
+        typer.Option(
+            "--from",
+            metavar="PATH|RELEASE:ID",
+            help="The SAE to start from: a folder with an SAE or a checkpoint, or an SAE of "
+            "SAELens' directory of pretrained ones.",
+        ),
+    ],
+    overrides: OverridesArgument = None,
+    overwrite: OverwriteOption = False,
+    dry_run: DryRunOption = False,
+) -> None:
+    """
+    Train an SAE that you have further, as Mutual Choice or Feature Choice, and compare it with
+    what it was.
+
+    The SAE may be of SAELens' topk, batchtopk, matryoshka_batchtopk, jumprelu, gated or
+    standard architecture, or one of ours. It is not changed.
+    """
+    with one_sentence_errors(), ends_when_interrupted():
+        loaded = load_source_sae(source, "cpu")
+        cfg, sae_overrides = load_fine_tuning_config(
+            config, overrides or [], loaded.sae.cfg
+        )
+        settle_resumed_run(cfg, sae_is_known=False)
+        typer.echo(describe_run(cfg))
+        typer.echo(f"{'from':<12}{loaded.sae.cfg.architecture()}, {source}")
+        require_convertible(loaded.sae, cfg.sae.architecture())
+        if cfg.from_pretrained_path is not None:
+            raise ValueError(
+                "from_pretrained_path has no effect here, where --from says which SAE to "
+                "start from: leave it out."
+            )
+        require_other_folder(cfg.output_path, source, "the SAE to start from")
+        check_training(cfg)
+        if dry_run:
+            check_output(cfg.output_path, overwrite, bool(cfg.resume_from_checkpoint))
+            return
+        # held now, rather than fail to be written after a long training
+        claimed = claimed_folders(cfg, overwrite, only_if_empty=True)
+        with claimed, ends_when_interrupted(cfg):
+            result = fine_tune(cfg, loaded, sae_overrides, overwrite)
+    Console().print(results_table([result.before, result.after]))
+    typer.echo(
+        f"{result.revived_features:,} features revived, {result.died_features:,} died; "
+        f"saved in {cfg.output_path}, with report.html"
+    )
