@@ -19,7 +19,7 @@ from sae_lens_alloc.activations.local_dataset import (
 from sae_lens_alloc.activations.on_text import gather_activations
 from sae_lens_alloc.comparison.config import ComparisonConfig
 from sae_lens_alloc.comparison.language_model import LanguageModelSubject
-from tests.test_cli import CONFIG, TINY, invoke
+from tests.cli.commands import CONFIG, TINY, invoke
 from tests.training.conftest import CORPUS, D_MODEL, HOOK, MODEL, lm_config
 
 CONTEXT = 32

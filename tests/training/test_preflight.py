@@ -20,7 +20,7 @@ from sae_lens_alloc.activations.language_model import (
 )
 from sae_lens_alloc.training.preflight import check_memory, check_training
 from sae_lens_alloc.training.summary import estimate_memory
-from tests.test_cli import CONFIG, TINY, invoke
+from tests.cli.commands import CONFIG, TINY, invoke
 from tests.training.conftest import D_MODEL, MODEL, lm_config
 
 

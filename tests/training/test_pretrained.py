@@ -20,7 +20,7 @@ from sae_lens_alloc import (
     MutualChoiceTrainingSAEConfig,
 )
 from sae_lens_alloc.training.pretrained import load_pretrained
-from tests.test_cli import CONFIG, TINY, invoke, train
+from tests.cli.commands import CONFIG, TINY, invoke, train
 from tests.training.conftest import D_MODEL, lm_config
 
 WEIGHTS = "sae_weights.safetensors"

@@ -13,9 +13,9 @@ from sae_lens import SAE
 from sae_lens.saes.topk_sae import TopKTrainingSAEConfig
 
 from sae_lens_alloc.config.run_file import load_fine_tuning_config
-from tests.test_cli import TINY, invoke, train
+from tests.cli.commands import TINY, invoke, train
 
-CONFIGS = Path(__file__).parent.parent / "configs"
+CONFIGS = Path(__file__).parents[2] / "configs"
 CONFIG = str(CONFIGS / "finetune_demo.yaml")
 TOPK = "sae={architecture: topk, d_in: 192, d_sae: 64, k: 4}"
 TINY_RUN = [setting for setting in TINY if not setting.startswith("sae.")]
