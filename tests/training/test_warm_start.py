@@ -35,7 +35,7 @@ from tests.saes.conftest import (
     training_step,
 )
 from tests.training.conftest import make_trainer
-from tests.training.test_conversion import (
+from tests.training.source_saes import (
     D_IN,
     D_SAE,
     EACH_SOURCE,
