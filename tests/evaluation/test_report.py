@@ -16,9 +16,7 @@ from plotly.offline import get_plotlyjs
 from sae_lens_alloc.allocation.zipf import ZipfLaw
 from sae_lens_alloc.evaluation.coloured_text import (
     N_LEVELS,
-    SCALE,
     colour_tokens,
-    contrast,
     levels,
 )
 from sae_lens_alloc.evaluation.metrics import Evaluation
@@ -263,16 +261,26 @@ def test_quantile_of_a_histogram():
     assert quantile(histogram, 1.0) == 4
 
 
-def test_text_on_the_scale_is_readable():
-    def rgb(colour: str) -> tuple[int, ...]:
-        return tuple(int(colour[i : i + 2], 16) for i in (1, 3, 5))
+def luminance(colour: str) -> float:
+    """Relative luminance of "rgb(r, g, b)" as WCAG 2 defines it, from 0 to 1."""
+    linear = [
+        c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4
+        for c in (int(channel) / 255 for channel in re.findall(r"\d+", colour))
+    ]
+    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
 
-    assert contrast((255, 255, 255), (0, 0, 0)) == pytest.approx(21.0)
-    luminances = [contrast(rgb(level.background), (0, 0, 0)) for level in levels()]
-    assert luminances == sorted(luminances, reverse=True)
-    assert min(contrast(rgb(lv.background), rgb(lv.text)) for lv in levels()) >= 4.5
-    assert rgb(levels()[0].background) == SCALE[0]
-    assert rgb(levels()[-1].background) == SCALE[-1]
+
+def test_text_on_the_scale_is_readable():
+    backgrounds = [luminance(level.background) for level in levels()]
+    assert len(backgrounds) == N_LEVELS
+    assert backgrounds == sorted(backgrounds, reverse=True)
+    for level, background in zip(levels(), backgrounds, strict=True):
+        # contrast ratios as WCAG 2 defines them
+        with_text = {
+            "#ffffff": 1.05 / (background + 0.05),
+            "#000000": (background + 0.05) / 0.05,
+        }
+        assert with_text[level.text] == max(with_text.values()) >= 4.5
 
 
 def test_tokens_are_coloured_by_their_count():
