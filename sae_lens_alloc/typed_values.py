@@ -1,4 +1,10 @@
-"""Checks a value read from a file against a type hint, and says in words what a hint accepts."""
+"""
+Checks a value read from a file against a type hint, and says in words what a hint accepts.
+
+pydantic's TypeAdapter does not replace this: its strict mode refuses 1e9 as an integer and a list
+as a tuple, its lax mode takes true for 1 and 1 for true, and both turn integers into floats.
+OmegaConf converts strings to numbers, and the sentences would have to be written here with either.
+"""
 
 import difflib
 import math
