@@ -16,6 +16,7 @@ from sae_lens_alloc import MutualChoiceTrainingSAEConfig, load_runner_config
 from sae_lens_alloc.demo.methods import CORPUS, HERE
 
 ROOT = Path(__file__).parent.parent
+PACKAGE = ROOT / "sae_lens_alloc"
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 
@@ -102,5 +103,37 @@ def test_links_lead_somewhere(page: Path):
         target
         for target in targets
         if not target.startswith("http") and not (page.parent / target).exists()
+    ]
+    assert missing == []
+
+
+# what a campaign on a GPU will write
+NOT_YET = {"docs/results/performance_gpu.json"}
+
+
+@pytest.mark.parametrize(
+    "page", [ROOT / "CONTRIBUTING.md", *PAGES], ids=lambda page: page.name
+)
+def test_files_and_modules_that_are_named_are_there(page: Path):
+    """In backquotes: paths from the root or from the package, and what `python -m` runs."""
+    text = page.read_text()
+    folders = {path.name for path in [*ROOT.iterdir(), *PACKAGE.iterdir()]}
+    named = {
+        path
+        for path in re.findall(r"`([\w-]+/[\w/-]*\.\w+)`", text)
+        if path.split("/")[0] in folders
+    }
+    named |= {
+        module.replace(".", "/")
+        for module in re.findall(r"python -m ((?:benchmarks|scripts)[\w.]*)", text)
+    }
+    missing = [
+        name
+        for name in sorted(named - NOT_YET)
+        if not any(
+            (folder / f"{name}{suffix}").exists()
+            for folder in (ROOT, PACKAGE)
+            for suffix in ("", ".py")
+        )
     ]
     assert missing == []
