@@ -164,13 +164,15 @@ class AllocSAETrainer(StepwiseTrainer[T_TRAINING_SAE, T_TRAINING_SAE_CONFIG]):
 
     @override
     def step(self, batch: torch.Tensor) -> TrainStepOutput:
+        sae = self.sae
         if not self._has_begun:
             self._require_width(batch)
-            if uses_cuda_graph(self.cfg):
-                self._graph = self._make_graph()
+            if isinstance(sae, AllocationTrainingSAE) and uses_cuda_graph(self.cfg):
+                self._graph = self._make_graph(sae)
             self._has_begun = True
-        if isinstance(self.sae, AllocationTrainingSAE):
-            batch = batch.to(self.sae.device)
+        if isinstance(sae, AllocationTrainingSAE):
+            # what SAELens does around its own training step, which asks the device who fired
+            batch = batch.to(sae.device)
             self.n_training_samples += len(batch)
             output = train_step(self, self.activation_scaler(batch), self._graph)
         else:
@@ -187,18 +189,14 @@ class AllocSAETrainer(StepwiseTrainer[T_TRAINING_SAE, T_TRAINING_SAE_CONFIG]):
                 f"got {tuple(batch.shape)}."
             )
 
-    def _make_graph(self) -> StepGraph | None:
-        if not isinstance(self.sae, AllocationTrainingSAE):
-            return None
+    def _make_graph(self, sae: AllocationTrainingSAE[Any]) -> StepGraph | None:
         if torch.device(self.cfg.device).type != "cuda":
             logger.warning(
                 f"cuda_graph is off: the SAE is trained on {self.cfg.device}, and graphs "
                 "are for CUDA."
             )
             return None
-        return StepGraph(
-            self.sae, partial(clip_gradients, self), self.autocast_if_enabled
-        )
+        return StepGraph(sae, partial(clip_gradients, self), self.autocast_if_enabled)
 
     def _log(self, output: TrainStepOutput) -> None:
         interval = (
