@@ -10,15 +10,13 @@ from sae_lens.saes.sae import SAE
 from sae_lens.saes.standard_sae import StandardTrainingSAEConfig
 
 from sae_lens_alloc.activations.buffer_setting import buffer_setting
+from sae_lens_alloc.activations.held_out_store import require_ordinary_tokens
 from sae_lens_alloc.activations.language_model import (
     check_language_model,
     load_language_model,
 )
 from sae_lens_alloc.activations.local_dataset import override_for_local_dataset
-from sae_lens_alloc.activations.store import (
-    ResumableActivationsStore,
-    require_ordinary_tokens,
-)
+from sae_lens_alloc.activations.store import ResumableActivationsStore
 from sae_lens_alloc.typed_values import convert, in_words, shown
 
 CONTEXTS_PER_BATCH = 8

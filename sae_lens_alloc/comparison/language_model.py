@@ -13,12 +13,10 @@ from transformer_lens.HookedTransformer import HookedRootModule
 from typing_extensions import override
 
 from sae_lens_alloc.activations.contexts import held_out_contexts
+from sae_lens_alloc.activations.held_out_store import require_ordinary_tokens
 from sae_lens_alloc.activations.language_model import load_language_model
 from sae_lens_alloc.activations.local_dataset import override_for_local_dataset
-from sae_lens_alloc.activations.store import (
-    ResumableActivationsStore,
-    require_ordinary_tokens,
-)
+from sae_lens_alloc.activations.store import ResumableActivationsStore
 from sae_lens_alloc.comparison.config import ComparisonConfig
 from sae_lens_alloc.comparison.stream import StoredStream, write_stream
 from sae_lens_alloc.comparison.subject import Subject

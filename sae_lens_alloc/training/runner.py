@@ -1,6 +1,5 @@
 """SAELens' runner with runs that can be repeated, resumed and trusted."""
 
-import warnings
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -129,7 +128,8 @@ class AllocSAETrainingRunner(LanguageModelSAETrainingRunner):
                 override_sae,
             )
         check_language_model(self.model, cfg)
-        store = self._take_resumable_store()
+        store = ResumableActivationsStore.in_place_of(self.activations_store, cfg)
+        self.activations_store = self.evaluator.activations_store = store
         n_tokens = held_out_tokens(cfg, store.training_context_size)
         n_evaluation_tokens = n_evaluation_contexts * store.training_context_size
         store.require_text(store.tokens_in_batches(n_tokens) + n_evaluation_tokens)
@@ -143,16 +143,6 @@ class AllocSAETrainingRunner(LanguageModelSAETrainingRunner):
     def saved_in(self) -> Path | None:
         """Where the SAE has been saved so far."""
         return self._after.saved_in
-
-    def _take_resumable_store(self) -> ResumableActivationsStore:
-        """In place of the store that SAELens' runner has made, from which nothing is read."""
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # those of the first store
-            store = ResumableActivationsStore.from_config(
-                self.model, self.cfg, self.activations_store.dataset
-            )
-        self.activations_store = self.evaluator.activations_store = store
-        return store
 
     @override
     def run(self) -> TrainingSAE[Any]:

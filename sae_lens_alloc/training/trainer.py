@@ -1,8 +1,5 @@
 """SAELens' trainer with a fused optimizer, metrics in a file, and checkpoints to rely on."""
 
-import shutil
-import warnings
-from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,23 +13,18 @@ from sae_lens.saes.sae import (
     T_TRAINING_SAE_CONFIG,
     TrainStepOutput,
 )
-from sae_lens.training.prefetch import PrefetchingIterator
 from sae_lens.training.sae_trainer import Evaluator, SAETrainer, SaveCheckpointFn
 from sae_lens.training.types import DataProvider
-from torch.optim import SGD, Optimizer
-from torch.optim.lr_scheduler import ConstantLR
 from typing_extensions import Self, override
 
-from sae_lens_alloc.compat import InterruptedException, StepwiseTrainer
 from sae_lens_alloc.config.run_checks import check_learning_rate
 from sae_lens_alloc.config.run_config import uses_cuda_graph
 from sae_lens_alloc.saes.allocation_sae import AllocationTrainingSAE
 from sae_lens_alloc.saes.mutual_choice_sae import with_schedule
-from sae_lens_alloc.training.checkpoint import partial_path, publish_checkpoint
+from sae_lens_alloc.training.checkpointing_trainer import CheckpointingTrainer
 from sae_lens_alloc.training.held_out import held_out_metrics
 from sae_lens_alloc.training.metrics_file import append_row
 from sae_lens_alloc.training.optimizer import make_optimizer, make_schedule
-from sae_lens_alloc.training.output_folder import named_write_errors
 from sae_lens_alloc.training.step_graph import StepGraph
 from sae_lens_alloc.training.train_step import clip_gradients, train_step
 
@@ -41,7 +33,7 @@ class DataEndedError(ValueError):
     """The data provider ended before the training."""
 
 
-class AllocSAETrainer(StepwiseTrainer[T_TRAINING_SAE, T_TRAINING_SAE_CONFIG]):
+class AllocSAETrainer(CheckpointingTrainer[T_TRAINING_SAE, T_TRAINING_SAE_CONFIG]):
     """
     SAELens' `SAETrainer` with fused Adam where the device has it. Trains any architecture.
 
@@ -55,10 +47,8 @@ class AllocSAETrainer(StepwiseTrainer[T_TRAINING_SAE, T_TRAINING_SAE_CONFIG]):
     that cannot be written is a warning, and training goes on.
     """
 
-    optimizer: Optimizer
     metrics_path: Path | None = None
     held_out: torch.Tensor | None = None
-    interrupted: bool = False
 
     _has_begun = False
     _graph: StepGraph | None = None
@@ -126,10 +116,6 @@ class AllocSAETrainer(StepwiseTrainer[T_TRAINING_SAE, T_TRAINING_SAE_CONFIG]):
 
     @override
     def fit(self) -> T_TRAINING_SAE:
-        # a resumed trainer has passed some already, and would save once a step for each
-        self.checkpoint_thresholds = [
-            n for n in self.checkpoint_thresholds if n >= self.n_training_samples
-        ]
         try:
             return super().fit()
         except StopIteration:
@@ -140,37 +126,16 @@ class AllocSAETrainer(StepwiseTrainer[T_TRAINING_SAE, T_TRAINING_SAE_CONFIG]):
             ) from None
 
     @override
-    def load_trainer_state(self, checkpoint_path: Path | str) -> None:
-        """
-        Goes on from a checkpoint. The learning rate is that of this trainer's own schedule
-        after so many steps, which is the checkpoint's where the settings are.
-        """
-        # SAELens would put the state of one schedule into another, or fail to
-        schedule, rates = self.lr_scheduler, self._learning_rates()
-        self.lr_scheduler = ConstantLR(SGD([torch.zeros(1)]))
-        super().load_trainer_state(checkpoint_path)
-        n_steps, self.lr_scheduler = self.lr_scheduler.last_epoch, schedule
-        for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
-            group.update(rate)
-        with warnings.catch_warnings():
-            # the optimizer took these steps in the run that goes on
-            warnings.filterwarnings("ignore", "Detected call of `lr_scheduler.step")
-            for _ in range(n_steps):
-                schedule.step()
-
-    def _learning_rates(self) -> list[dict[str, float]]:
-        keys = ("lr", "initial_lr")
-        return [{key: g[key] for key in keys} for g in self.optimizer.param_groups]
-
-    @override
     def step(self, batch: torch.Tensor) -> TrainStepOutput:
+        sae = self.sae
         if not self._has_begun:
             self._require_width(batch)
-            if uses_cuda_graph(self.cfg):
-                self._graph = self._make_graph()
+            if isinstance(sae, AllocationTrainingSAE) and uses_cuda_graph(self.cfg):
+                self._graph = self._make_graph(sae)
             self._has_begun = True
-        if isinstance(self.sae, AllocationTrainingSAE):
-            batch = batch.to(self.sae.device)
+        if isinstance(sae, AllocationTrainingSAE):
+            # what SAELens does around its own training step, which asks the device who fired
+            batch = batch.to(sae.device)
             self.n_training_samples += len(batch)
             output = train_step(self, self.activation_scaler(batch), self._graph)
         else:
@@ -187,18 +152,14 @@ class AllocSAETrainer(StepwiseTrainer[T_TRAINING_SAE, T_TRAINING_SAE_CONFIG]):
                 f"got {tuple(batch.shape)}."
             )
 
-    def _make_graph(self) -> StepGraph | None:
-        if not isinstance(self.sae, AllocationTrainingSAE):
-            return None
+    def _make_graph(self, sae: AllocationTrainingSAE[Any]) -> StepGraph | None:
         if torch.device(self.cfg.device).type != "cuda":
             logger.warning(
                 f"cuda_graph is off: the SAE is trained on {self.cfg.device}, and graphs "
                 "are for CUDA."
             )
             return None
-        return StepGraph(
-            self.sae, partial(clip_gradients, self), self.autocast_if_enabled
-        )
+        return StepGraph(sae, partial(clip_gradients, self), self.autocast_if_enabled)
 
     def _log(self, output: TrainStepOutput) -> None:
         interval = (
@@ -227,70 +188,3 @@ class AllocSAETrainer(StepwiseTrainer[T_TRAINING_SAE, T_TRAINING_SAE_CONFIG]):
                     f"the metrics of step {self.n_training_steps} cannot be written to "
                     f"{self.metrics_path} ({error.strerror}) and are missing there"
                 )
-
-    @override
-    def between_steps(self) -> None:
-        try:
-            super().between_steps()
-        except OSError as error:
-            self.checkpoint_thresholds.pop(0)  # the next one may be luckier
-            logger.warning(f"{error} Training goes on without this checkpoint.")
-        if self.interrupted:
-            self._stop()
-
-    def _stop(self) -> None:
-        if self.cfg.checkpoint_path is None:
-            logger.warning("interrupted; checkpoint_path is None, so nothing is saved")
-        else:
-            logger.warning("interrupted, saving progress")
-            self.save_checkpoint(str(self.n_training_samples))
-        raise InterruptedException()
-
-    @override
-    def save_checkpoint(
-        self,
-        checkpoint_name: str,
-        base_path: Path | str | None = None,
-        wandb_aliases: list[str] | None = None,
-    ) -> None:
-        """
-        Saves a checkpoint, whole or not at all. SAELens saves one named `final_...` after the
-        last step and before the SAE: if that fails, it is a warning.
-
-        Raises:
-            OSError: in one sentence, if a checkpoint of another name cannot be written.
-        """
-        try:
-            self._save_checkpoint(checkpoint_name, base_path, wandb_aliases)
-        except Exception as error:
-            if not checkpoint_name.startswith("final_"):
-                raise
-            logger.warning(f"The final checkpoint is missing: {error}")
-
-    def _save_checkpoint(
-        self,
-        checkpoint_name: str,
-        base_path: Path | str | None,
-        wandb_aliases: list[str] | None,
-    ) -> None:
-        base = self.cfg.checkpoint_path if base_path is None else base_path
-        if base is None:
-            super().save_checkpoint(checkpoint_name, None, wandb_aliases)
-            return
-        checkpoint = Path(base) / checkpoint_name
-        partial = partial_path(checkpoint)
-        shutil.rmtree(partial, ignore_errors=True)
-        provider = self.data_provider
-        try:
-            # so that the store's state does not change while it is saved
-            with (
-                named_write_errors(f"the checkpoint {checkpoint_name}", Path(base)),
-                provider.paused()
-                if isinstance(provider, PrefetchingIterator)
-                else nullcontext(),
-            ):
-                super().save_checkpoint(partial.name, base, wandb_aliases)
-                publish_checkpoint(checkpoint, self.n_training_samples)
-        except OSError:
-            shutil.rmtree(partial, ignore_errors=True)
-            raise

@@ -17,6 +17,7 @@ from sae_lens_alloc import cli
 from sae_lens_alloc.activations.store import ResumableActivationsStore
 from sae_lens_alloc.cli import calibrate
 from sae_lens_alloc.training import (
+    checkpointing_trainer,
     final_sae,
     fine_tuning_run,
     output_folder,
@@ -33,7 +34,7 @@ PHASES: dict[str, tuple[Any, str]] = {
     "held-out contexts": (ResumableActivationsStore, "hold_out"),
     "step": (trainer.AllocSAETrainer, "step"),
     "metrics": (trainer, "append_row"),
-    "checkpoint": (trainer, "publish_checkpoint"),
+    "checkpoint": (checkpointing_trainer, "publish_checkpoint"),
     "first save": (final_sae, "write_sae"),
     "moving": (output_folder, "_move_to_their_place"),
     "replacing": (os, "replace"),

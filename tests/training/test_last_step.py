@@ -19,7 +19,12 @@ from transformer_lens.HookedTransformer import HookedRootModule
 
 from sae_lens_alloc import AllocSAETrainingRunner, MutualChoiceTrainingSAE
 from sae_lens_alloc.compat import InterruptedException
-from sae_lens_alloc.training import after_training, final_sae, trainer
+from sae_lens_alloc.training import (
+    after_training,
+    checkpointing_trainer,
+    final_sae,
+    trainer,
+)
 from tests.training.test_output_folder import file_size_limit
 from tests.training.test_run_folders import config
 
@@ -203,14 +208,14 @@ def test_checkpoints_and_metrics_that_cannot_be_written_are_warnings(
         with file_size_limit(3000):
             append_row(*args)
 
-    publish = trainer.publish_checkpoint
+    publish = checkpointing_trainer.publish_checkpoint
 
     def limited_checkpoint(*args: Any) -> None:
         with file_size_limit(100):
             publish(*args)
 
     monkeypatch.setattr(trainer, "append_row", limited_row)
-    monkeypatch.setattr(trainer, "publish_checkpoint", limited_checkpoint)
+    monkeypatch.setattr(checkpointing_trainer, "publish_checkpoint", limited_checkpoint)
     start(
         checkpoint_path=str(tmp_path / "checkpoints"),
         n_checkpoints=1,

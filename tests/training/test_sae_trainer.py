@@ -302,3 +302,20 @@ def test_batches_of_another_shape_are_one_sentence(shape: tuple[int, ...]):
 def test_our_trainer_takes_the_types_that_sae_lens_trainer_takes():
     trainer_class = AllocSAETrainer[TopKTrainingSAE, TopKTrainingSAEConfig]
     assert get_args(trainer_class) == (TopKTrainingSAE, TopKTrainingSAEConfig)
+
+
+def test_a_trainer_in_place_of_another_leaves_the_schedule_to_the_sae():
+    def sae() -> MutualChoiceTrainingSAE:
+        return MutualChoiceTrainingSAE(
+            MutualChoiceTrainingSAEConfig(d_in=8, d_sae=64, k=K)
+        )
+
+    # the recipe's quarter of 8 steps, where the trainer is made for itself
+    alone = make_trainer(sae(), batches(8), 8, AllocSAETrainer)
+    assert alone.sae.cfg.feature_choice_steps == 2
+    stock = make_trainer(sae(), batches(8), 8)
+    settled = stock.sae.cfg
+    ours = AllocSAETrainer.in_place_of(stock)
+    assert ours.sae.cfg is settled
+    assert settled.feature_choice_steps is None
+    assert (ours.sae, ours.data_provider) == (stock.sae, stock.data_provider)

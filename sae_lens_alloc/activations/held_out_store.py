@@ -1,0 +1,204 @@
+"""SAELens' activations store with a part that is held out of all epochs."""
+
+import math
+from collections.abc import Iterator
+from itertools import islice
+from typing import Any, cast
+
+import torch
+from sae_lens import logger
+from sae_lens.config import HfDataset
+from sae_lens.training.activations_store import ActivationsStore
+from transformer_lens.HookedTransformer import HookedRootModule
+from typing_extensions import Self, override
+
+from sae_lens_alloc.compat import ContextsStore
+from sae_lens_alloc.errors import in_one_sentence
+
+
+class HeldOutStore(ContextsStore):
+    """
+    SAELens' `ActivationsStore` that keeps the first contexts of the dataset out of training, and
+    whose messages name the dataset and its row.
+    """
+
+    n_contexts_read: int = 0  # of the running epoch
+    n_held_out_contexts: int = 0
+    n_metrics_contexts: int = 0  # among them, those of `hold_out`
+    dataset_name: str = "the dataset"
+    _told_of_null: bool = False
+
+    @override
+    @classmethod
+    def from_config(
+        cls,
+        model: HookedRootModule,
+        cfg: Any,
+        override_dataset: HfDataset | None = None,
+    ) -> Self:
+        """As SAELens'; messages name `cfg.dataset_path`."""
+        store = cast(Self, super().from_config(model, cfg, override_dataset))
+        if cfg.dataset_path:
+            store.dataset_name = f"dataset_path {cfg.dataset_path!r}"
+        return store
+
+    def require_text(self, n_tokens: int) -> None:
+        """
+        To be called before anything is read: what is then held out must leave enough to train
+        on.
+
+        Args:
+            n_tokens: Tokens to be held out, special ones included, in whole contexts.
+
+        Raises:
+            ValueError: if the text has fewer than that and one training step, or its contexts
+                have no ordinary token.
+        """
+        require_ordinary_tokens(self)
+        needed = n_tokens + self.train_batch_size_tokens
+        found = 0
+        if self.cached_activation_dataset is not None:
+            found = len(self.cached_activation_dataset) * self.training_context_size
+        else:
+            for _ in self.iterable_sequences:
+                found += self.training_context_size
+                if found >= needed:
+                    break
+            self.begin_epoch()  # the first one, anew
+            self.n_dataset_processed = self.n_contexts_read = 0
+        if found < needed:
+            raise ValueError(
+                f"{self.dataset_name} has {found:,} tokens in contexts of {self.context_size}, but "
+                f"{needed:,} are needed: {n_tokens:,} to be held out and "
+                f"{self.train_batch_size_tokens:,} for a training step: give more text, or a "
+                "smaller store_batch_size_prompts, train_batch_size_tokens or training_tokens."
+            )
+
+    def tokens_in_batches(self, n_tokens: int) -> int:
+        """A number of tokens, rounded up to whole batches of the language model."""
+        tokens_per_batch = self.store_batch_size_prompts * self.training_context_size
+        return math.ceil(n_tokens / tokens_per_batch) * tokens_per_batch
+
+    def hold_out(self, n_tokens: int) -> torch.Tensor:
+        """
+        Takes activations from the beginning of the dataset that are never served, in no
+        epoch. To be called before anything else is read.
+
+        Args:
+            n_tokens: Tokens wanted, special ones included; rounded up to whole batches of
+                the language model, and to so many that two are ordinary.
+
+        Returns:
+            Activations of shape (n_tokens, d_in), special tokens excluded as in training.
+
+        Raises:
+            ValueError: if the dataset is too small.
+        """
+        tokens_per_batch = self.store_batch_size_prompts * self.training_context_size
+        held_out: list[torch.Tensor] = []
+        try:
+            while (
+                len(held_out) * tokens_per_batch < n_tokens
+                or sum(map(len, held_out)) < 2  # one alone has no variance
+            ):
+                held_out.append(self.get_filtered_llm_batch(raise_on_epoch_end=True))
+        except StopIteration:
+            raise ValueError(
+                f"{self.dataset_name} has no {n_tokens:,} tokens to be held out for metrics, in "
+                f"batches of store_batch_size_prompts ({self.store_batch_size_prompts}) "
+                f"contexts of {self.context_size}, or only special ones: give more text, or "
+                "a smaller store_batch_size_prompts or training_tokens."
+            ) from None
+        self.n_metrics_contexts = len(held_out) * self.store_batch_size_prompts
+        self._keep_from_epochs()
+        return torch.cat(held_out)
+
+    def hold_out_contexts(self, n_contexts: int) -> torch.Tensor:
+        """
+        Takes the next contexts, which are never served either. To be called after `hold_out`
+        and before anything else is read.
+
+        Returns:
+            Token ids of shape (n_contexts, context_size).
+
+        Raises:
+            ValueError: if there are too few, or the activations are stored without tokens.
+        """
+        stored = self.cached_activation_dataset
+        if stored is None:
+            taken = list(islice(self.iterable_sequences, n_contexts))
+        elif "token_ids" in stored.column_names:
+            rows = range(self.current_row_idx, len(stored))[:n_contexts]
+            self.current_row_idx += len(rows)
+            taken = list(stored.select(rows)["token_ids"])
+        else:
+            raise ValueError(
+                f"the activations in {self.cached_activations_path!r} are stored without "
+                "their tokens, so no text can be held out of them: give "
+                "use_cached_activations=false."
+            )
+        if len(taken) < n_contexts:
+            raise ValueError(
+                f"{self.dataset_name} has {len(taken)} contexts of {self.context_size} tokens left, "
+                f"but {n_contexts} are to be held out: give more text."
+            )
+        self._keep_from_epochs()
+        return torch.stack(taken).long()
+
+    def _keep_from_epochs(self) -> None:
+        """Takes what has been read so far out of all epochs."""
+        self.n_held_out_contexts = self.n_contexts_read
+        if self.cached_activation_dataset is not None:
+            rows = range(self.current_row_idx, len(self.cached_activation_dataset))
+            self.cached_activation_dataset = self.cached_activation_dataset.select(rows)
+            self.current_row_idx = 0
+
+    @override
+    def rows_of(self, dataset: Iterator[Any]) -> Iterator[Any]:
+        n_rows = 0
+        try:
+            for content in dataset:
+                n_rows += 1
+                if content is not None:
+                    yield content
+                elif not self._told_of_null:
+                    self._told_of_null = True
+                    logger.warning(
+                        f"row {n_rows} of {self.dataset_name} holds null in the column "
+                        f"{self.tokens_column!r}; such rows are passed over"
+                    )
+        except Exception as error:  # datasets and file formats have many of their own
+            while error.__cause__ is not None:
+                error = cast(Exception, error.__cause__)
+            raise ValueError(
+                f"{self.dataset_name} cannot be read behind row {n_rows}: "
+                f"{in_one_sentence(error)}"
+            ) from error
+
+    @override
+    def contexts_of(self, epoch: Iterator[torch.Tensor]) -> Iterator[torch.Tensor]:
+        self.n_contexts_read = 0
+        for context in epoch:
+            self.n_contexts_read += 1
+            if len(context) != self.context_size:
+                raise ValueError(
+                    f"row {self.n_contexts_read} of {self.dataset_name} has {len(context)} "
+                    f"tokens, fewer than context_size ({self.context_size})."
+                )
+            if self.n_contexts_read > self.n_held_out_contexts:
+                yield context
+
+
+def require_ordinary_tokens(store: ActivationsStore) -> None:
+    """
+    Raises ValueError if a context has room for nothing but the BOS token in front of it. SAELens
+    makes such contexts for ever, from the first text on.
+    """
+    if store.dataset is None or store.is_dataset_tokenized or not store.prepend_bos:
+        return
+    tokenizer = getattr(store.model, "tokenizer", None)
+    if store.context_size == 1 and getattr(tokenizer, "bos_token_id", None) is not None:
+        raise ValueError(
+            "context_size is 1, which leaves no room for a token of the text behind the BOS "
+            "token: raise it, or give prepend_bos=false."
+        )
