@@ -30,7 +30,7 @@ from sae_lens_alloc.ops.pair_autoencoder import (
 )
 from sae_lens_alloc.ops.sparse import sampled_products
 from sae_lens_alloc.saes.allocation_sae_config import AllocationTrainingSAEConfig
-from sae_lens_alloc.saes.allocation_state import AllocationState, Rule
+from sae_lens_alloc.saes.allocator import AllocationState, Rule
 from sae_lens_alloc.saes.auxiliary_loss import (
     AuxiliaryPairs,
     auxiliary_pairs,
@@ -39,7 +39,7 @@ from sae_lens_alloc.saes.auxiliary_loss import (
     outputs_and_parts,
 )
 from sae_lens_alloc.saes.backend_trial import settle_backend
-from sae_lens_alloc.saes.density_state import remove_statistics
+from sae_lens_alloc.saes.density_statistics import remove_statistics
 from sae_lens_alloc.saes.step_plan import StepPlan
 
 T_CONFIG = TypeVar("T_CONFIG", bound=AllocationTrainingSAEConfig)

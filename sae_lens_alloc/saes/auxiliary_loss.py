@@ -9,8 +9,8 @@ from typing_extensions import override
 
 from sae_lens_alloc.allocation.schedule import aux_loss_fade
 from sae_lens_alloc.allocation.sparse_activations import Pairs
-from sae_lens_alloc.ops.auxiliary_selection import FlaggedFeatures, encode_auxiliary
 from sae_lens_alloc.ops.block_encoder import Encoder
+from sae_lens_alloc.ops.topk_selection import FlaggedFeatures, encode_auxiliary
 
 
 @dataclass

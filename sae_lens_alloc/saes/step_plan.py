@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from sae_lens_alloc.saes.allocation_state import Rule
+from sae_lens_alloc.saes.allocator import Rule
 
 
 @dataclass(frozen=True)

@@ -10,11 +10,11 @@ from sae_lens.saes.jumprelu_sae import JumpReLUSAE, JumpReLUTrainingSAE
 from sae_lens.saes.sae import SAE
 
 from sae_lens_alloc.allocation.sparse_activations import SparseActivations
-from sae_lens_alloc.ops.auxiliary_selection import FlaggedFeatures, encode_auxiliary
+from sae_lens_alloc.ops.topk_selection import FlaggedFeatures, encode_auxiliary
 from sae_lens_alloc.ops.block_encoder import Encoder
 from sae_lens_alloc.ops.encode_select import encode_thresholds
 from sae_lens_alloc.saes.allocation_sae import AllocationTrainingSAE, decoder_norms
-from sae_lens_alloc.saes.aux_zipf import AuxZipfTrainingSAEConfig
+from sae_lens_alloc.saes.aux_zipf_loss import AuxZipfTrainingSAEConfig
 from sae_lens_alloc.thresholds.jumprelu_form import gate_as_thresholds
 
 

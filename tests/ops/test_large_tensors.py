@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from sae_lens_alloc.allocation.mutual_choice import select_mutual_choice
-from sae_lens_alloc.ops.auxiliary_selection import FlaggedFeatures, encode_auxiliary
 from sae_lens_alloc.ops.block_encoder import Encoder
 from sae_lens_alloc.ops.encode_select import encode_mutual_choice
 from sae_lens_alloc.ops.sparse import sampled_products, sparse_times_dense
+from sae_lens_alloc.ops.topk_selection import FlaggedFeatures, encode_auxiliary
 from tests.helpers import assert_is_selection, stored_pairs
 
 FAR = 2**31

@@ -12,7 +12,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from sae_lens_alloc.ops import triton_affinities as affinities
-from sae_lens_alloc.ops import triton_auxiliary as auxiliary
+from sae_lens_alloc.ops import triton_topk as auxiliary
 from sae_lens_alloc.ops import triton_feature_choice as feature_choice
 from sae_lens_alloc.ops import triton_mutual_choice as mutual_choice
 from sae_lens_alloc.ops import triton_prefilter as prefilter

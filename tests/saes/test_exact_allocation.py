@@ -13,7 +13,7 @@ from sae_lens_alloc.allocation.quotas import take_whole_quotas
 from sae_lens_alloc.allocation.sparse_activations import Pairs
 from sae_lens_alloc.ops.backend import BACKEND_VARIABLE
 from sae_lens_alloc.ops.block_encoder import Encoder
-from sae_lens_alloc.saes.allocation_state import AllocationState
+from sae_lens_alloc.saes.allocator import AllocationState
 from tests.helpers import affinities_of, exact_tensors, stored_pairs
 from tests.saes.conftest import active_mask, make_sae, training_step
 

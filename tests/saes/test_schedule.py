@@ -10,6 +10,7 @@ from sae_lens import TopKTrainingSAEConfig
 
 from sae_lens_alloc import MutualChoiceTrainingSAEConfig, ZipfLaw
 from sae_lens_alloc.allocation.density import fit_floor
+from sae_lens_alloc.saes.batch_quotas import NATURAL_LAW
 from sae_lens_alloc.saes.matryoshka_mutual_choice_sae import (
     MatryoshkaMutualChoiceTrainingSAEConfig,
 )
@@ -17,7 +18,6 @@ from sae_lens_alloc.saes.mutual_choice_sae import (
     MutualChoiceTrainingSAE,
     with_schedule,
 )
-from sae_lens_alloc.saes.quota_state import NATURAL_LAW
 from tests.saes.conftest import (
     ARCHITECTURES,
     DenseSAE,

@@ -8,7 +8,7 @@ from sae_lens import logger
 from typing_extensions import override
 
 from sae_lens_alloc.allocation.settling import MAX_WINDOWS, has_settled, window_start
-from sae_lens_alloc.saes.density_state import DensityState
+from sae_lens_alloc.saes.density_statistics import DensityState
 
 # Neither a step nor a loss.
 UNKNOWN = -1.0

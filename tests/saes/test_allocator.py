@@ -10,7 +10,7 @@ from sae_lens_alloc.allocation.mutual_choice import select_mutual_choice
 from sae_lens_alloc.allocation.sparse_activations import Pairs, SparseActivations
 from sae_lens_alloc.allocation.zipf import ZipfLaw, zipf_quotas
 from sae_lens_alloc.ops.block_encoder import Encoder, KnownAffinities
-from sae_lens_alloc.saes.allocation_state import AllocationState, Rule
+from sae_lens_alloc.saes.allocator import AllocationState, Rule
 
 B, F, D_IN, BUDGET = 64, 96, 16, 256
 

@@ -13,8 +13,8 @@ from sae_lens_alloc.allocation.zipf import (
     log_shape,
     require_smallest_quota,
 )
-from sae_lens_alloc.saes.density_state import kept_in_place
-from sae_lens_alloc.saes.settling_state import SettlingState
+from sae_lens_alloc.saes.density_statistics import kept_in_place
+from sae_lens_alloc.saes.settling_clock import SettlingState
 
 # Law of the quotas where no Mutual Choice came before. Densities that Mutual Choice finds by
 # itself are flat for about 16 ranks and then fall with an exponent of about 1.

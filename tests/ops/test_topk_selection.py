@@ -5,9 +5,9 @@ import torch
 
 from sae_lens_alloc.allocation.sparse_activations import Pairs
 from sae_lens_alloc.ops import block_encoder
-from sae_lens_alloc.ops.auxiliary_selection import FlaggedFeatures, encode_auxiliary
 from sae_lens_alloc.ops.backend import BACKEND_VARIABLE
 from sae_lens_alloc.ops.block_encoder import Encoder
+from sae_lens_alloc.ops.topk_selection import FlaggedFeatures, encode_auxiliary
 from tests.helpers import affinities_of, exact_tensors, stored_pairs
 
 
@@ -155,9 +155,9 @@ def test_more_features_per_token_than_registers_hold_take_several_launches(
     triton_device: torch.device,
     monkeypatch: pytest.MonkeyPatch,
 ):
-    from sae_lens_alloc.ops import triton_auxiliary
+    from sae_lens_alloc.ops import triton_topk
 
-    monkeypatch.setattr(triton_auxiliary, "MAX_SLOTS", 4)
+    monkeypatch.setattr(triton_topk, "MAX_SLOTS", 4)
     torch.manual_seed(13)
     encoder, x = exact_encoder(20, 70)
     features = torch.randperm(70)[:n_flagged].sort().values.tolist()

@@ -47,7 +47,7 @@ def encode_auxiliary(
     tensors = tensors_for_kernels(encoder.W_enc, encoder.b_enc, encoder.scale, x)
     if tensors is not None:
         # imported where it is used, since Triton need not be installed
-        from sae_lens_alloc.ops.triton_auxiliary import largest_of_flagged
+        from sae_lens_alloc.ops.triton_topk import largest_of_flagged
 
         return largest_of_flagged(tensors, flagged.mask, min(k_aux, tensors.shape[1]))
     k_aux = min(k_aux, len(flagged.indices))

@@ -14,7 +14,7 @@ from sae_lens_alloc.allocation.density import (
 )
 from sae_lens_alloc.allocation.zipf import MIN_FEATURES, FittedLaw, ZipfLaw
 from sae_lens_alloc.compat import ModuleOfKeptDtypes
-from sae_lens_alloc.ops.auxiliary_selection import FlaggedFeatures
+from sae_lens_alloc.ops.topk_selection import FlaggedFeatures
 
 # Densities move slowly, and ranking them takes time: once in so many steps.
 STEPS_BETWEEN_FLAGS = 10

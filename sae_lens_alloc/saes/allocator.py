@@ -17,9 +17,9 @@ from sae_lens_alloc.ops.encode_select import (
     encode_feature_choice,
     encode_mutual_choice,
 )
-from sae_lens_alloc.saes.density_state import kept_in_place
-from sae_lens_alloc.saes.quota_state import QuotaState
-from sae_lens_alloc.saes.settling_state import UNKNOWN
+from sae_lens_alloc.saes.batch_quotas import QuotaState
+from sae_lens_alloc.saes.density_statistics import kept_in_place
+from sae_lens_alloc.saes.settling_clock import UNKNOWN
 
 Rule = Literal["mutual", "feature"]
 

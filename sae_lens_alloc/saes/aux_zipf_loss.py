@@ -35,7 +35,7 @@ from sae_lens_alloc.saes.auxiliary_loss import (
     outputs_and_parts,
 )
 from sae_lens_alloc.saes.checkpoint_for_inference import register_checkpoints
-from sae_lens_alloc.saes.density_state import DensityState, remove_statistics
+from sae_lens_alloc.saes.density_statistics import DensityState, remove_statistics
 
 STATISTICS = "aux_zipf."  # prefix of their keys in a checkpoint
 
