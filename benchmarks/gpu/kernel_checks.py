@@ -17,7 +17,7 @@ from sae_lens_alloc.ops.sparse import (
     sparse_times_dense,
     sparse_times_dense_transposed,
 )
-from sae_lens_alloc.ops.topk_selection import FlaggedFeatures, encode_auxiliary
+from sae_lens_alloc.ops.topk_selection import FeatureSubset, encode_topk
 
 
 @dataclass(frozen=True)
@@ -222,8 +222,8 @@ def auxiliary(setting: Setting) -> Cases:
                 flagged: torch.Tensor = flagged,
                 k_aux: int = k_aux,
             ) -> str | None:
-                features = FlaggedFeatures(flagged)
-                pairs = encode_auxiliary(inputs.encoder, inputs.x, features, k_aux)
+                features = FeatureSubset(flagged)
+                pairs = encode_topk(inputs.encoder, inputs.x, features, k_aux)
                 numbers = torch.full((shape.batch,), k_aux, device=device)
                 return disagreement(
                     pairs,

@@ -1,67 +1,48 @@
 """When Feature Choice has settled, where nobody tells how long a training is."""
 
 import math
-from typing import ClassVar
+from dataclasses import dataclass
 
 import torch
 from sae_lens import logger
-from typing_extensions import override
 
 from sae_lens_alloc.allocation.settling import MAX_WINDOWS, has_settled, window_start
-from sae_lens_alloc.saes.density_statistics import DensityState
-
-# Neither a step nor a loss.
-UNKNOWN = -1.0
+from sae_lens_alloc.saes.allocation_statistics import UNKNOWN, AllocationStatistics
+from sae_lens_alloc.saes.running_statistics import Derived
 
 
-class SettlingState(DensityState):
+@dataclass
+class _Known:
+    """What the host knows of the buffers; None where it has not asked."""
+
+    settled_step: float | None = None
+    n_windows: int | None = None
+
+
+class SettlingClock:
     """
-    Densities and flags, and the losses by which the switch from Feature Choice to Mutual
-    Choice times itself (see allocation/settling.py).
+    Times the switch from Feature Choice to Mutual Choice by the losses of the training (see
+    allocation/settling.py).
 
     Args:
-        d_sae: Number of features F.
-        density_window_tokens: Averaging window of the densities in tokens.
-        device: Device of the buffers.
+        statistics: The statistics, which keep the losses and the decision.
     """
 
-    added_later: ClassVar[tuple[str, ...]] = ("window_losses", "open_window", "settled")
-
-    window_losses: (
-        torch.Tensor
-    )  # (MAX_WINDOWS,) mean losses, UNKNOWN for windows to come
-    open_window: torch.Tensor  # (2,) sum and number of the losses of the running window
-    settled: (
-        torch.Tensor
-    )  # () first step of Mutual Choice, UNKNOWN before it is decided
-
-    def __init__(
-        self, d_sae: int, density_window_tokens: int, device: torch.device
-    ) -> None:
-        super().__init__(d_sae, density_window_tokens, device)
-        for name, values in {
-            "window_losses": torch.full((MAX_WINDOWS,), UNKNOWN),
-            "open_window": torch.zeros(2),
-            "settled": torch.full((), UNKNOWN),
-        }.items():
-            self.register_buffer(name, values.to(device))
-
-    @override
-    def _forget_derived(self) -> None:
-        super()._forget_derived()
-        self._settled_step: float | None = None
-        self._n_windows: int | None = None
+    def __init__(self, statistics: AllocationStatistics) -> None:
+        self._statistics = statistics
+        self._known = Derived(statistics, _Known)
 
     @property
     def settled_step(self) -> float:
         """The first step of Mutual Choice, infinite if that is not known yet."""
-        if self._settled_step is None:
-            settled = float(self.settled)
-            self._settled_step = math.inf if settled == UNKNOWN else settled
-        return self._settled_step
+        known = self._known.get()
+        if known.settled_step is None:
+            settled = float(self._statistics.settled)
+            known.settled_step = math.inf if settled == UNKNOWN else settled
+        return known.settled_step
 
     @torch.no_grad()
-    def begin_timed_step(self, step: int) -> None:
+    def begin_step(self, step: int) -> None:
         """
         Decides at the beginning of a step whether Feature Choice has settled. It asks the
         device only where a window ends, three times in a doubling of the steps.
@@ -69,35 +50,36 @@ class SettlingState(DensityState):
         Args:
             step: The step that is about to run. 0 starts anew.
         """
+        known, statistics = self._known.get(), self._statistics
         if step == 0:
-            self.window_losses.fill_(UNKNOWN)
-            self.settled.fill_(UNKNOWN)
-            self._settled_step, self._n_windows = math.inf, 0
+            statistics.window_losses.fill_(UNKNOWN)
+            statistics.settled.fill_(UNKNOWN)
+            known.settled_step, known.n_windows = math.inf, 0
         if self.settled_step <= step:
             return
-        if self._n_windows is None:
-            self._n_windows = int((self.window_losses != UNKNOWN).sum())
+        if known.n_windows is None:
+            known.n_windows = int((statistics.window_losses != UNKNOWN).sum())
         if step <= window_start(0):
-            self.open_window.zero_()
-        elif (
-            step >= window_start(self._n_windows + 1) and self._n_windows < MAX_WINDOWS
+            statistics.open_window.zero_()
+        elif step >= window_start(known.n_windows + 1) and (
+            known.n_windows < MAX_WINDOWS
         ):
-            self._close_window(step)
+            self._close_window(step, known.n_windows)
 
     @torch.no_grad()
     def note_loss(self, loss: torch.Tensor) -> None:
         """Takes note of the loss of a call, a scalar tensor."""
-        self.open_window += torch.stack([loss, torch.ones_like(loss)])
+        self._statistics.open_window += torch.stack([loss, torch.ones_like(loss)])
 
-    def _close_window(self, step: int) -> None:
-        assert self._n_windows is not None
-        total, count = self.open_window.tolist()
-        self.open_window.zero_()
-        self.window_losses[self._n_windows] = total / max(count, 1.0)
-        self._n_windows += 1
-        if has_settled(self.window_losses[: self._n_windows].tolist()):
-            self.settled.fill_(step)
-            self._settled_step = step
+    def _close_window(self, step: int, n_windows: int) -> None:
+        known, statistics = self._known.get(), self._statistics
+        total, count = statistics.open_window.tolist()
+        statistics.open_window.zero_()
+        statistics.window_losses[n_windows] = total / max(count, 1.0)
+        known.n_windows = n_windows + 1
+        if has_settled(statistics.window_losses[: known.n_windows].tolist()):
+            statistics.settled.fill_(step)
+            known.settled_step = step
             logger.info(
                 "Feature Choice has brought most of what it brings: Mutual Choice allocates "
                 f"from training step {step} on."
