@@ -3,7 +3,7 @@
 from typing import Any
 
 import torch
-from sae_lens.saes.sae import TrainStepInput, TrainStepOutput
+from sae_lens.saes.sae import TrainCoefficientConfig, TrainStepInput, TrainStepOutput
 from typing_extensions import override
 
 from sae_lens_alloc.allocation.mutual_choice import budget_for
@@ -102,4 +102,21 @@ class AllocationTrainingSAE(SparseStepTrainingSAE[T_CONFIG]):
             budget=budget,
             n_margin=int(self.cfg.selection_margin * budget),
             aux_weight=aux_weight,
+        )
+
+    @override
+    def get_coefficients(self) -> dict[str, float | TrainCoefficientConfig]:
+        return {}
+
+    @override
+    def calculate_aux_loss(
+        self,
+        step_input: TrainStepInput,
+        feature_acts: torch.Tensor,
+        hidden_pre: torch.Tensor,
+        sae_out: torch.Tensor,
+    ) -> dict[str, torch.Tensor]:
+        raise NotImplementedError(
+            "The auxiliary loss shares its backward with the reconstruction: call "
+            "training_forward_pass, which returns it in `losses`."
         )

@@ -4,8 +4,7 @@ from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
-from sae_lens.saes.sae import TrainCoefficientConfig, TrainStepInput, TrainStepOutput
-from typing_extensions import override
+from sae_lens.saes.sae import TrainStepOutput
 
 from sae_lens_alloc.compat import has_hooks
 from sae_lens_alloc.ops.block_encoder import Encoder, KnownAffinities
@@ -223,20 +222,3 @@ class SparseStepTrainingSAE(ThresholdTrainingSAE[T_CONFIG]):
 
     def _mse(self, out: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
         return self.mse_loss_fn(out, target).sum(dim=-1).mean()
-
-    @override
-    def get_coefficients(self) -> dict[str, float | TrainCoefficientConfig]:
-        return {}
-
-    @override
-    def calculate_aux_loss(
-        self,
-        step_input: TrainStepInput,
-        feature_acts: torch.Tensor,
-        hidden_pre: torch.Tensor,
-        sae_out: torch.Tensor,
-    ) -> dict[str, torch.Tensor]:
-        raise NotImplementedError(
-            "The auxiliary loss shares its backward with the reconstruction: call "
-            "training_forward_pass, which returns it in `losses`."
-        )

@@ -11,7 +11,7 @@ from sae_lens_alloc.allocation.sparse_activations import Pairs, SparseActivation
 from sae_lens_alloc.allocation.zipf import ZipfLaw, zipf_quotas
 from sae_lens_alloc.ops.block_encoder import Encoder, KnownAffinities
 from sae_lens_alloc.saes.allocation_statistics import AllocationStatistics
-from sae_lens_alloc.saes.allocator import Allocator, Rule
+from sae_lens_alloc.saes.allocator import Allocator, Guesses, Rule
 
 B, F, D_IN, BUDGET = 64, 96, 16, 256
 
@@ -250,6 +250,7 @@ def test_preview_is_the_next_allocation_and_changes_nothing(rule: Rule):
     for step in range(3):
         x = torch.randn(B, D_IN)
         allocator.allocate(encoder, x, BUDGET, rule, rule if step else None)
+    state = allocator.statistics
     before, x = buffers(state), torch.randn(B, D_IN)
     preview = allocator.preview(encoder, x, BUDGET, rule)
     for name, buffer in buffers(state).items():
@@ -319,3 +320,24 @@ def test_a_preview_of_another_batch_leaves_the_quotas_of_the_training_alone():
     assert 0 < len(other.values) <= BUDGET + F
     assert allocator.quotas.by_rank is kept
     assert torch.equal(kept, before)
+
+
+@pytest.mark.parametrize("replaced", ["loaded", "moved"])
+def test_guesses_are_dropped_where_the_statistics_they_come_from_are_replaced(
+    replaced: str,
+):
+    torch.manual_seed(9)
+    allocator, encoder = new_allocator(), random_encoder()
+    state = allocator.statistics
+    for rule in ("mutual", "feature"):
+        allocator.allocate(encoder, torch.randn(B, D_IN), BUDGET, rule, rule, BUDGET)
+    kept = allocator.guesses
+    assert kept.cut_is_known
+    assert None not in (kept.bounds, kept.margin_cut, kept.lowered)
+    assert None not in (allocator.quotas.by_rank, allocator.quotas.curve)
+    if replaced == "loaded":
+        state.load_state_dict(new_allocator().statistics.state_dict())
+    else:
+        state.to("cpu")
+    assert allocator.guesses == Guesses()
+    assert (allocator.quotas.by_rank, allocator.quotas.curve) == (None, None)
