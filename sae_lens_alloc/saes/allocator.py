@@ -15,6 +15,7 @@ from sae_lens_alloc.ops.encode_select import (
     encode_feature_choice,
     encode_mutual_choice,
 )
+from sae_lens_alloc.ops.pair_keys import BOUND_SHARE
 from sae_lens_alloc.saes.allocation_statistics import AllocationStatistics
 from sae_lens_alloc.saes.batch_quotas import BatchQuotas
 from sae_lens_alloc.saes.running_statistics import Derived, kept_in_place
@@ -60,7 +61,7 @@ class Guesses:
 
     def likely_bounds(self, thresholds: torch.Tensor) -> torch.Tensor:
         """Guesses of a lower bound of each feature's cut, shape (F,)."""
-        return thresholds * 0.9 if self.bounds is None else self.bounds
+        return thresholds * BOUND_SHARE if self.bounds is None else self.bounds
 
 
 class Allocator:
