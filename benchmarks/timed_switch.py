@@ -101,7 +101,7 @@ def known_features(how: str, work: Path) -> dict[str, Any]:
 
 def _switch(sae: Any) -> int:
     """The first step of Mutual Choice."""
-    steps = range(sae.allocation.last_step + 1)
+    steps = range(sae.step_count.last + 1)
     return next((step for step in steps if sae.rule_at(step) == "mutual"), len(steps))
 
 

@@ -26,7 +26,7 @@ try:
         AllocSAETrainerConfig,
     )
     from sae_lens_alloc.config.run_file import load_runner_config
-    from sae_lens_alloc.saes.aux_zipf import AuxZipfLoss, with_aux_zipf
+    from sae_lens_alloc.saes.aux_zipf_loss import AuxZipfLoss
     from sae_lens_alloc.saes.checkpoint_for_inference import register_checkpoints
     from sae_lens_alloc.saes.feature_choice_sae import (
         FeatureChoiceTrainingSAE,
@@ -40,6 +40,7 @@ try:
         MutualChoiceTrainingSAE,
         MutualChoiceTrainingSAEConfig,
     )
+    from sae_lens_alloc.saes.with_aux_zipf import with_aux_zipf
     from sae_lens_alloc.thresholds.calibration import (
         CalibrationReport,
         calibrate_thresholds,

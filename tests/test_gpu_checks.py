@@ -130,7 +130,7 @@ def check(kernel: str, monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
         ("products", "sampled_products"),
         ("mutual_choice", "encode_and_count"),
         ("feature_choice", "encode_feature_choice"),
-        ("auxiliary", "encode_auxiliary"),
+        ("auxiliary", "encode_topk"),
     ],
 )
 def test_a_broken_kernel_is_found_and_the_others_are_right(

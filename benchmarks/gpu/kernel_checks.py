@@ -10,7 +10,6 @@ import torch
 from benchmarks.gpu.agreement import disagreement, distance, wrong_counts
 from benchmarks.gpu.inputs import EncoderInputs, exact_inputs, random_inputs
 from benchmarks.shape import Shape
-from sae_lens_alloc.ops.auxiliary_selection import FlaggedFeatures, encode_auxiliary
 from sae_lens_alloc.ops.backend import BACKEND_VARIABLE
 from sae_lens_alloc.ops.encode_select import encode_and_count, encode_feature_choice
 from sae_lens_alloc.ops.sparse import (
@@ -18,6 +17,7 @@ from sae_lens_alloc.ops.sparse import (
     sparse_times_dense,
     sparse_times_dense_transposed,
 )
+from sae_lens_alloc.ops.topk_selection import FeatureSubset, encode_topk
 
 
 @dataclass(frozen=True)
@@ -222,8 +222,8 @@ def auxiliary(setting: Setting) -> Cases:
                 flagged: torch.Tensor = flagged,
                 k_aux: int = k_aux,
             ) -> str | None:
-                features = FlaggedFeatures(flagged)
-                pairs = encode_auxiliary(inputs.encoder, inputs.x, features, k_aux)
+                features = FeatureSubset(flagged)
+                pairs = encode_topk(inputs.encoder, inputs.x, features, k_aux)
                 numbers = torch.full((shape.batch,), k_aux, device=device)
                 return disagreement(
                     pairs,

@@ -4,6 +4,9 @@ import math
 
 import torch
 
+# Largest share of a batch's tokens for one feature, unless a config says otherwise.
+MAX_DENSITY = 0.6
+
 
 def most_whole_quotas(total: float, n_features: int) -> int:
     """

@@ -79,6 +79,11 @@ class ZipfLaw:
         )
 
 
+# Law of the quotas where no Mutual Choice came before. Densities that Mutual Choice finds by
+# itself are flat for about 16 ranks and then fall with an exponent of about 1.
+NATURAL_LAW = ZipfLaw(alpha=1.0, beta=16.0, scale=1.0)
+
+
 @dataclass(frozen=True)
 class FittedLaw:
     """

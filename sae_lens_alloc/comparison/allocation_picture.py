@@ -9,8 +9,9 @@ from sae_lens import SAE
 
 from sae_lens_alloc.allocation.feature_choice import select_feature_choice
 from sae_lens_alloc.allocation.mutual_choice import select_mutual_choice
+from sae_lens_alloc.allocation.quotas import MAX_DENSITY
 from sae_lens_alloc.allocation.sparse_activations import SparseActivations
-from sae_lens_alloc.allocation.zipf import ZipfLaw, zipf_quotas
+from sae_lens_alloc.allocation.zipf import NATURAL_LAW, zipf_quotas
 from sae_lens_alloc.comparison.cell import cell_folder, sae_folder
 from sae_lens_alloc.comparison.config import ComparisonConfig
 from sae_lens_alloc.comparison.results import middle_k
@@ -19,10 +20,6 @@ from sae_lens_alloc.saes.saved_sae import load_sae
 
 N_TOKENS, N_FEATURES = 40, 40
 PAIRS_PER_TOKEN = 4
-# The law that Feature Choice starts with, and the largest share of the tokens it gives one
-# feature (see the defaults of the training SAEs).
-LAW = ZipfLaw(alpha=1.0, beta=16.0, scale=1.0)
-MAX_DENSITY = 0.6
 
 
 @torch.no_grad()
@@ -60,8 +57,9 @@ def _top_k(affinities: torch.Tensor) -> torch.Tensor:
 
 
 def _feature_choice(affinities: torch.Tensor, budget: int) -> SparseActivations:
+    """With the law that Feature Choice starts from, as the SAEs have it by default."""
     quotas = zipf_quotas(
-        LAW, affinities.shape[1], budget, MAX_DENSITY * len(affinities)
+        NATURAL_LAW, affinities.shape[1], budget, MAX_DENSITY * len(affinities)
     )
     # whole numbers that sum to the budget
     whole = quotas.cumsum(0).round().diff(prepend=torch.zeros(1, dtype=quotas.dtype))

@@ -8,6 +8,7 @@ from sae_lens.saes.jumprelu_sae import JumpReLUSAEConfig
 from sae_lens.saes.sae import SAEConfig
 from typing_extensions import override
 
+from sae_lens_alloc.allocation.quotas import MAX_DENSITY
 from sae_lens_alloc.saes.auxiliary_loss import AuxiliaryLossTrainingSAEConfig, require
 
 
@@ -68,7 +69,7 @@ class AllocationTrainingSAEConfig(AuxiliaryLossTrainingSAEConfig):
     k_decay_steps: int = 0
     selection_margin: float = 1.0
     aux_loss: Literal["aux_zipf", "aux_k", "none"] = "aux_zipf"
-    max_density: float = 0.6
+    max_density: float = MAX_DENSITY
     min_tokens_per_feature: float = 0.0
     rescale_acts_by_decoder_norm: bool = True
 

@@ -9,8 +9,8 @@ from typing_extensions import override
 
 from sae_lens_alloc.allocation.schedule import aux_loss_fade
 from sae_lens_alloc.allocation.sparse_activations import Pairs
-from sae_lens_alloc.ops.auxiliary_selection import FlaggedFeatures, encode_auxiliary
 from sae_lens_alloc.ops.block_encoder import Encoder
+from sae_lens_alloc.ops.topk_selection import FeatureSubset, encode_topk
 
 
 @dataclass
@@ -102,7 +102,7 @@ def auxiliary_weight(cfg: AuxiliaryLossTrainingSAEConfig, step: int) -> float:
 def auxiliary_pairs(
     encoder: Encoder,
     x: torch.Tensor,
-    flagged: FlaggedFeatures,
+    flagged: FeatureSubset,
     k_aux: int,
     weight: float,
 ) -> AuxiliaryPairs | None:
@@ -118,7 +118,7 @@ def auxiliary_pairs(
         k_aux: Features per token.
         weight: Coefficient of the loss, which is scaled down where U is less than k_aux.
     """
-    pairs = encode_auxiliary(encoder, x.detach(), flagged, k_aux)
+    pairs = encode_topk(encoder, x.detach(), flagged, k_aux)
     if pairs.real is not None:
         share = (flagged.mask.sum() / k_aux).clamp(max=1.0)
         return AuxiliaryPairs(pairs, weight * share)

@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import repeat
 from statistics import median
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from sae_lens import logger
@@ -20,9 +20,7 @@ from sae_lens_alloc.ops.backend import (
     why_unavailable,
 )
 from sae_lens_alloc.ops.pair_autoencoder import GradientMemory
-
-if TYPE_CHECKING:  # which imports this
-    from sae_lens_alloc.saes.allocation_sae import AllocationTrainingSAE
+from sae_lens_alloc.saes.training_step import SparseStepTrainingSAE
 
 # The first one is what the others must agree with.
 CANDIDATES: tuple[Backend, ...] = ("torch", "triton", "triton_prefilter")
@@ -74,7 +72,7 @@ class Outcome:
 
 
 def settle_backend(
-    sae: "AllocationTrainingSAE[Any]",
+    sae: SparseStepTrainingSAE[Any],
     step: Callable[[TrainStepInput], TrainStepOutput],
     step_input: TrainStepInput,
 ) -> None:
@@ -91,10 +89,10 @@ def settle_backend(
     device = step_input.sae_in.device
     if not _has_a_choice(device) or wanted_backend(device) is not None:
         return
-    backend = sae.allocation.backend_name
+    backend = sae.backend_record.name
     if backend is None or why_unavailable(backend, device) is not None:
         backend = fastest_right_backend(sae, step, step_input)
-        sae.allocation.record_backend(backend)
+        sae.backend_record.record(backend)
     choose_backend(device, backend)
 
 
@@ -103,7 +101,7 @@ def _has_a_choice(device: torch.device) -> bool:
 
 
 def fastest_right_backend(
-    sae: "AllocationTrainingSAE[Any]",
+    sae: SparseStepTrainingSAE[Any],
     step: Callable[[TrainStepInput], TrainStepOutput],
     step_input: TrainStepInput,
     candidates: Sequence[Backend] = CANDIDATES,
@@ -201,7 +199,7 @@ def _cuts(outcome: Outcome) -> torch.Tensor:
 
 
 def _outcome(
-    sae: "AllocationTrainingSAE[Any]",
+    sae: SparseStepTrainingSAE[Any],
     step: Callable[[TrainStepInput], TrainStepOutput],
     step_input: TrainStepInput,
 ) -> Outcome:
@@ -247,7 +245,7 @@ def _sample(name: str, gradient: torch.Tensor, d_sae: int) -> torch.Tensor:
 
 
 def _seconds_per_step(
-    sae: "AllocationTrainingSAE[Any]",
+    sae: SparseStepTrainingSAE[Any],
     step: Callable[[TrainStepInput], TrainStepOutput],
     step_input: TrainStepInput,
 ) -> float:
@@ -271,7 +269,7 @@ def _now(device: torch.device) -> float:
 
 @contextmanager
 def _untouched(
-    sae: "AllocationTrainingSAE[Any]", device: torch.device, backend: Backend
+    sae: SparseStepTrainingSAE[Any], device: torch.device, backend: Backend
 ) -> Iterator[None]:
     """Within it a backend runs and the SAE may train; after it, it has not trained."""
     statistics = {

@@ -4,11 +4,10 @@ from dataclasses import dataclass
 
 from typing_extensions import override
 
-from sae_lens_alloc.saes.allocation_sae import AllocationTrainingSAE, Rule
-from sae_lens_alloc.saes.allocation_sae_config import (
-    AllocationTrainingSAEConfig,
-    require,
-)
+from sae_lens_alloc.saes.allocation_sae import AllocationTrainingSAE
+from sae_lens_alloc.saes.allocation_sae_config import AllocationTrainingSAEConfig
+from sae_lens_alloc.saes.allocator import Rule
+from sae_lens_alloc.saes.auxiliary_loss import require
 
 
 @dataclass

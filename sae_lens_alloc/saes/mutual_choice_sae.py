@@ -6,11 +6,10 @@ from typing import Any, ClassVar, TypeVar
 from sae_lens.saes.sae import TrainingSAEConfig
 from typing_extensions import override
 
-from sae_lens_alloc.saes.allocation_sae import AllocationTrainingSAE, Rule
-from sae_lens_alloc.saes.allocation_sae_config import (
-    AllocationTrainingSAEConfig,
-    require,
-)
+from sae_lens_alloc.saes.allocation_sae import AllocationTrainingSAE
+from sae_lens_alloc.saes.allocation_sae_config import AllocationTrainingSAEConfig
+from sae_lens_alloc.saes.allocator import Rule
+from sae_lens_alloc.saes.auxiliary_loss import require
 
 # The recipe (docs/experiments.md): while Feature Choice allocates, the budget falls to k from this
 # multiple of it.
@@ -76,7 +75,7 @@ class MutualChoiceTrainingSAE(AllocationTrainingSAE[MutualChoiceTrainingSAEConfi
     def rule_at(self, step: int) -> Rule:
         steps = self.cfg.feature_choice_steps
         if steps is None:
-            steps = self.allocation.settled_step
+            steps = self.settling.settled_step
         return "feature" if step < steps else "mutual"
 
 

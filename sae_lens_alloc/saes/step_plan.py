@@ -1,14 +1,21 @@
-"""What the host decides about a training step before the device begins with it."""
+"""What the parts of a training step hand to each other."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
-from sae_lens_alloc.saes.allocation_state import Rule
+import torch
+
+from sae_lens_alloc.allocation.margin import Margin
+from sae_lens_alloc.allocation.sparse_activations import Pairs
+from sae_lens_alloc.saes.allocator import Rule
+from sae_lens_alloc.saes.auxiliary_loss import AuxiliaryPairs
 
 
 @dataclass(frozen=True)
 class StepPlan:
     """
-    Steps whose plans are equal but for their number make the same launches on the device.
+    What the host decides about a step before the device begins with it. Steps whose plans are
+    equal but for their number make the same launches on the device.
 
     Args:
         step: Number of the training step.
@@ -27,3 +34,41 @@ class StepPlan:
     budget: int
     n_margin: int
     aux_weight: float
+
+
+@dataclass(frozen=True)
+class Selection:
+    """
+    Who takes part in a step.
+
+    Args:
+        pairs: The active pairs.
+        margin: The first pairs below the cut, None without.
+        aux: Pairs of the auxiliary loss, None without.
+        dense_acts: Activations of shape (..., F), where hooks on them may change them; None
+            where nobody looks.
+    """
+
+    pairs: Pairs
+    margin: Margin | None
+    aux: AuxiliaryPairs | None
+    dense_acts: torch.Tensor | None
+
+
+@dataclass(frozen=True)
+class Outputs:
+    """
+    What a step puts out, in the space and the shape of the activations.
+
+    Args:
+        levels: Reconstructions by the number of first features they are from; all features
+            come first.
+        aux: Reconstruction of the error by the auxiliary pairs, None without.
+        unit: What a reconstruction of ones becomes, None without a margin.
+        margin_pre_acts: Pre-activations of the margin's pairs, shape (N,).
+    """
+
+    levels: Mapping[int, torch.Tensor]
+    aux: torch.Tensor | None
+    unit: torch.Tensor | None
+    margin_pre_acts: torch.Tensor

@@ -10,11 +10,12 @@ from sae_lens.saes.jumprelu_sae import JumpReLUSAE, JumpReLUTrainingSAE
 from sae_lens.saes.sae import SAE
 
 from sae_lens_alloc.allocation.sparse_activations import SparseActivations
-from sae_lens_alloc.ops.auxiliary_selection import FlaggedFeatures, encode_auxiliary
 from sae_lens_alloc.ops.block_encoder import Encoder
 from sae_lens_alloc.ops.encode_select import encode_thresholds
-from sae_lens_alloc.saes.allocation_sae import AllocationTrainingSAE, decoder_norms
-from sae_lens_alloc.saes.aux_zipf import AuxZipfTrainingSAEConfig
+from sae_lens_alloc.ops.topk_selection import FeatureSubset, encode_topk
+from sae_lens_alloc.saes.allocation_sae import AllocationTrainingSAE
+from sae_lens_alloc.saes.aux_zipf_config import AuxZipfTrainingSAEConfig
+from sae_lens_alloc.saes.auxiliary_loss import decoder_norms
 from sae_lens_alloc.thresholds.jumprelu_form import gate_as_thresholds
 
 
@@ -29,13 +30,13 @@ def source_selection(
     source_scale = _affinity_scale(source, converted)
     units = torch.as_tensor(_units(source, converted), device=converted.device)
     units = units.expand_as(converted.allocation.threshold)
-    all_features = FlaggedFeatures(
+    all_features = FeatureSubset(
         torch.ones(converted.cfg.d_sae, dtype=torch.bool, device=converted.device)
     )
 
     def best_of_each_token(encoder: Encoder, x: torch.Tensor) -> SparseActivations:
         as_source = Encoder(encoder.W_enc, encoder.b_enc, source_scale)
-        selected = encode_auxiliary(as_source, x, all_features, source.cfg.k)
+        selected = encode_topk(as_source, x, all_features, source.cfg.k)
         pairs = selected.without_padding()
         active = pairs.values > 0
         features = pairs.feature_indices[active]

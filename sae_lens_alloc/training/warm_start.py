@@ -12,6 +12,7 @@ from sae_lens_alloc.allocation.mutual_choice import budget_for
 from sae_lens_alloc.allocation.schedule import budget_per_token
 from sae_lens_alloc.evaluation.usage import by_pairs, measure_usage
 from sae_lens_alloc.saes.allocation_sae import AllocationTrainingSAE
+from sae_lens_alloc.saes.allocator import start_from_tokens
 from sae_lens_alloc.thresholds.calibration import BATCH_SIZE
 from sae_lens_alloc.thresholds.factor import scale_thresholds
 from sae_lens_alloc.thresholds.requirements import require_activations
@@ -72,7 +73,8 @@ def warm_start(
     source_l0, source_ev = source_quality(source, sae, activations)
     state, cfg = sae.allocation, sae.cfg
     first_k = budget_per_token(0, cfg.k, cfg.k_start, cfg.k_decay_steps)
-    state.start_from(
+    start_from_tokens(
+        sae.allocator,
         sae.encoder(),
         sae.process_sae_in(activations),
         budget_for(first_k, len(activations)),
@@ -123,5 +125,5 @@ def _was_shaped_by_quotas(source: SAE[Any]) -> bool:
     """Whether Feature Choice trained the source last; its law would drift if fitted again."""
     return (
         isinstance(source, AllocationTrainingSAE)
-        and source.rule_at(source.allocation.last_step) == "feature"
+        and source.rule_at(source.step_count.last) == "feature"
     )

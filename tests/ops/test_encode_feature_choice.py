@@ -120,7 +120,7 @@ def test_encode_feature_choice_counts_what_is_above_the_thresholds(largest_quota
 
 
 # `above` stops at the candidates. Bounds are not part of a checkpoint, so thresholds
-# depend on whether a run was interrupted (see test_allocation_state.py).
+# depend on whether a run was interrupted (see tests/saes/test_allocator.py).
 @pytest.mark.parametrize("bounds_kind", ["far_too_high", "mixed", "affinity"])
 def test_counts_above_the_thresholds_do_not_depend_on_the_bounds(bounds_kind: str):
     torch.manual_seed(2)

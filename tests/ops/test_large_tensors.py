@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from sae_lens_alloc.allocation.mutual_choice import select_mutual_choice
-from sae_lens_alloc.ops.auxiliary_selection import FlaggedFeatures, encode_auxiliary
 from sae_lens_alloc.ops.block_encoder import Encoder
 from sae_lens_alloc.ops.encode_select import encode_mutual_choice
 from sae_lens_alloc.ops.sparse import sampled_products, sparse_times_dense
+from sae_lens_alloc.ops.topk_selection import FeatureSubset, encode_topk
 from tests.helpers import assert_is_selection, stored_pairs
 
 FAR = 2**31
@@ -45,8 +45,8 @@ def test_selections_of_features_that_lie_far_apart(far_matrix: torch.Tensor):
     expected = select_mutual_choice(affinities, 200)
     assert_is_selection(pairs, expected)
     assert (expected.feature_indices > 64).any()
-    everything = FlaggedFeatures(torch.arange(70) >= 60)
-    pairs = stored_pairs(encode_auxiliary(encoder, x, everything, 10))
+    everything = FeatureSubset(torch.arange(70) >= 60)
+    pairs = stored_pairs(encode_topk(encoder, x, everything, 10))
     assert [value for *_, value in pairs] == affinities[:, 60:].flatten().tolist()
 
 

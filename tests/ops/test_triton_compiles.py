@@ -12,7 +12,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from sae_lens_alloc.ops import triton_affinities as affinities
-from sae_lens_alloc.ops import triton_auxiliary as auxiliary
+from sae_lens_alloc.ops import triton_topk as topk
 from sae_lens_alloc.ops import triton_feature_choice as feature_choice
 from sae_lens_alloc.ops import triton_mutual_choice as mutual_choice
 from sae_lens_alloc.ops import triton_prefilter as prefilter
@@ -24,7 +24,7 @@ TYPES = {"bound": "*i64", "prefix": "*i64", "done": "*i32", "count": "*i64",
          "thresholds": "*fp32", "cut": "*fp32", "keys": "*i64", "counts": "*i64",
          "fewest": "*i64", "most": "*i64", "above": "*i64", "out": "*fp32",
          "token_errors": "*fp32", "feature_norms": "*fp32", "guess": "*fp32",
-         "found": "*i64", "features": "*i64", "n_flagged": "*i64", "below": "*i64",
+         "found": "*i64", "features": "*i64", "n_in_subset": "*i64", "below": "*i64",
          "dense": "*bf16", "left": "*fp32", "right": "*bf16"}
 
 # as a launch finds addresses, strides and sizes to be
@@ -89,10 +89,10 @@ for chosen in ({}, everywhere):
         feature_choice.collect_feature_keys_kernel, VALUE_BITS=31, **chosen
     )
 compile_encoding(feature_choice.find_feature_bounds_kernel, VALUE_BITS=31)
-for slots in (32, auxiliary.MAX_SLOTS):
+for slots in (32, topk.MAX_SLOTS):
     compile_encoding(
-        auxiliary.largest_keys_kernel, LEAST=auxiliary.LEAST, SLOTS=slots,
-        TOKENS=auxiliary.tokens_per_tile(slots),
+        topk.largest_keys_kernel, LEAST=topk.LEAST, SLOTS=slots,
+        TOKENS=topk.tokens_per_tile(slots),
     )
 for rows in (1, sparse.COLUMNS):
     compile(

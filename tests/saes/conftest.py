@@ -10,7 +10,7 @@ from sae_lens.registry import SAE_TRAINING_CLASS_REGISTRY
 from sae_lens.saes.sae import TrainingSAE, TrainStepInput, TrainStepOutput
 
 from sae_lens_alloc.saes.allocation_sae import AllocationTrainingSAE
-from sae_lens_alloc.saes.allocation_state import AllocationState
+from sae_lens_alloc.saes.allocation_statistics import AllocationStatistics
 from tests.helpers import one_thread
 
 __all__ = ["one_thread"]
@@ -115,7 +115,7 @@ def gradients(sae: TrainingSAE[Any], loss: torch.Tensor) -> dict[str, torch.Tens
     }
 
 
-def statistics(sae: TrainingSAE[Any]) -> AllocationState:
+def statistics(sae: TrainingSAE[Any]) -> AllocationStatistics:
     """Thresholds, densities and quota remainders."""
     assert isinstance(sae, AllocationTrainingSAE)
     return sae.allocation

@@ -20,6 +20,7 @@ from sae_lens.saes.sae import TrainingSAE
 from safetensors.torch import load_file
 
 from sae_lens_alloc import AuxZipfLoss, MutualChoiceTrainingSAE, with_aux_zipf
+from sae_lens_alloc.saes import with_aux_zipf as with_aux_zipf_module
 from tests.saes.conftest import (
     LN_EPS,
     assert_grads_equal,
@@ -123,9 +124,16 @@ def test_import_registers_the_architecture(base: str):
     assert fields == base_fields | ADDED
     assert with_aux_zipf(base_class) is sae_class
     assert with_aux_zipf(base_class).config_class is config_class
-    # as it goes to another process
+    # as they go to another process
     cfg = config_class.from_dict(settings(base))
     assert pickle.loads(pickle.dumps(cfg)) == cfg
+    for made in (sae_class, config_class):
+        assert pickle.loads(pickle.dumps(made)) is made
+
+
+def test_a_class_that_was_never_made_is_an_attribute_error():
+    with pytest.raises(AttributeError, match="NoAuxZipfTrainingSAE"):
+        _ = with_aux_zipf_module.NoAuxZipfTrainingSAE
 
 
 @pytest.mark.parametrize("k_aux", [3, 10])

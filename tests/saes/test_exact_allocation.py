@@ -13,7 +13,8 @@ from sae_lens_alloc.allocation.quotas import take_whole_quotas
 from sae_lens_alloc.allocation.sparse_activations import Pairs
 from sae_lens_alloc.ops.backend import BACKEND_VARIABLE
 from sae_lens_alloc.ops.block_encoder import Encoder
-from sae_lens_alloc.saes.allocation_state import AllocationState
+from sae_lens_alloc.saes.allocation_statistics import AllocationStatistics
+from sae_lens_alloc.saes.allocator import Allocator
 from tests.helpers import affinities_of, exact_tensors, stored_pairs
 from tests.saes.conftest import active_mask, make_sae, training_step
 
@@ -32,9 +33,10 @@ def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
     return request.param
 
 
-def any_state(data: st.DataObject) -> AllocationState:
-    """A state that some training may have left, or that nothing sane has."""
-    state = AllocationState(F, 1000, 0.6, 0.0, torch.device("cpu"))
+def any_state(data: st.DataObject) -> Allocator:
+    """An allocator in a state that some training may have left, or that nothing sane has."""
+    state = AllocationStatistics(F, 1000, torch.device("cpu"))
+    allocator = Allocator(state, 0.6, 0.0)
     generator = torch.Generator().manual_seed(data.draw(st.integers(0, 999)))
     random = torch.rand(4, F, generator=generator)
     state.threshold.copy_(random[0] * data.draw(SCALES))
@@ -46,9 +48,9 @@ def any_state(data: st.DataObject) -> AllocationState:
     state.density_tokens.fill_(data.draw(st.sampled_from([0.0, 1e6])))
     state.quota_carry.copy_(random[2])
     if data.draw(st.booleans()):
-        state._margin_cut = torch.tensor(data.draw(CUTS))
-        state._bounds = random[3] * data.draw(SCALES)
-    return state
+        allocator.guesses.margin_cut = torch.tensor(data.draw(CUTS))
+        allocator.guesses.bounds = random[3] * data.draw(SCALES)
+    return allocator
 
 
 def any_encoder(data: st.DataObject) -> tuple[Encoder, torch.Tensor, torch.Tensor]:
@@ -79,10 +81,10 @@ def dense(pairs: Pairs | None) -> torch.Tensor:
 def test_the_largest_are_active_and_the_next_are_the_margin_in_any_state(
     backend: str, data: st.DataObject, budget: int, n_margin: int, previous: Any
 ):
-    state = any_state(data)
+    allocator = any_state(data)
     encoder, x, affinities = any_encoder(data)
     for step in range(2):
-        pairs, margin = state.allocate(
+        pairs, margin = allocator.allocate(
             encoder, x, budget, "mutual", previous if step == 0 else "mutual", n_margin
         )
         expected = select_mutual_choice(affinities, budget)
@@ -105,14 +107,15 @@ def test_the_largest_are_active_and_the_next_are_the_margin_in_any_state(
 def test_every_feature_gets_its_best_tokens_in_any_state(
     backend: str, data: st.DataObject, budget: int, previous: Any
 ):
-    state = any_state(data)
+    allocator = any_state(data)
+    state = allocator.statistics
     encoder, x, affinities = any_encoder(data)
     for step in range(2):
         if step == 0 and previous == "mutual":
-            state._anchor_quota_law(1 / (100 * B))
-        quotas, at_most = state._quotas(state.density, B, budget)
+            allocator.quotas.anchor_law(1 / (100 * B))
+        quotas, at_most = allocator.quotas.of(state.density, B, budget)
         owed = take_whole_quotas(quotas, state.quota_carry.clone(), at_most)
-        pairs, _ = state.allocate(
+        pairs, _ = allocator.allocate(
             encoder, x, budget, "feature", previous if step == 0 else "feature"
         )
         expected = select_feature_choice(affinities, owed)

@@ -189,9 +189,11 @@ def test_what_outlives_a_step_stays_at_its_address():
     sae.allocation.quota_law.fill_(1.5)
 
     def addresses() -> dict[str, int]:
-        state = sae.allocation
-        kept = {**dict(state.named_buffers()), **vars(state), **state._totals.start}
-        kept |= {} if state._quota_curve is None else vars(state._quota_curve)
+        state, allocator = sae.allocation, sae.allocator
+        kept = {**dict(state.named_buffers()), **state.totals.start}
+        kept |= {**vars(allocator.guesses), "by_rank": allocator.quotas.by_rank}
+        curve = allocator.quotas.curve
+        kept |= {} if curve is None else vars(curve)
         return {
             name: value.data_ptr()
             for name, value in kept.items()
@@ -205,9 +207,7 @@ def test_what_outlives_a_step_stays_at_its_address():
         found = addresses()
         assert known == {name: found[name] for name in known}
         known = found
-    assert {"_bounds", "_margin_cut", "_lowered", "_rank_quotas", "cap_sums"} <= {
-        *known
-    }
+    assert {"bounds", "margin_cut", "lowered", "by_rank", "cap_sums"} <= {*known}
 
 
 def test_the_test_notices_a_question(monkeypatch: pytest.MonkeyPatch):

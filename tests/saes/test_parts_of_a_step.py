@@ -8,7 +8,14 @@ import torch
 from sae_lens.saes.sae import TrainingSAE
 
 from sae_lens_alloc.saes.allocation_sae import AllocationTrainingSAE
-from tests.saes.conftest import make_sae, tokens, training_step
+from tests.saes.conftest import (
+    ARCHITECTURES,
+    changed,
+    make_sae,
+    state_of,
+    tokens,
+    training_step,
+)
 
 B, D_IN = 32, 8
 
@@ -205,3 +212,15 @@ def test_a_copy_does_not_carry_the_gradient_memory():
     assert copied.gradient_memory.W_enc is None
     assert copied.gradient_memory.W_dec is None
     assert sae.gradient_memory.W_enc is not None
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_a_copy_of_an_sae_has_statistics_of_its_own(architecture: str):
+    """What allocates, counts and times goes by the copy's statistics, not by the original's."""
+    sae = trained(architecture, 4, aux_loss="aux_zipf", selection_margin=1.0)
+    expected = trained(architecture, 6, aux_loss="aux_zipf", selection_margin=1.0)
+    before, copied = state_of(sae), copy.deepcopy(sae)
+    for step in (4, 5):
+        training_step(copied, batch(step), step)
+    assert changed(before, sae) == set()
+    assert changed(state_of(expected), copied) == set()

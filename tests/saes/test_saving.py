@@ -5,7 +5,9 @@ from typing import Any
 
 import pytest
 import torch
+from sae_lens.constants import SAE_WEIGHTS_FILENAME
 from sae_lens.saes.sae import TrainingSAE
+from safetensors.torch import load_file
 
 from sae_lens_alloc.saes.allocation_sae import AllocationTrainingSAE
 from tests.saes.conftest import (
@@ -138,3 +140,29 @@ def test_a_loaded_sae_forgets_what_it_derived_from_its_old_statistics(
     output, expected = training_step(other, x, 7), training_step(sae, x, 7)
     torch.testing.assert_close(output.losses, expected.losses)
     assert changed(state_of(sae), other) == set()
+
+
+def test_a_checkpoint_names_its_statistics_as_those_of_earlier_versions_do(
+    tmp_path: Path,
+):
+    used_sae("mutual_choice").save_model(tmp_path)
+    shapes = {
+        name: list(tensor.shape)
+        for name, tensor in load_file(tmp_path / SAE_WEIGHTS_FILENAME).items()
+        if name not in WEIGHTS
+    }
+    # numbers are three bfloat16 parts each
+    assert shapes == {
+        "allocation.density": [3, 32],
+        "allocation.density_tokens": [3],
+        "allocation.n_steps": [3],
+        "allocation.underused": [32],
+        "allocation.threshold": [3, 32],
+        "allocation.cut": [3],
+        "allocation.quota_carry": [3, 32],
+        "allocation.quota_law": [3, 2],
+        "allocation.window_losses": [3, 60],
+        "allocation.open_window": [3, 2],
+        "allocation.settled": [3],
+        "allocation.backend": [3],
+    }

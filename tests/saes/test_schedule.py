@@ -10,6 +10,7 @@ from sae_lens import TopKTrainingSAEConfig
 
 from sae_lens_alloc import MutualChoiceTrainingSAEConfig, ZipfLaw
 from sae_lens_alloc.allocation.density import fit_floor
+from sae_lens_alloc.allocation.zipf import NATURAL_LAW
 from sae_lens_alloc.saes.matryoshka_mutual_choice_sae import (
     MatryoshkaMutualChoiceTrainingSAEConfig,
 )
@@ -17,7 +18,6 @@ from sae_lens_alloc.saes.mutual_choice_sae import (
     MutualChoiceTrainingSAE,
     with_schedule,
 )
-from sae_lens_alloc.saes.quota_state import NATURAL_LAW
 from tests.saes.conftest import (
     ARCHITECTURES,
     DenseSAE,
@@ -238,7 +238,7 @@ def test_bounds_of_feature_choice_only_make_it_faster():
     for step in range(40):
         # activations grow by a factor of 2 after 20 steps, and the bounds lag behind
         x = tokens(256, 8, seed=step) * (1 + step // 20)
-        forgetful.allocation._forget_derived()
+        forgetful.allocation.forget_derived()
         output, expected = (
             training_step(forgetful, x, step),
             training_step(kept, x, step),

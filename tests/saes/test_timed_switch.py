@@ -79,7 +79,7 @@ def test_a_resumed_training_switches_at_the_same_step(at: int):
     resumed = timed()
     resumed.load_state_dict(copy.deepcopy(first.state_dict()))
     for one in (first, resumed):
-        assert one.allocation.settled_step == (
+        assert one.settling.settled_step == (
             expected if at > expected else float("inf")
         )
     rules = [rule for rule, _ in train(resumed, range(at, N_STEPS))]
@@ -92,13 +92,13 @@ def test_a_training_that_starts_at_0_starts_the_switch_anew():
     switch_of(train(sae, range(N_STEPS)))
     training_step(sae, tokens(8, 16), 0)
     assert sae.rule_at(0) == "feature"
-    assert sae.allocation.settled_step == float("inf")
+    assert sae.settling.settled_step == float("inf")
 
 
 def test_steps_that_are_given_hold():
     sae = make_sae(feature_choice_steps=7, d_in=16)
     assert switch_of(train(sae, range(40))) == 7
-    assert sae.allocation.settled_step == float("inf")
+    assert sae.settling.settled_step == float("inf")
 
 
 def test_a_look_at_the_sae_decides_nothing():

@@ -26,13 +26,12 @@ from sae_lens_alloc.allocation.density import (
 )
 from sae_lens_alloc.allocation.schedule import aux_loss_fade
 from sae_lens_alloc.allocation.thresholds import follow_cut
-from sae_lens_alloc.allocation.zipf import ZipfLaw, zipf_quotas
+from sae_lens_alloc.allocation.zipf import NATURAL_LAW, ZipfLaw, zipf_quotas
 from sae_lens_alloc.saes.allocation_sae import AllocationTrainingSAE
-from sae_lens_alloc.saes.allocation_state import (
+from sae_lens_alloc.saes.allocation_statistics import (
     LOWEST_THRESHOLD,
     MIN_DENSITY_SHARE,
 )
-from sae_lens_alloc.saes.quota_state import NATURAL_LAW
 from sae_lens_alloc.training.held_out import held_out_metrics
 from sae_lens_alloc.training.trainer import AllocSAETrainer
 from tests.saes.conftest import DenseSAE

@@ -13,7 +13,7 @@ from sae_lens import logger
 from sae_lens_alloc import AllocSAETrainer, AllocSAETrainerConfig
 from sae_lens_alloc.ops import device_checks
 from sae_lens_alloc.ops.backend import BACKEND_VARIABLE
-from sae_lens_alloc.saes import allocation_sae
+from sae_lens_alloc.saes import reconstruction
 from sae_lens_alloc.saes.allocation_sae import AllocationTrainingSAE
 from sae_lens_alloc.training import step_graph
 from sae_lens_alloc.training.step_graph import StepGraph
@@ -162,9 +162,9 @@ def test_what_makes_it_impossible_is_one_sentence(
         sentence = "row_sparse_adam asks the device which features were selected"
     else:
         monkeypatch.setattr(
-            allocation_sae,
+            reconstruction,
             "decode_pairs",
-            lambda *args, decode=allocation_sae.decode_pairs, **kwargs: (
+            lambda *args, decode=reconstruction.decode_pairs, **kwargs: (
                 args[0].sum().item(),
                 decode(*args, **kwargs),
             )[1],

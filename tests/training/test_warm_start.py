@@ -309,7 +309,7 @@ def test_statistics_of_our_own_saes_are_carried_and_schedules_start_anew(
     converted = convert_sae(source, architecture)
     assert changed(before, converted) == {"allocation.n_steps"}
     assert statistics(converted).n_steps == 0
-    assert statistics(converted).last_step == 0
+    assert converted.step_count.last == 0
 
 
 def test_the_first_rule_of_the_schedule_comes_first_again():

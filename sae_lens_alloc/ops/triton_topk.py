@@ -27,30 +27,30 @@ LEAST = -(2**63)
 MAX_KEY = 2**63 - 1
 
 
-def largest_of_flagged(
-    encoder: EncoderTensors, flagged: torch.Tensor, k: int
+def topk_of_subset(
+    encoder: EncoderTensors, subset: torch.Tensor, k: int
 ) -> PaddedActivations:
     """
-    Selects for each token its `k` largest affinities among the flagged features, negative ones
+    Selects for each token its `k` largest affinities among the features of the subset, negative ones
     too, without a question to the device: of equal ones those of the first features.
 
     An affinity has a 64-bit key, its float32 bits, made to order like signed floats, above its
-    inverted feature. A program takes a tile of tokens and a share of the flagged features,
+    inverted feature. A program takes a tile of tokens and a share of the features of the subset,
     whose columns of W_enc it gathers, and keeps the k largest keys of each token in registers.
     The largest of all shares are the selection. Beyond 256 of a token, further launches go
-    over the flagged features again, for what is below the keys found so far; they end at once
+    over the features of the subset again, for what is below the keys found so far; they end at once
     where there is nothing left.
 
     Args:
         encoder: What gives the affinities.
-        flagged: Boolean mask of the features to choose from, shape (F,).
+        subset: Boolean mask of the features to choose from, shape (F,).
         k: Features per token, at most F.
 
     Returns:
-        B * k pairs, with padding where fewer than k features are flagged.
+        B * k pairs, with padding where fewer than k features are in the subset.
     """
     n_tokens, n_features = encoder.shape
-    features, n_flagged = true_places(flagged)
+    features, n_in_subset = true_places(subset)
     below = torch.full(
         (n_tokens, 1), MAX_KEY, dtype=torch.int64, device=features.device
     )
@@ -60,7 +60,7 @@ def largest_of_flagged(
         keys = _largest_keys(
             encoder,
             features,
-            torch.where(n_flagged > n_found, n_flagged, 0),
+            torch.where(n_in_subset > n_found, n_in_subset, 0),
             below,
             n_wanted,
         )
@@ -85,7 +85,7 @@ def _ordered_bits(bits: torch.Tensor) -> torch.Tensor:
 def _largest_keys(
     encoder: EncoderTensors,
     features: torch.Tensor,
-    n_flagged: torch.Tensor,
+    n_in_subset: torch.Tensor,
     below: torch.Tensor,
     k: int,
 ) -> torch.Tensor:
@@ -94,8 +94,8 @@ def _largest_keys(
 
     Args:
         encoder: What gives the affinities.
-        features: Indices of the flagged features, int64 of shape (F + 1,).
-        n_flagged: How many there are, int64 of shape ().
+        features: Indices of the features of the subset, int64 of shape (F + 1,).
+        n_in_subset: How many there are, int64 of shape ().
         below: What the keys of each token must be less than, int64 of shape (B, 1).
         k: At most MAX_SLOTS.
     """
@@ -115,7 +115,7 @@ def _largest_keys(
     largest_keys_kernel[(n_token_tiles, n_shares)](
         encoder_arguments(encoder),
         features,
-        n_flagged,
+        n_in_subset,
         below,
         keys,
         k,
@@ -135,7 +135,7 @@ def tokens_per_tile(slots: int) -> int:
 def largest_keys_kernel(
     encoder,
     features_ptr,
-    n_flagged_ptr,
+    n_in_subset_ptr,
     below_ptr,
     keys_ptr,
     k,
@@ -148,7 +148,7 @@ def largest_keys_kernel(
     INPUTS: tl.constexpr,
 ):
     """Keeps the largest keys of a tile of tokens while it goes over its share of the features."""
-    n_flagged = tl.load(n_flagged_ptr).to(tl.int32)
+    n_in_subset = tl.load(n_in_subset_ptr).to(tl.int32)
     tokens = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
     is_token = tokens < encoder.n_tokens
     below = tl.load(below_ptr + tokens, mask=is_token, other=LEAST)
@@ -157,10 +157,10 @@ def largest_keys_kernel(
     empty = tl.where(slots < k, LEAST + slots.to(tl.int64), 0x7FFFFFFFFFFFFFFF)
     best = tl.zeros((TOKENS, SLOTS), dtype=tl.int64) + empty[None, :]
     for tile in range(
-        tl.program_id(1), tl.cdiv(n_flagged, FEATURES), tl.num_programs(1)
+        tl.program_id(1), tl.cdiv(n_in_subset, FEATURES), tl.num_programs(1)
     ):
         places = tile * FEATURES + tl.arange(0, FEATURES)
-        is_feature = places < n_flagged
+        is_feature = places < n_in_subset
         features = tl.load(features_ptr + places, mask=is_feature, other=0).to(tl.int32)
         products = product_tile(
             encoder,

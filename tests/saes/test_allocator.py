@@ -1,4 +1,4 @@
-"""The running statistics of an allocation."""
+"""The allocation of batches, and how it moves the running statistics."""
 
 import math
 
@@ -10,22 +10,24 @@ from sae_lens_alloc.allocation.mutual_choice import select_mutual_choice
 from sae_lens_alloc.allocation.sparse_activations import Pairs, SparseActivations
 from sae_lens_alloc.allocation.zipf import ZipfLaw, zipf_quotas
 from sae_lens_alloc.ops.block_encoder import Encoder, KnownAffinities
-from sae_lens_alloc.saes.allocation_state import AllocationState, Rule
+from sae_lens_alloc.saes.allocation_statistics import AllocationStatistics
+from sae_lens_alloc.saes.allocator import Allocator, Guesses, Rule
 
 B, F, D_IN, BUDGET = 64, 96, 16, 256
 
 
-def new_state(
+def new_allocator(
     d_sae: int = F, max_density: float = 0.6, min_tokens: float = 0.0
-) -> AllocationState:
-    return AllocationState(d_sae, 10_000, max_density, min_tokens, torch.device("cpu"))
+) -> Allocator:
+    statistics = AllocationStatistics(d_sae, 10_000, torch.device("cpu"))
+    return Allocator(statistics, max_density, min_tokens)
 
 
 def random_encoder() -> Encoder:
     return Encoder(torch.randn(D_IN, F), 0.1 * torch.randn(F), torch.rand(F) + 0.5)
 
 
-def buffers(state: AllocationState) -> dict[str, torch.Tensor]:
+def buffers(state: AllocationStatistics) -> dict[str, torch.Tensor]:
     return {name: buffer.clone() for name, buffer in state.named_buffers()}
 
 
@@ -37,11 +39,12 @@ def assert_same_pairs(found: Pairs, expected: SparseActivations):
 
 
 def test_mutual_steps_track_cut_threshold_and_density_by_hand():
-    state = new_state(d_sae=3)
+    allocator = new_allocator(d_sae=3)
+    state = allocator.statistics
     first = torch.tensor([[5.0, 1.0, -1.0], [4.0, 2.0, 3.0]])
     x = torch.zeros(2, 1)
     # budget 3: [5, 4, 3], of which 3 is the smallest; the first cut is taken as it is
-    pairs, _ = state.allocate(KnownAffinities(first), x, 3, "mutual", None)
+    pairs, _ = allocator.allocate(KnownAffinities(first), x, 3, "mutual", None)
     assert pairs.to_dense().tolist() == [[5, 0, 0], [4, 0, 3]]
     assert state.cut == 3
     assert state.threshold.tolist() == [3, 3, 3]
@@ -50,13 +53,13 @@ def test_mutual_steps_track_cut_threshold_and_density_by_hand():
     assert state.density_tokens == 2
     # the smallest of the best three is 3.1, within 10%: 5% of the way
     second = torch.tensor([[3.1, 6.0, 0.1], [3.0, 2.0, 4.0]])
-    state.allocate(KnownAffinities(second), x, 3, "mutual", "mutual")
+    allocator.allocate(KnownAffinities(second), x, 3, "mutual", "mutual")
     assert state.cut.item() == pytest.approx(3 * (3.1 / 3) ** 0.05)
     # counts so far: 3, 1, 2 of 4 tokens
     assert state.density.tolist() == pytest.approx([0.75, 0.25, 0.5])
     # the smallest is 10: far away
     third = torch.tensor([[10.0, 11.0, 12.0], [1.0, 1.0, 1.0]])
-    state.allocate(KnownAffinities(third), x, 3, "mutual", "mutual")
+    allocator.allocate(KnownAffinities(third), x, 3, "mutual", "mutual")
     assert state.cut.item() == pytest.approx(10)
     assert state.threshold.tolist() == pytest.approx([10, 10, 10])
 
@@ -68,9 +71,10 @@ def test_thresholds_fall_to_where_features_fire_now_and_then_by_hand():
     """
     strong, weak, weaker = [13, 12, 11, 10], [-1, 8, -1, -1], [2, -1, -1, 1]
     affinities = torch.tensor([strong, weak, weaker], dtype=torch.float32).T
-    state, thresholds = new_state(d_sae=3), list[torch.Tensor]()
+    allocator, thresholds = new_allocator(d_sae=3), list[torch.Tensor]()
+    state = allocator.statistics
     for step in range(2000):
-        pairs, margin = state.allocate(
+        pairs, margin = allocator.allocate(
             KnownAffinities(affinities), torch.zeros(4, 1), 4, "mutual", "mutual", 1
         )
         assert pairs.feature_counts().tolist() == [4, 0, 0]
@@ -93,12 +97,13 @@ def test_thresholds_fall_to_where_features_fire_now_and_then_by_hand():
 def test_mutual_steps_select_mutual_choice_of_the_batch(n_margin: int):
     """Whatever thresholds Feature Choice left, and with the true pairs below the cut."""
     torch.manual_seed(0)
-    state, encoder = new_state(), random_encoder()
+    allocator, encoder = new_allocator(), random_encoder()
+    state = allocator.statistics
     previous = None
     for step in range(20):
         rule = "feature" if step < 10 else "mutual"
         x = torch.randn(B, D_IN) * (1 + step % 3)
-        pairs, margin = state.allocate(encoder, x, BUDGET, rule, previous, n_margin)
+        pairs, margin = allocator.allocate(encoder, x, BUDGET, rule, previous, n_margin)
         previous = rule
         if rule == "mutual":
             affinities = encoder.affinities(x)
@@ -114,14 +119,15 @@ def test_mutual_steps_select_mutual_choice_of_the_batch(n_margin: int):
 
 def test_feature_steps_give_ranks_by_demand_their_quotas():
     # natural law (alpha 1, beta 16), max_density 0.5 of 8 tokens: quotas of at most 4
-    state = new_state(d_sae=4, max_density=0.5)
+    allocator = new_allocator(d_sae=4, max_density=0.5)
+    state = allocator.statistics
     state.density.copy_(torch.tensor([0.1, 0.4, 0.0, 0.2]))
     state.density_tokens.fill_(1000.0)
     state.cut.fill_(100.0)
     state.quota_carry.copy_(torch.tensor([0.0, 0.5, 0.99, 0.25]))
     torch.manual_seed(0)
     affinities = torch.rand(8, 4)
-    pairs, _ = state.allocate(
+    pairs, _ = allocator.allocate(
         KnownAffinities(affinities), torch.zeros(8, 1), 10, "feature", None
     )
     # ranks of features 1, 3, 0, 2: shares of 10 as 1/17 : 1/18 : 1/19 : 1/20
@@ -140,12 +146,12 @@ def test_feature_steps_give_ranks_by_demand_their_quotas():
 
 
 def test_feature_steps_give_a_feature_no_more_than_its_largest_density():
-    state = new_state(d_sae=4, max_density=0.5)
+    allocator = new_allocator(d_sae=4, max_density=0.5)
     # Half of 4 tokens for each of 4 features: 8 pairs, though the budget is 10
     affinities = KnownAffinities(torch.rand(4, 4) + 0.1)
     counts = torch.zeros(4, dtype=torch.int64)
     for _ in range(3):
-        pairs, _ = state.allocate(
+        pairs, _ = allocator.allocate(
             affinities, torch.zeros(4, 1), 10, "feature", "feature"
         )
         counts += pairs.feature_counts()
@@ -154,24 +160,27 @@ def test_feature_steps_give_a_feature_no_more_than_its_largest_density():
 
 def test_feature_steps_give_a_feature_no_less_than_its_smallest_quota():
     # a law that gives nearly all of the budget of 6 to the first two of 4 features
-    state = new_state(d_sae=4, min_tokens=1.0)
+    allocator = new_allocator(d_sae=4, min_tokens=1.0)
+    state = allocator.statistics
     state.quota_law.copy_(torch.tensor([20.0, 0.0]))
     state.quota_carry.zero_()
     state.density.copy_(torch.tensor([0.1, 0.2, 0.3, 0.4]))
     affinities = KnownAffinities(torch.rand(5, 4) + 0.1)
-    pairs, _ = state.allocate(affinities, torch.zeros(5, 1), 6, "feature", "feature")
+    pairs, _ = allocator.allocate(
+        affinities, torch.zeros(5, 1), 6, "feature", "feature"
+    )
     # 3 of 5 tokens is the largest, 1 the smallest: 3 + 1 + 1 + 1
     assert pairs.feature_counts().tolist() == [1, 1, 1, 3]
     with pytest.raises(ValueError, match="min_tokens_per_feature = 1.0"):
-        state.allocate(affinities, torch.zeros(5, 1), 3, "feature", "feature")
+        allocator.allocate(affinities, torch.zeros(5, 1), 3, "feature", "feature")
 
 
 def test_feature_steps_use_the_budget_exactly_in_the_long_run():
     torch.manual_seed(1)
-    state, encoder = new_state(), random_encoder()
+    allocator, encoder = new_allocator(), random_encoder()
     total = 0
     for step in range(60):
-        pairs, _ = state.allocate(
+        pairs, _ = allocator.allocate(
             encoder,
             torch.randn(B, D_IN),
             BUDGET,
@@ -185,11 +194,14 @@ def test_feature_steps_use_the_budget_exactly_in_the_long_run():
 
 
 def test_density_counts_demand_rather_than_what_feature_choice_gave():
-    state = new_state(d_sae=2)
+    allocator = new_allocator(d_sae=2)
+    state = allocator.statistics
     state.cut.fill_(0.5)
     # feature 0 clears the cut on 4 of 4 tokens, feature 1 on one
     affinities = torch.tensor([[0.9, 0.6], [0.8, 0.1], [0.7, 0.1], [0.6, 0.1]])
-    state.allocate(KnownAffinities(affinities), torch.zeros(4, 1), 2, "feature", None)
+    allocator.allocate(
+        KnownAffinities(affinities), torch.zeros(4, 1), 2, "feature", None
+    )
     assert state.density.tolist() == pytest.approx([1.0, 0.25])
 
 
@@ -200,10 +212,11 @@ def test_thresholds_restart_at_the_cut_at_a_change_of_rule(
     previous: Rule | None, start: float
 ):
     torch.manual_seed(2)
-    state, encoder = new_state(), random_encoder()
+    allocator, encoder = new_allocator(), random_encoder()
+    state = allocator.statistics
     state.cut.fill_(2.0)
     state.threshold.fill_(7.0)
-    state.allocate(encoder, torch.randn(B, D_IN), BUDGET, "feature", previous)
+    allocator.allocate(encoder, torch.randn(B, D_IN), BUDGET, "feature", previous)
     # one step of exp(0.05 * [-1, 3]) at most
     assert state.threshold.min() >= start * math.exp(-0.05) - 1e-5
     assert state.threshold.max() <= start * math.exp(0.15) + 1e-5
@@ -211,20 +224,21 @@ def test_thresholds_restart_at_the_cut_at_a_change_of_rule(
 
 def test_quota_law_is_anchored_once_when_mutual_choice_ends():
     torch.manual_seed(3)
-    state, encoder = new_state(), random_encoder()
+    allocator, encoder = new_allocator(), random_encoder()
+    state = allocator.statistics
     # densities of an exact law; a step of Mutual Choice came before
     state.density.copy_(0.5 * (torch.arange(1, F + 1) + 4.0) ** -1.5)
     state.density_tokens.fill_(1e6)
     x = torch.randn(B, D_IN)
     assert state.quota_law.tolist() == [1, 16]
-    state.allocate(encoder, x, BUDGET, "feature", "feature")
+    allocator.allocate(encoder, x, BUDGET, "feature", "feature")
     assert state.quota_law.tolist() == [1, 16]
     state.density.copy_(0.5 * (torch.arange(1, F + 1) + 4.0) ** -1.5)
-    state.allocate(encoder, x, BUDGET, "feature", "mutual")
+    allocator.allocate(encoder, x, BUDGET, "feature", "mutual")
     assert state.quota_law.tolist() == pytest.approx([1.5, 4], rel=1e-3)
     expected = zipf_quotas(ZipfLaw(1.5, 4, 1.0), F, BUDGET, 0.6 * B)
     state.density.copy_(torch.arange(F, 0, -1))
-    assert state._quotas(state.density, B, BUDGET)[0].tolist() == pytest.approx(
+    assert allocator.quotas.of(state.density, B, BUDGET)[0].tolist() == pytest.approx(
         expected.tolist(), rel=1e-3
     )
 
@@ -232,19 +246,21 @@ def test_quota_law_is_anchored_once_when_mutual_choice_ends():
 @pytest.mark.parametrize("rule", ["mutual", "feature"])
 def test_preview_is_the_next_allocation_and_changes_nothing(rule: Rule):
     torch.manual_seed(4)
-    state, encoder = new_state(), random_encoder()
+    allocator, encoder = new_allocator(), random_encoder()
     for step in range(3):
         x = torch.randn(B, D_IN)
-        state.allocate(encoder, x, BUDGET, rule, rule if step else None)
+        allocator.allocate(encoder, x, BUDGET, rule, rule if step else None)
+    state = allocator.statistics
     before, x = buffers(state), torch.randn(B, D_IN)
-    preview = state.preview(encoder, x, BUDGET, rule)
+    preview = allocator.preview(encoder, x, BUDGET, rule)
     for name, buffer in buffers(state).items():
         assert torch.equal(buffer, before[name]), name
-    assert_same_pairs(state.allocate(encoder, x, BUDGET, rule, rule)[0], preview)
+    assert_same_pairs(allocator.allocate(encoder, x, BUDGET, rule, rule)[0], preview)
 
 
 def test_statistics_stay_float32():
-    state = new_state()
+    allocator = new_allocator()
+    state = allocator.statistics
     torch.manual_seed(5)
     state.threshold.copy_(torch.rand(F))
     state.to(torch.bfloat16)
@@ -260,19 +276,20 @@ def test_statistics_stay_float32():
 @pytest.mark.parametrize("rule", ["mutual", "feature"])
 def test_a_reloaded_state_goes_on_bit_for_bit(rule: Rule, growth: float):
     torch.manual_seed(6)
-    encoder, state = random_encoder(), new_state()
+    encoder, allocator = random_encoder(), new_allocator()
+    state = allocator.statistics
     # activations that grow with the steps, as they do early in training
     batches = [torch.randn(B, D_IN) * growth**step for step in range(30)]
     for step, x in enumerate(batches[:10]):
-        state.allocate(encoder, x, BUDGET, rule, rule if step else None)
-    resumed = new_state()
-    resumed.load_state_dict(state.state_dict())
+        allocator.allocate(encoder, x, BUDGET, rule, rule if step else None)
+    resumed = new_allocator()
+    resumed.statistics.load_state_dict(state.state_dict())
     for x in batches[10:]:
-        pairs, _ = state.allocate(encoder, x, BUDGET, rule, rule)
+        pairs, _ = allocator.allocate(encoder, x, BUDGET, rule, rule)
         again, _ = resumed.allocate(encoder, x, BUDGET, rule, rule)
         assert torch.equal(pairs.places.values, again.places.values)
         for name, buffer in buffers(state).items():
-            assert torch.equal(buffer, buffers(resumed)[name]), name
+            assert torch.equal(buffer, buffers(resumed.statistics)[name]), name
 
 
 # thresholds are set to the cut at the first step alone, and 0 stays 0.
@@ -280,10 +297,11 @@ def test_a_reloaded_state_goes_on_bit_for_bit(rule: Rule, growth: float):
 def test_thresholds_recover_from_a_first_batch_without_positive_affinities(rule: Rule):
     torch.manual_seed(7)
     encoder = Encoder(torch.randn(D_IN, F), torch.zeros(F), None)
-    state = new_state()
-    state.allocate(encoder, torch.zeros(B, D_IN), BUDGET, rule, None)
+    allocator = new_allocator()
+    state = allocator.statistics
+    allocator.allocate(encoder, torch.zeros(B, D_IN), BUDGET, rule, None)
     for _ in range(3):
-        state.allocate(encoder, torch.randn(B, D_IN), BUDGET, rule, rule)
+        allocator.allocate(encoder, torch.randn(B, D_IN), BUDGET, rule, rule)
     assert state.cut > 0
     assert (state.threshold > 0).all()
 
@@ -291,14 +309,35 @@ def test_thresholds_recover_from_a_first_batch_without_positive_affinities(rule:
 def test_a_preview_of_another_batch_leaves_the_quotas_of_the_training_alone():
     """A recorded step reads them without asking whose they are."""
     torch.manual_seed(8)
-    state, encoder = new_state(), random_encoder()
+    allocator, encoder = new_allocator(), random_encoder()
     for step in range(3):
         x = torch.randn(B, D_IN)
-        state.allocate(encoder, x, BUDGET, "feature", "feature" if step else None)
-    kept = state._rank_quotas
+        allocator.allocate(encoder, x, BUDGET, "feature", "feature" if step else None)
+    kept = allocator.quotas.by_rank
     assert kept is not None
     before = kept.clone()
-    other = state.preview(encoder, torch.randn(2 * B, D_IN), BUDGET, "feature")
+    other = allocator.preview(encoder, torch.randn(2 * B, D_IN), BUDGET, "feature")
     assert 0 < len(other.values) <= BUDGET + F
-    assert state._rank_quotas is kept
+    assert allocator.quotas.by_rank is kept
     assert torch.equal(kept, before)
+
+
+@pytest.mark.parametrize("replaced", ["loaded", "moved"])
+def test_guesses_are_dropped_where_the_statistics_they_come_from_are_replaced(
+    replaced: str,
+):
+    torch.manual_seed(9)
+    allocator, encoder = new_allocator(), random_encoder()
+    state = allocator.statistics
+    for rule in ("mutual", "feature"):
+        allocator.allocate(encoder, torch.randn(B, D_IN), BUDGET, rule, rule, BUDGET)
+    kept = allocator.guesses
+    assert kept.cut_is_known
+    assert None not in (kept.bounds, kept.margin_cut, kept.lowered)
+    assert None not in (allocator.quotas.by_rank, allocator.quotas.curve)
+    if replaced == "loaded":
+        state.load_state_dict(new_allocator().statistics.state_dict())
+    else:
+        state.to("cpu")
+    assert allocator.guesses == Guesses()
+    assert (allocator.quotas.by_rank, allocator.quotas.curve) == (None, None)

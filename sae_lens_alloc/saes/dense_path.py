@@ -1,0 +1,54 @@
+"""
+The dense path: activations as a whole matrix of tokens and features, for those who look at it.
+
+`sae.encode` gives such a matrix, and so does a training step whose activations have hooks. All else
+works on the pairs that are active.
+"""
+
+import torch
+from transformer_lens.hook_points import HookPoint
+
+from sae_lens_alloc.allocation.sparse_activations import Pairs
+
+
+def dense_affinities(
+    x: torch.Tensor,
+    W_enc: torch.Tensor,
+    b_enc: torch.Tensor,
+    scale: torch.Tensor | None,
+    hook_pre: HookPoint,
+) -> torch.Tensor:
+    """
+    Affinities of shape (..., F) of encoder inputs of shape (..., d_in).
+
+    Args:
+        x: Encoder inputs.
+        W_enc: Encoder weights of shape (d_in, F).
+        b_enc: Encoder bias of shape (F,).
+        scale: Factor of each feature, shape (F,), or None for 1.
+        hook_pre: The hook on the pre-activations.
+    """
+    hidden_pre = hook_pre(x @ W_enc + b_enc)
+    return hidden_pre if scale is None else hidden_pre * scale.to(hidden_pre.dtype)
+
+
+def decode_dense(
+    feature_acts: torch.Tensor, W_dec: torch.Tensor, scale: torch.Tensor | None
+) -> torch.Tensor:
+    """
+    Reconstruction of shape (..., d_in) without b_dec, from dense or sparse activations of shape
+    (..., F) in units of affinities.
+    """
+    if feature_acts.is_sparse:
+        feature_acts = feature_acts.to_dense()
+    if scale is not None:
+        feature_acts = feature_acts / scale.to(feature_acts.dtype)
+    return feature_acts @ W_dec
+
+
+def mask_of(pairs: Pairs) -> torch.Tensor:
+    """Boolean matrix of shape (B, F), true at the pairs."""
+    found = pairs.without_padding()
+    mask = torch.zeros(found.shape, dtype=torch.bool, device=found.values.device)
+    mask[found.token_indices, found.feature_indices] = True
+    return mask

@@ -1,0 +1,105 @@
+"""Reconstructions from pairs, and one backward for all of them."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from sae_lens_alloc.allocation.sparse_activations import Pairs
+from sae_lens_alloc.ops.block_encoder import Encoder
+from sae_lens_alloc.ops.pair_autoencoder import (
+    GradientMemory,
+    decode_pairs,
+    pair_pre_acts,
+)
+
+
+@dataclass(frozen=True)
+class Weights:
+    """
+    The weights that learn from a reconstruction.
+
+    Args:
+        W_enc: Shape (d_in, F).
+        b_enc: Shape (F,).
+        W_dec: Shape (F, d_in).
+        subtracted: What was subtracted from the encoder inputs and learns here, shape (d_in,);
+            see `pair_pre_acts`. None for nothing.
+        memory: Memory for the gradients.
+    """
+
+    W_enc: torch.Tensor
+    b_enc: torch.Tensor
+    W_dec: torch.Tensor
+    subtracted: torch.Tensor | None = None
+    memory: GradientMemory | None = None
+
+
+def reconstruct(
+    weights: Weights,
+    encoder: Encoder,
+    x: torch.Tensor,
+    sets: Sequence[Pairs],
+    not_decoded: Sequence[Pairs] = (),
+) -> tuple[list[torch.Tensor], torch.Tensor]:
+    """
+    Reconstructions from sets of pairs. All share one gradient of the encoder and one of the
+    decoder.
+
+    Args:
+        weights: The weights.
+        encoder: The encoder that found the pairs.
+        x: Encoder inputs of shape (B, d_in).
+        sets: The sets of pairs.
+        not_decoded: Sets of which only the pre-activations are wanted.
+
+    Returns:
+        For each set its reconstruction without b_dec, shape (B, d_in), and the pre-activations
+        of the pairs that are not decoded, shape (N,).
+    """
+    encoded = [*sets, *not_decoded]
+    if not encoded:
+        return [], x.new_zeros(0)
+    rows = [pairs.places.token_indices + i * len(x) for i, pairs in enumerate(encoded)]
+    features = [pairs.places.feature_indices for pairs in encoded]
+    real = _real_pairs(encoded)
+    pre_acts = pair_pre_acts(
+        x,
+        weights.W_enc,
+        weights.b_enc,
+        torch.cat(rows),
+        torch.cat(features),
+        torch.cat([encoder.pre_acts(pairs) for pairs in encoded]),
+        n_sets=len(encoded),
+        subtracted=weights.subtracted,
+        memory=weights.memory,
+        real=real,
+    )
+    if not sets:
+        return [], pre_acts
+    n_decoded = sum(len(pairs.places.values) for pairs in sets)
+    recons = decode_pairs(
+        pre_acts[:n_decoded],
+        weights.W_dec,
+        torch.cat(rows[: len(sets)]),
+        torch.cat(features[: len(sets)]),
+        len(x),
+        n_sets=len(sets),
+        memory=weights.memory,
+        real=None if real is None else real[:n_decoded],
+    )
+    return list(recons), pre_acts[n_decoded:]
+
+
+def _real_pairs(sets: Sequence[Pairs]) -> torch.Tensor | None:
+    """Which pairs of all the sets are no padding, None if there is none."""
+    if all(pairs.real is None for pairs in sets):
+        return None
+    return torch.cat(
+        [
+            torch.ones_like(pairs.places.values, dtype=torch.bool)
+            if pairs.real is None
+            else pairs.real
+            for pairs in sets
+        ]
+    )
