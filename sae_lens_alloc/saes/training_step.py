@@ -125,7 +125,7 @@ class SparseStepTrainingSAE(ThresholdTrainingSAE[T_CONFIG]):
     def _select(
         self, encoder: Encoder, inputs: torch.Tensor, x: torch.Tensor, plan: StepPlan
     ) -> Selection:
-        """Who is active, and moves the statistics."""
+        """Selects who takes part, which moves the statistics."""
         aux = None
         if plan.aux_weight:
             aux = auxiliary_pairs(
