@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from sae_lens_alloc.allocation.feature_choice import (
@@ -172,6 +172,7 @@ def test_rank_candidates_counts_within_each_feature():
 
 
 NO_LIMIT = 10**9
+FLOAT32_ROUNDING = 2**-24  # relative
 
 
 def test_take_whole_quotas_pays_the_whole_part_and_carries_the_rest():
@@ -191,6 +192,7 @@ def test_take_whole_quotas_pays_the_whole_part_and_carries_the_rest():
 
 
 @settings(deadline=None, max_examples=30)
+@example([(1.0, 1 - 2**-24)], 300)
 @given(
     st.lists(
         st.tuples(
@@ -213,9 +215,11 @@ def test_take_whole_quotas_is_exact_in_the_long_run(
     carry = torch.tensor([carry for _, carry in quotas_and_carries])
     paid = torch.zeros(len(quotas), dtype=torch.int64)
     for _ in range(n_batches):
+        owed = quotas.double() + carry.double()
         whole = take_whole_quotas(quotas, carry, NO_LIMIT)
         assert ((carry >= 0) & (carry < 1)).all()
-        assert (whole <= quotas.ceil()).all()
+        # float32 may round up what is owed: 1 + 0.99999994 to 2
+        assert (whole <= (owed * (1 + FLOAT32_ROUNDING)).floor()).all()
         assert (whole >= quotas.floor()).all()
         paid += whole
     owed = n_batches * quotas.double()
