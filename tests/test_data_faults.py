@@ -23,6 +23,7 @@ CASES = (
 )
 
 
+@pytest.mark.slow
 def test_nothing_is_endless_leaks_or_is_ignored(tmp_path: Path):
     path = tmp_path / "counts.json"
     command = [*(sys.executable, "-m", "scripts.faults.data"), "--json", str(path)]

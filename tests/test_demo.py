@@ -15,6 +15,8 @@ from safetensors.torch import load_file
 from sae_lens_alloc.demo.methods import CORPUS, demo_configs
 from sae_lens_alloc.demo.run import run_demo
 
+pytestmark = pytest.mark.slow
+
 NAMES = ("mutual_choice", "batchtopk")
 
 

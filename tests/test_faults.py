@@ -63,6 +63,7 @@ def test_what_the_model_does_not_know_is_one_sentence(texts: dict[str, str]):
     assert "model_from_pretrained_kwargs {'bogus': 3}" in outcome.said
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "overrides", [{}, COMBINATIONS[GOOD[0]], {"adam_beta1": 0}], ids=str
 )

@@ -165,6 +165,7 @@ def exit_status(out: Path, *arguments: str) -> Any:
     return 0
 
 
+@pytest.mark.slow
 def test_the_rehearsal_has_a_result_of_everything(rehearsed: Path):
     report = json.loads((rehearsed / FILENAME).read_text())
     tasks = plan.all_tasks(REHEARSAL, "cpu")
@@ -199,6 +200,7 @@ def test_the_rehearsal_has_a_result_of_everything(rehearsed: Path):
     assert [path.name for path in rehearsed.iterdir()] == [FILENAME]
 
 
+@pytest.mark.slow
 def test_a_second_run_does_what_failed_and_nothing_else(
     rehearsed: Path, tmp_path: Path
 ):
@@ -224,6 +226,7 @@ def test_a_second_run_does_what_failed_and_nothing_else(
     assert changed == ["broken"]
 
 
+@pytest.mark.slow
 def test_the_section_of_the_documents(rehearsed: Path, tmp_path: Path):
     without = section_of(tmp_path / "performance_gpu.json")
     assert without.startswith("Nothing has been measured on a GPU yet: `python -m ")

@@ -91,6 +91,7 @@ def test_text_is_left_to_saelens_where_it_can_read_it(tmp_path: Path):
     assert dataset[0] == {"text": "a text"}
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("few_calibration_tokens", "restore_signals")
 def test_training_on_local_tokens_by_any_path_is_the_same(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -128,6 +129,7 @@ def test_training_on_local_tokens_by_any_path_is_the_same(
     assert result.exit_code == 0, result.stderr
 
 
+@pytest.mark.slow
 def test_activations_of_local_tokens_are_gathered_and_compared_on(tmp_path: Path):
     as_saved(Dataset.from_dict({"tokens": TOKENS}), tmp_path / "saved")
     cfg = config(tmp_path / "saved")

@@ -42,6 +42,7 @@ def test_demo_leaves_a_used_folder_alone(tmp_path: Path):
     assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
 
 
+@pytest.mark.slow
 def test_the_demo_ends_on_a_signal_and_shares_its_folder_with_nobody(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):

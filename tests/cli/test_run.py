@@ -9,6 +9,7 @@ import pytest
 from tests.cli.commands import invoke
 
 
+@pytest.mark.slow
 def test_run_lets_saelens_own_command_line_train_our_architectures():
     result = subprocess.run(
         [

@@ -7,6 +7,8 @@ from importlib.util import find_spec
 
 import pytest
 
+pytestmark = pytest.mark.slow
+
 COMPILE = """
 import triton
 from triton.backends.compiler import GPUTarget

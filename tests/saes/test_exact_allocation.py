@@ -67,6 +67,7 @@ def dense(pairs: Pairs | None) -> torch.Tensor:
     return torch.zeros(B, F) if pairs is None else pairs.to_dense()
 
 
+@pytest.mark.slow
 @settings(
     max_examples=150,
     deadline=None,
@@ -94,6 +95,7 @@ def test_the_largest_are_active_and_the_next_are_the_margin_in_any_state(
         assert torch.equal(dense(found), both - expected.to_dense())
 
 
+@pytest.mark.slow
 @settings(
     max_examples=150,
     deadline=None,

@@ -20,6 +20,8 @@ from tests.saes.conftest import (
     training_step,
 )
 
+pytestmark = pytest.mark.slow
+
 # of which a kernel takes 32 at a time
 D_SAE = 40
 

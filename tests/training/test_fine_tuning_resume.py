@@ -60,6 +60,7 @@ def config(
     return lm_config(sae, **settings)
 
 
+@pytest.mark.slow
 def test_a_fine_tuning_resumed_at_any_step_ends_bit_for_bit(
     source: SourceSAE,
     text: Path,

@@ -7,6 +7,7 @@ from multiprocessing.synchronize import Event
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from sae_lens.config import LoggingConfig
 
@@ -19,6 +20,8 @@ from tests.training.conftest import (
     load_demo_model,
     short_documents,
 )
+
+pytestmark = pytest.mark.slow
 
 N_KILLS = 10
 N_STEPS = 24

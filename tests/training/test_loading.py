@@ -199,6 +199,7 @@ def test_a_class_of_saelens_takes_only_its_own(tmp_path: Path):
         TopKSAE.load_from_disk(tmp_path)
 
 
+@pytest.mark.slow
 def test_without_this_package_only_the_output_folder_opens(tmp_path: Path):
     sae = checkpoint_of("mutual_choice", tmp_path / "checkpoint")
     sae.save_inference_model(tmp_path / "folder")

@@ -60,6 +60,7 @@ def held_by_another_process(folder: Path) -> Iterator[subprocess.Popen[str]]:
         process.kill()
 
 
+@pytest.mark.slow
 def test_a_folder_is_held_by_one_process_until_it_dies(tmp_path: Path):
     folder, link = tmp_path / "out", tmp_path / "link"
     folder.mkdir()

@@ -83,6 +83,7 @@ def test_the_run_is_the_one_that_is_printed_and_recorded(
     assert {f"{n} {'feature' if n < 2 else 'mutual'}" for n in range(8)} <= {*rules}
 
 
+@pytest.mark.slow
 def test_the_command_says_the_same(folder: Path, tmp_path: Path):
     arguments = (f"from_pretrained_path={folder}", f"output_path={tmp_path / 'out'}")
     result = invoke("train", CONFIG, *TINY, *arguments)

@@ -37,6 +37,8 @@ from sae_lens_alloc.training.trainer import AllocSAETrainer
 from tests.saes.conftest import DenseSAE
 from tests.training.conftest import D_MODEL, lm_config, make_trainer
 
+pytestmark = pytest.mark.slow
+
 SEEDS = (0, 1, 2)
 N_STEPS, BATCH_SIZE = 80, 256
 D_SAE, K = 384, 8

@@ -46,6 +46,7 @@ def write(folder: Path, **files: Any) -> None:
         (folder / f"{name}.json").write_text(json.dumps(content))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("folder", ["sae", "checkpoints/run"])
 def test_one_run_at_a_time_has_a_folder(folder: str, tmp_path: Path):
     with (

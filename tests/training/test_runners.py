@@ -95,6 +95,7 @@ def test_stock_runner_trains_from_paths_and_saves_a_jumprelu_sae(tmp_path: Path)
     torch.testing.assert_close(saved(x), sae(x), rtol=1e-4, atol=1e-3)
 
 
+@pytest.mark.slow
 def test_stock_runner_with_compile_sae_learns_the_same(
     demo_model: HookedRootModule, demo_text: Dataset
 ):

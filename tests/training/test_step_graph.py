@@ -22,6 +22,8 @@ from tests.saes.conftest import changed, make_sae, state_of, tokens
 from tests.saes.test_no_host_sync import no_questions
 from tests.training.recorded_operations import OperationRecording
 
+pytestmark = pytest.mark.slow
+
 N_STEPS = 7
 
 
