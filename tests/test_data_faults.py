@@ -6,6 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from scripts.faults.counting import OUTCOMES, Outcome
 from scripts.faults.data import told_by_the_check
 
