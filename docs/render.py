@@ -32,6 +32,7 @@ DOCS = Path(__file__).parent
 README = DOCS.parent / "README.md"
 RESULTS = DOCS / "results"
 PERFORMANCE = RESULTS / "performance_cpu.json"
+WIDE = RESULTS / "performance_cpu_wide.json"
 SWEEPS = RESULTS / "performance_cpu_sweeps.json"
 PIPELINE = RESULTS / "pipeline_cpu.json"
 GPU = RESULTS / "performance_gpu.json"
@@ -93,9 +94,9 @@ def rendered(page: Path, parts: dict[str, str]) -> str:
     return text
 
 
-def step_table() -> str:
-    """The table of step times, from the file that `python -m benchmarks` wrote."""
-    report = json.loads(PERFORMANCE.read_text())
+def step_table(path: Path = PERFORMANCE) -> str:
+    """The table of step times, from a file that `python -m benchmarks` wrote."""
+    report = json.loads(path.read_text())
     return f"{tables.measured_on(report)}\n\n{tables.centre_table(report)}"
 
 
@@ -105,6 +106,7 @@ def performance_parts() -> dict[str, str]:
     parts = {
         "limits": tables.limits(report),
         "centre": step_table(),
+        "wide": step_table(WIDE),
         "memory line": tables.memory_line_table(report),
         "pipeline": tables.pipeline_table(json.loads(PIPELINE.read_text())),
         "gpu": section_of(GPU),
