@@ -43,6 +43,7 @@ def finetune(source: Path | str, output: Path, *args: str):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("architecture", ["mutual_choice", "feature_choice"])
 def test_a_stock_topk_sae_is_trained_further(
     topk: Path, tmp_path: Path, architecture: str
@@ -93,6 +94,7 @@ def test_an_existing_output_is_left_alone(topk: Path, tmp_path: Path):
     assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
 
 
+@pytest.mark.slow
 def test_a_topk_sae_that_was_saved_as_another_architecture_is_caught(
     topk: Path, tmp_path: Path
 ):
