@@ -15,6 +15,8 @@ from sae_lens.saes.topk_sae import TopKTrainingSAEConfig
 from sae_lens_alloc.config.run_file import load_fine_tuning_config
 from tests.cli.commands import TINY, invoke, train
 
+pytestmark = pytest.mark.slow
+
 CONFIGS = Path(__file__).parents[2] / "configs"
 CONFIG = str(CONFIGS / "finetune_demo.yaml")
 TOPK = "sae={architecture: topk, d_in: 192, d_sae: 64, k: 4}"
@@ -43,7 +45,6 @@ def finetune(source: Path | str, output: Path, *args: str):
     )
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("architecture", ["mutual_choice", "feature_choice"])
 def test_a_stock_topk_sae_is_trained_further(
     topk: Path, tmp_path: Path, architecture: str
@@ -94,7 +95,6 @@ def test_an_existing_output_is_left_alone(topk: Path, tmp_path: Path):
     assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
 
 
-@pytest.mark.slow
 def test_a_topk_sae_that_was_saved_as_another_architecture_is_caught(
     topk: Path, tmp_path: Path
 ):
