@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import sae_lens
 
 from sae_lens_alloc import MutualChoiceTrainingSAEConfig
@@ -49,6 +50,7 @@ def test_a_file_may_have_either_name():
     assert with_known_buffer_setting({OLD: 5, NEW: 6}) == {OLD: 5, NEW: 6}
 
 
+@pytest.mark.slow
 def test_a_run_with_a_sae_lens_that_has_renamed_it(tmp_path: Path):
     """SAELens itself, with the other name wherever it has the old one."""
     installed = Path(sae_lens.__file__).parent

@@ -15,6 +15,8 @@ from sae_lens.saes.topk_sae import TopKTrainingSAEConfig
 from sae_lens_alloc.config.run_file import load_fine_tuning_config
 from tests.cli.commands import TINY, invoke, train
 
+pytestmark = pytest.mark.slow
+
 CONFIGS = Path(__file__).parents[2] / "configs"
 CONFIG = str(CONFIGS / "finetune_demo.yaml")
 TOPK = "sae={architecture: topk, d_in: 192, d_sae: 64, k: 4}"

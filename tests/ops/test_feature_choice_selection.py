@@ -151,6 +151,7 @@ def test_collect_counts_what_does_not_fit(make_encoder: MakeEncoder):
     assert torch.equal(keys, before)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("n_tokens", [1, 2, 150])
 def test_the_search_finds_bounds_that_give_the_candidates_wanted(
     n_tokens: int, make_encoder: MakeEncoder
@@ -179,6 +180,7 @@ def test_the_search_finds_bounds_that_give_the_candidates_wanted(
 GUESSES = [0.0, 1e-6, 0.5, 1.0, 1.5, 1e6, float("inf"), float("nan"), "mixed"]
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("small_capacity")
 @pytest.mark.parametrize("largest_quota", [0, 1, 6, 100])
 def test_the_selection_is_exact_for_any_guess(
@@ -216,6 +218,7 @@ def test_too_few_positive_affinities_leave_padding(
         assert_is_exact(selection, encoder, quotas, 80)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("small_capacity")
 def test_equal_affinities_that_overflow_the_buffer_go_to_the_first_tokens(
     make_encoder: MakeEncoder,
@@ -250,6 +253,7 @@ def test_a_few_short_features_are_gone_through_again_beside_the_others(
     assert (selection.bounds < 100)[counts > 0].all()
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("small_capacity")
 def test_the_selection_follows_data_that_shift(make_encoder: MakeEncoder):
     torch.manual_seed(6)
@@ -291,6 +295,7 @@ def test_bounds_settle_where_about_twice_the_quota_passes():
     )
 
 
+@pytest.mark.slow
 def test_the_selection_is_the_same_bit_for_bit_twice_and_for_any_guess(
     make_encoder: MakeEncoder,
 ):

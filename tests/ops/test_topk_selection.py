@@ -132,6 +132,7 @@ def test_encode_topk_of_no_feature_is_nothing(k_aux: int):
     assert stored_pairs(encode_topk(encoder, x, flagged([], 20), k_aux)) == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("n_flagged", [0, 1, 6, 7, 64, 65, 200])
 @pytest.mark.parametrize("k_aux", [1, 7, 200])
 def test_equal_affinities_go_to_the_first_features(

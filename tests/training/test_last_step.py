@@ -243,6 +243,7 @@ def offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Logging
     wandb.teardown()  # forgets our folders
 
 
+@pytest.mark.slow
 def test_a_name_that_wandb_refuses_is_found_before_the_first_step(
     start: Callable[..., Runner], offline: LoggingConfig, tmp_path: Path
 ):

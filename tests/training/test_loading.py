@@ -58,6 +58,7 @@ def run(
     return sae, tmp_path / "sae", checkpoint
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:The saved SAE, loaded with SAELens")
 def test_a_run_is_uploaded_and_loaded_by_saelens(
     run: tuple[TrainingSAE[Any], Path, Path],
