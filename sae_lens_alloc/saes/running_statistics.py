@@ -55,7 +55,7 @@ class RunningStatistics(ModuleOfKeptDtypes):
         """Puts the buffers into an SAE's state dict, so that they survive SAELens' loader."""
         for name, buffer in self.named_buffers():
             if buffer.is_floating_point():
-                state_dict[prefix + name] = _in_bfloat16_parts(buffer)
+                state_dict[prefix + name] = _as_bytes(buffer)
 
     def read_checkpoint(self, state_dict: dict[str, Any], prefix: str) -> None:
         """Undoes `write_checkpoint` in a state dict that was loaded."""
@@ -66,7 +66,7 @@ class RunningStatistics(ModuleOfKeptDtypes):
                     state_dict[key] = buffer
                 continue
             if buffer.is_floating_point():
-                state_dict[key] = state_dict[key].to(buffer.dtype).sum(0)
+                state_dict[key] = _from_bytes(state_dict[key])
             state_dict[key] = state_dict[key].to(buffer.dtype)
 
 
@@ -138,12 +138,22 @@ def _forget_derived_after_loading(statistics: RunningStatistics, _: Any) -> None
     statistics.forget_derived()
 
 
-def _in_bfloat16_parts(tensor: torch.Tensor) -> torch.Tensor:
+def _as_bytes(tensor: torch.Tensor) -> torch.Tensor:
     """
-    A float32 tensor as three that sum to it, each of which bfloat16 holds exactly; shape
-    (3, *shape). So it survives SAELens' loader, which casts all tensors of a file to the
+    A float32 tensor as its four bytes, shape (4, *shape). Numbers up to 255 are exact in every
+    dtype of an SAE. So it survives SAELens' loader, which casts all tensors of a file to the
     dtype of the weights.
     """
-    first = tensor.bfloat16().float()
-    second = (tensor - first).bfloat16().float()
-    return torch.stack([first, second, tensor - first - second])
+    as_bytes = tensor.flatten().view(torch.uint8).view(-1, 4)
+    return as_bytes.T.contiguous().reshape(4, *tensor.shape).float()
+
+
+def _from_bytes(stored: torch.Tensor) -> torch.Tensor:
+    """
+    What `_as_bytes` made of a tensor. Earlier versions stored three bfloat16 numbers that sum
+    to it, shape (3, *shape).
+    """
+    if len(stored) == 3:
+        return stored.float().sum(0)
+    as_bytes = stored.reshape(4, -1).to(torch.uint8).T.flatten()
+    return as_bytes.view(torch.float32).reshape(stored.shape[1:])

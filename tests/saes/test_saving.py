@@ -153,16 +153,16 @@ def test_a_checkpoint_names_its_statistics_as_those_of_earlier_versions_do(
     }
     # numbers are three bfloat16 parts each
     assert shapes == {
-        "allocation.density": [3, 32],
-        "allocation.density_tokens": [3],
-        "allocation.n_steps": [3],
+        "allocation.density": [4, 32],
+        "allocation.density_tokens": [4],
+        "allocation.n_steps": [4],
         "allocation.underused": [32],
-        "allocation.threshold": [3, 32],
-        "allocation.cut": [3],
-        "allocation.quota_carry": [3, 32],
-        "allocation.quota_law": [3, 2],
-        "allocation.window_losses": [3, 60],
-        "allocation.open_window": [3, 2],
-        "allocation.settled": [3],
-        "allocation.backend": [3],
+        "allocation.threshold": [4, 32],
+        "allocation.cut": [4],
+        "allocation.quota_carry": [4, 32],
+        "allocation.quota_law": [4, 2],
+        "allocation.window_losses": [4, 60],
+        "allocation.open_window": [4, 2],
+        "allocation.settled": [4],
+        "allocation.backend": [4],
     }
