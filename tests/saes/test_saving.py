@@ -151,7 +151,7 @@ def test_a_checkpoint_names_its_statistics_as_those_of_earlier_versions_do(
         for name, tensor in load_file(tmp_path / SAE_WEIGHTS_FILENAME).items()
         if name not in WEIGHTS
     }
-    # numbers are three bfloat16 parts each
+    # numbers are four bytes each
     assert shapes == {
         "allocation.density": [4, 32],
         "allocation.density_tokens": [4],
