@@ -55,15 +55,17 @@ class Subject:
         parameters: What is trained.
         optimizers: Whatever has a `state` that maps parameters to dicts of tensors.
         replays_graph: Whether its steps are the replay of a CUDA graph by now.
+        keeps_gradients: Whether there are gradients of all parameters from step to step.
     """
 
     train: Callable[[Iterator[torch.Tensor]], object]
     parameters: list[torch.Tensor]
     optimizers: list[Any]
     replays_graph: Callable[[], bool] = lambda: False
+    keeps_gradients: bool = True
 
     def persistent_bytes(self) -> int:
-        """Bytes of the parameters, their gradients and the optimizers' state."""
+        """Bytes of the parameters, of their gradients if kept, and of the optimizers' state."""
         moments = [
             value
             for optimizer in self.optimizers
@@ -71,7 +73,8 @@ class Subject:
             for value in state.values()
             if isinstance(value, torch.Tensor)
         ]
-        return 2 * _n_bytes(self.parameters) + _n_bytes(moments)
+        kept = self.parameters * (2 if self.keeps_gradients else 1)
+        return _n_bytes(kept) + _n_bytes(moments)
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import suppress
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -91,7 +92,8 @@ def mutual_choice(shape: Shape, machine: Machine, optimizer: str = "adam") -> Su
 
 
 def mutual_choice_row_sparse(shape: Shape, machine: Machine) -> Subject:
-    return mutual_choice(shape, machine, "row_sparse_adam")
+    subject = mutual_choice(shape, machine, "row_sparse_adam")
+    return replace(subject, keeps_gradients=False)
 
 
 def mutual_choice_first_phase(shape: Shape, machine: Machine) -> Subject:
