@@ -81,8 +81,12 @@ def _thresholds(source: SAE[Any]) -> torch.Tensor | None:
         thresholds = source.topk_threshold
     elif source_architecture(source) == "topk":
         return None
-    else:  # standard
+    elif source_architecture(source) == "standard":
         thresholds = source.W_enc.new_zeros(())
+    else:
+        raise NotImplementedError(
+            f"Which pairs an SAE of {source_architecture(source)!r} activates is not known here."
+        )
     if thresholds.isnan().any():
         raise ValueError(
             f"{int(thresholds.isnan().sum())} thresholds of the SAE are NaN: it is damaged, or "
