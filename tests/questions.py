@@ -1,35 +1,44 @@
 """Dispatch modes that notice where the host would wait for a GPU, on a CPU as well."""
 
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
-from typing_extensions import override
+from typing_extensions import Self, override
 
 # What reads a tensor without an operation that a dispatch mode sees, on a CPU at least.
 READERS = ("tolist", "numpy", "cpu", "__array__", "__bool__", "__index__")
 
 
-class CountsQuestions(TorchDispatchMode):
-    """Counts the operations for which the host would wait for a GPU."""
+class NoticesQuestions(TorchDispatchMode):
+    """Calls `notice` for what the host would wait for a GPU for, before it is done."""
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.asked: list[str] = []
+    readers: ClassVar[tuple[str, ...]] = READERS
+
+    def notice(self, asked: str) -> None:
+        """
+        Args:
+            asked: The operation, or the method of a tensor.
+        """
+        raise NotImplementedError
 
     @override
-    def __enter__(self) -> "CountsQuestions":
+    def __enter__(self) -> Self:
         self._readers = pytest.MonkeyPatch()
-        to_list = torch.Tensor.tolist
-
-        def counted(tensor: torch.Tensor) -> Any:
-            self.asked.append("tolist")
-            return to_list(tensor)
-
-        self._readers.setattr(torch.Tensor, "tolist", counted)
+        for name in self.readers:
+            self._readers.setattr(torch.Tensor, name, self._noticing(name))
         return super().__enter__()
+
+    def _noticing(self, name: str) -> Callable[..., Any]:
+        read = getattr(torch.Tensor, name)
+
+        def noticed(tensor: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+            self.notice(f"Tensor.{name}")
+            return read(tensor, *args, **kwargs)
+
+        return noticed
 
     @override
     def __exit__(self, *exception: Any) -> None:
@@ -45,24 +54,31 @@ class CountsQuestions(TorchDispatchMode):
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         if is_question(func, args):
-            self.asked.append(str(func))
+            self.notice(str(func))
         return func(*args, **(kwargs or {}))
 
 
-class RefusesQuestions(TorchDispatchMode):
+class CountsQuestions(NoticesQuestions):
+    """Counts the operations for which the host would wait for a GPU."""
+
+    # the other methods are seen as the operations that they call
+    readers: ClassVar[tuple[str, ...]] = ("tolist",)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.asked: list[str] = []
+
+    @override
+    def notice(self, asked: str) -> None:
+        self.asked.append(asked)
+
+
+class RefusesQuestions(NoticesQuestions):
     """Raises where an operation's result, or its shape, depends on values on the device."""
 
     @override
-    def __enter__(self) -> "RefusesQuestions":
-        self._readers = pytest.MonkeyPatch()
-        for name in READERS:
-            self._readers.setattr(torch.Tensor, name, _refuse(name))
-        return super().__enter__()
-
-    @override
-    def __exit__(self, *exception: Any) -> None:
-        super().__exit__(*exception)
-        self._readers.undo()
+    def notice(self, asked: str) -> None:
+        raise AssertionError(f"{asked} asks the device")
 
     @override
     def __torch_dispatch__(
@@ -76,9 +92,7 @@ class RefusesQuestions(TorchDispatchMode):
             raise AssertionError(
                 "a number is copied to the device, which is waited for"
             )
-        if is_question(func, args):
-            raise AssertionError(f"{func} asks the device")
-        return func(*args, **(kwargs or {}))
+        return super().__torch_dispatch__(func, types, args, kwargs)
 
 
 # With an index the shape is fixed, unless it is a mask, of which the places are looked up.
@@ -95,10 +109,3 @@ def is_question(func: Any, args: tuple[Any, ...]) -> bool:
         {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}
         & set(func.tags)
     )
-
-
-def _refuse(name: str) -> Callable[..., Any]:
-    def refuse(*_args: Any, **_kwargs: Any) -> Any:
-        raise AssertionError(f"Tensor.{name} asks the device")
-
-    return refuse
