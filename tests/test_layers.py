@@ -14,6 +14,7 @@ ROOT = PACKAGE.parent
 LAYERS = (
     ("checksums", "errors", "host_release", "typed_values", "version"),
     ("compat",),
+    ("distributed",),
     ("allocation",),
     ("ops",),
     ("saes",),

@@ -66,7 +66,15 @@ def gains(
     return pre_acts * (2 * products - pre_acts * squared_norms)
 
 
-def selection_gradient(margin: Margin, gains: torch.Tensor) -> torch.Tensor:
+def total_gain(margin: Margin, gains: torch.Tensor) -> torch.Tensor:
+    """Sum of the gains of the margin's pairs and their number, shape (2,)."""
+    weights = _weights(margin, gains)
+    return torch.stack([(weights * gains).sum(), weights.sum()])
+
+
+def selection_gradient(
+    margin: Margin, gains: torch.Tensor, total: torch.Tensor | None = None
+) -> torch.Tensor:
     """
     The gradient of the squared error with respect to the affinities of the margin, by way of
     who is selected, shape (N,).
@@ -79,9 +87,18 @@ def selection_gradient(margin: Margin, gains: torch.Tensor) -> torch.Tensor:
     Args:
         margin: The margin.
         gains: See `gains`, shape (N,).
+        total: See `total_gain`, shape (2,): of the whole margin where `margin` is a part of it.
+            None for that of `margin`.
     """
-    real = margin.pairs.real
-    weights = torch.ones_like(gains) if real is None else real.to(gains)
-    price = (weights * gains).sum() / weights.sum().clamp(min=1)
+    if total is None:
+        total = total_gain(margin, gains)
+    price = total[0] / total[1].clamp(min=1)
+    weights = _weights(margin, gains)
     # equal affinities throughout: nobody can be told to be ahead of anybody
     return (weights * (price - gains) / margin.width).where(margin.width > 0, 0.0)
+
+
+def _weights(margin: Margin, gains: torch.Tensor) -> torch.Tensor:
+    """1 for each pair and 0 for padding, shape (N,)."""
+    real = margin.pairs.real
+    return torch.ones_like(gains) if real is None else real.to(gains)

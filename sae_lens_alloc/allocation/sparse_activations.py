@@ -49,11 +49,11 @@ class Pairs(ABC):
         return indices.new_zeros(n).scatter_add_(0, indices, ones)
 
     def smallest_value(self) -> torch.Tensor:
-        """Scalar tensor, infinite if no pair is real. Needs at least one place."""
+        """Scalar tensor, infinite if no pair is real."""
         values = self.places.values
-        return (
-            values if self.real is None else values.where(self.real, torch.inf)
-        ).min()
+        if self.real is not None:
+            values = values.where(self.real, torch.inf)
+        return torch.cat([values, values.new_full((1,), torch.inf)]).min()
 
     def at(self, indices: torch.Tensor) -> "Pairs":
         """The pairs at ascending places, int64 of shape (n,)."""

@@ -9,6 +9,8 @@ from sae_lens_alloc.allocation.feature_choice import RankedCandidates, rank_cand
 from sae_lens_alloc.allocation.margin import split_at_budget
 from sae_lens_alloc.allocation.mutual_choice import MutualChoiceCollector
 from sae_lens_alloc.allocation.sparse_activations import Pairs, SparseActivations
+from sae_lens_alloc.distributed.feature_shard import FeatureShard
+from sae_lens_alloc.distributed.ranks import ALONE, Ranks
 from sae_lens_alloc.ops.block_encoder import BlockEncoder, Encoder
 from sae_lens_alloc.ops.candidate_buffer import CandidateBuffer, asking_costs_a_wait
 from sae_lens_alloc.ops.feature_choice_selection import (
@@ -19,6 +21,7 @@ from sae_lens_alloc.ops.feature_choice_selection import (
 )
 from sae_lens_alloc.ops.mutual_choice_selection import key_encoder, select_by_keys
 from sae_lens_alloc.ops.pair_keys import BOUND_SHARE
+from sae_lens_alloc.ops.split_over_ranks import split_over_ranks
 
 # Of a buffer of candidates: about two are wanted per pair, and a feature has a few more.
 PLACES_PER_PAIR = 4
@@ -32,6 +35,7 @@ def encode_mutual_choice(
     x: torch.Tensor,
     budget: int,
     cut: torch.Tensor | None,
+    shard: FeatureShard | None = None,
 ) -> Pairs:
     """
     Selects the `budget` largest positive affinities of the tokens x: all of them where
@@ -44,11 +48,16 @@ def encode_mutual_choice(
         cut: Cut of the last steps, scalar tensor, or None if there was none. A good guess
             makes the selection fast; a bad one costs a second pass, in which the backend
             `triton_prefilter` rounds differently (see triton_prefilter.py).
+        shard: The features of this rank, where the encoder has no others; None for all.
 
     Returns:
-        The pairs, padded to min(budget, B * F) by the Triton backend.
+        The pairs, padded to min(budget, B * F) by the Triton backend. Of a shard, its part of
+        those that all ranks together select.
     """
-    return encode_and_count(encoder, x, budget, cut, None)[0]
+    if shard is None or shard.is_whole:
+        return encode_and_count(encoder, x, budget, cut, None)[0]
+    candidates, _ = encode_and_count(encoder, x, budget, cut, None, shard.ranks)
+    return split_over_ranks(candidates, budget, 0, shard)[0]
 
 
 @torch.no_grad()
@@ -58,6 +67,7 @@ def encode_and_count(
     budget: int,
     cut: torch.Tensor | None,
     thresholds: torch.Tensor | None,
+    ranks: Ranks = ALONE,
 ) -> tuple[Pairs, torch.Tensor | None]:
     """
     `encode_mutual_choice`, and in the same pass on how many tokens each feature's affinity is
@@ -69,17 +79,20 @@ def encode_and_count(
         budget: Number of pairs M.
         cut: As in `encode_mutual_choice`.
         thresholds: Shape (F,), or None not to count.
+        ranks: The ranks that share the features, of which the encoder has this rank's.
 
     Returns:
-        The pairs, and the counts, int64 of shape (F,), None without thresholds.
+        The pairs, and the counts, int64 of shape (F,), None without thresholds. With other ranks
+        the pairs are candidates: those of all ranks hold the `budget` largest affinities, for
+        `split_over_ranks` to choose.
     """
     bound = None if cut is None else cut * BOUND_SHARE
     if isinstance(encoder, Encoder):
         keys = key_encoder(encoder.W_enc, encoder.b_enc, encoder.scale, x)
         if keys is not None and budget > 0:
-            return select_by_keys(keys, budget, bound, thresholds)
+            return select_by_keys(keys, budget, bound, thresholds, ranks)
     if bound is not None and budget > 0 and asking_costs_a_wait(x.device):
-        found = _largest_above(encoder, x, budget, bound, thresholds)
+        found = _largest_above(encoder, x, budget, bound, thresholds, ranks)
         if found is not None:
             return found
     collector = MutualChoiceCollector((len(x), encoder.n_features), budget, bound)
@@ -99,9 +112,18 @@ def encode_and_count(
                 tokens, features, values = tokens[reach], features[reach], values[reach]
         collector.add(tokens, features + block.start, values)
     above = torch.cat(counts) if counts else None
-    if cut is not None and collector.n_candidates < budget:
+    if cut is not None and _too_few(collector.n_candidates, budget, ranks, x.device):
         return encode_mutual_choice(encoder, x, budget, None), above
     return collector.finish(), above
+
+
+def _too_few(
+    n_candidates: int, budget: int, ranks: Ranks, device: torch.device
+) -> bool:
+    """Whether all ranks together have fewer candidates than the budget."""
+    if not ranks.is_alone:
+        n_candidates = int(ranks.sum(torch.tensor(n_candidates, device=device)))
+    return n_candidates < budget
 
 
 def _largest_above(
@@ -110,10 +132,11 @@ def _largest_above(
     budget: int,
     bound: torch.Tensor,
     thresholds: torch.Tensor | None,
+    ranks: Ranks,
 ) -> tuple[Pairs, torch.Tensor | None] | None:
     """
     `encode_and_count` with one question to the device, or more where fewer than `budget`
-    affinities reach the bound. None where more reach it than there are places for.
+    affinities reach the bound. None where on some rank more reach it than there are places for.
     """
     shape = (len(x), encoder.n_features)
     capacity = min(max(PLACES_PER_PAIR * budget, MIN_PLACES), len(x) * shape[1])
@@ -128,10 +151,14 @@ def _largest_above(
         if thresholds is not None:
             counts.append(_count_above(affinities, thresholds[block]))
     assert buffer is not None
-    n_found, above = int(buffer.count), torch.cat(counts) if counts else None
-    if n_found < budget:
+    above = torch.cat(counts) if counts else None
+    counted = torch.stack([buffer.count, (buffer.count > capacity).long()])
+    n_found, n_in_all, n_overflows = torch.cat(
+        [counted[:1], ranks.sum(counted)]
+    ).tolist()
+    if n_in_all < budget:
         return encode_mutual_choice(encoder, x, budget, None), above
-    if n_found > capacity:
+    if n_overflows > 0:
         return None
     found = SparseActivations.from_unordered(*buffer.first(n_found), shape)
     best, _ = split_at_budget(found, budget, 0)
@@ -296,47 +323,3 @@ def _next_bounds(
     right = bounds.new_full((len(bounds) + 1,), torch.nan)
     right.scatter_(0, places, candidates.values.to(bounds.dtype))
     return moved_bounds(bounds, right[:-1])
-
-
-@torch.no_grad()
-def encode_thresholds(
-    encoder: Encoder, x: torch.Tensor, thresholds: torch.Tensor
-) -> SparseActivations:
-    """Selects the positive affinities of the tokens x above their feature's threshold, (F,)."""
-    collector = ThresholdCollector(encoder, thresholds)
-    for block in encoder.blocks(len(x)):
-        collector.add(block, encoder.part(block).products(x))
-    return collector.finish(len(x))
-
-
-class ThresholdCollector:
-    """
-    Keeps the positive affinities above their feature's threshold, block by block.
-
-    Args:
-        encoder: The encoder.
-        thresholds: Shape (F,).
-    """
-
-    def __init__(self, encoder: Encoder, thresholds: torch.Tensor) -> None:
-        self.encoder = encoder
-        self.thresholds = thresholds
-        self._blocks: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = []
-
-    def add(self, block: slice, products: torch.Tensor) -> None:
-        """Adds the affinities of a block of features, of which `products` are given."""
-        thresholds = self.thresholds[block]
-        tokens, features, values = self.encoder.part(block).candidates(
-            products, thresholds
-        )
-        above = values > thresholds[features]
-        self._blocks.append(
-            (tokens[above], features[above] + block.start, values[above])
-        )
-
-    def finish(self, n_tokens: int) -> SparseActivations:
-        """The pairs of a batch of this many tokens."""
-        tokens, features, values = map(torch.cat, zip(*self._blocks, strict=True))
-        return SparseActivations.from_unordered(
-            tokens, features, values, (n_tokens, self.encoder.n_features)
-        )

@@ -22,6 +22,7 @@ from functools import reduce
 import torch
 
 from sae_lens_alloc.allocation.sparse_activations import PaddedActivations
+from sae_lens_alloc.distributed.ranks import ALONE, Ranks
 from sae_lens_alloc.ops.encoder_tensors import tensors_for_kernels
 from sae_lens_alloc.ops.mutual_choice_keys import (
     SHIFTS,
@@ -58,6 +59,7 @@ def select_by_keys(
     budget: int,
     guess: torch.Tensor | None,
     thresholds: torch.Tensor | None = None,
+    ranks: Ranks = ALONE,
 ) -> tuple[PaddedActivations, torch.Tensor | None]:
     """
     Selects the `budget` largest positive affinities, as `encode_and_count` does.
@@ -68,6 +70,7 @@ def select_by_keys(
         guess: Guess of a lower bound of the smallest selected affinity, positive scalar
             tensor, or None. It only makes the selection faster.
         thresholds: Shape (F,), or None not to count.
+        ranks: The ranks that share the features.
 
     Returns:
         min(M, B * F) places for pairs, with padding where fewer affinities are positive; and
@@ -81,10 +84,14 @@ def select_by_keys(
         part.collect_guess(guess, capacity, limit)
         for part, capacity, limit in zip(parts, capacities, limits, strict=True)
     ]
-    n_reached = sum(first.n_reached for first in firsts)
+    n_reached = torch.stack([first.n_reached for first in firsts]).sum()
     is_complete = reduce(torch.logical_and, [first.is_complete for first in firsts])
     n_places = min(budget, encoder.shape[0] * encoder.shape[1])
-    good = is_complete & (n_reached >= n_places)
+    totals = torch.stack(
+        [n_reached, torch.full_like(n_reached, n_places), (~is_complete).long()]
+    )
+    n_reached, n_wanted, n_incomplete = ranks.sum(totals)
+    good = (n_incomplete == 0) & (n_reached >= n_wanted.clamp(max=budget))
 
     best, counts = [], []
     for part, first, capacity, limit in zip(

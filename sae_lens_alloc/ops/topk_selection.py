@@ -6,6 +6,7 @@ import torch
 
 from sae_lens_alloc.allocation.sparse_activations import Pairs, SparseActivations
 from sae_lens_alloc.ops.block_encoder import Encoder, block_width
+from sae_lens_alloc.ops.candidate_buffer import asking_costs_a_wait
 from sae_lens_alloc.ops.encoder_tensors import tensors_for_kernels
 
 
@@ -32,7 +33,7 @@ def encode_topk(
 ) -> Pairs:
     """
     Selects for each token its `k` largest affinities within a subset of the features, negative
-    ones too.
+    ones too; of equal ones those of the first features.
 
     Args:
         encoder: The encoder.
@@ -42,7 +43,7 @@ def encode_topk(
 
     Returns:
         The pairs, padded to B * min(k, F) by the Triton backend, which asks the device
-        nothing and takes the first features where affinities are equal.
+        nothing.
     """
     tensors = tensors_for_kernels(encoder.W_enc, encoder.b_enc, encoder.scale, x)
     if tensors is not None:
@@ -57,12 +58,35 @@ def encode_topk(
         affinities = encoder.part(block).affinities(x)
         values = torch.cat([values.to(affinities.dtype), affinities], dim=1)
         chosen = torch.cat([chosen, block.expand(affinities.shape)], dim=1)
-        best = values.topk(min(k, values.shape[1]), dim=1, sorted=False)
-        values, chosen = best.values, chosen.gather(1, best.indices)
-    chosen, order = chosen.sort(dim=1)
+        best = first_largest(values, min(k, values.shape[1]))
+        values, chosen = values.gather(1, best), chosen.gather(1, best)
     return SparseActivations(
         torch.arange(len(x), device=x.device).repeat_interleave(k),
         chosen.flatten(),
-        values.gather(1, order).flatten(),
+        values.flatten(),
         (len(x), encoder.n_features),
     )
+
+
+def first_largest(values: torch.Tensor, k: int) -> torch.Tensor:
+    """
+    Places of the `k` largest values of each row, ascending; of equal ones the first.
+
+    Args:
+        values: Shape (B, n).
+        k: At most n.
+
+    Returns:
+        int64 of shape (B, k).
+    """
+    largest = values.topk(min(k + 1, values.shape[1]), dim=1)
+    if not asking_costs_a_wait(values.device) and (
+        k in (0, values.shape[1])
+        or bool((largest.values[:, k - 1] > largest.values[:, k]).all())
+    ):
+        return largest.indices[:, :k].sort(dim=1).values
+    cut = largest.values[:, k - 1 : k]
+    above, tied = values > cut, values == cut
+    n_tied = k - above.sum(1, keepdim=True)
+    kept = above | (tied & (tied.cumsum(1) <= n_tied))
+    return kept.byte().topk(k, dim=1, sorted=False).indices.sort(dim=1).values

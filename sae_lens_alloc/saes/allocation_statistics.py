@@ -37,6 +37,11 @@ class AllocationStatistics(DensityStatistics):
         "threshold",
         "cut",
     )
+    by_feature: ClassVar[tuple[str, ...]] = (
+        *DensityStatistics.by_feature,
+        "threshold",
+        "quota_carry",
+    )
     added_later: ClassVar[tuple[str, ...]] = (
         "window_losses",
         "open_window",
@@ -79,9 +84,9 @@ class AllocationStatistics(DensityStatistics):
             pairs: The pairs that Mutual Choice selects.
             n_tokens: Tokens in the call.
         """
-        if len(pairs.places.values) == 0:
+        if len(pairs.places.values) == 0 and self.shard.is_whole:
             return
-        smallest = pairs.smallest_value().float()
+        smallest = self.shard.ranks.smallest(pairs.smallest_value().float())
         n_seen = self.totals.add("n_cut_tokens", n_tokens)
         total = self.totals.add("cuts", smallest * n_tokens)
         if n_seen > n_tokens:
@@ -111,7 +116,7 @@ class AllocationStatistics(DensityStatistics):
         Returns:
             The thresholds relative to the cut, shape (F,).
         """
-        at_least = MIN_DENSITY_SHARE * budget / len(lowered)
+        at_least = MIN_DENSITY_SHARE * budget / self.shard.n_features
         return track_threshold(
             lowered,
             self.totals.add("above", above),
@@ -154,7 +159,7 @@ class AllocationStatistics(DensityStatistics):
         self.cut.copy_(
             track_threshold(
                 totals.start["cut"],
-                totals.add("demand", demand.sum()),
+                totals.add("demand", self.shard.ranks.sum(demand.sum())),
                 totals.add("budget", budget),
             )
         )

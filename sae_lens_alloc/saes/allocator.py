@@ -9,6 +9,7 @@ from sae_lens_alloc.allocation.density import fit_floor
 from sae_lens_alloc.allocation.margin import Margin, split_at_budget
 from sae_lens_alloc.allocation.quotas import take_whole_quotas
 from sae_lens_alloc.allocation.sparse_activations import Pairs, SparseActivations
+from sae_lens_alloc.distributed.feature_shard import FeatureShard
 from sae_lens_alloc.ops.block_encoder import BlockEncoder
 from sae_lens_alloc.ops.encode_select import (
     encode_and_count,
@@ -16,6 +17,7 @@ from sae_lens_alloc.ops.encode_select import (
     encode_mutual_choice,
 )
 from sae_lens_alloc.ops.pair_keys import BOUND_SHARE
+from sae_lens_alloc.ops.split_over_ranks import split_over_ranks
 from sae_lens_alloc.saes.allocation_statistics import AllocationStatistics
 from sae_lens_alloc.saes.batch_quotas import BatchQuotas
 from sae_lens_alloc.saes.running_statistics import Derived, kept_in_place
@@ -161,9 +163,8 @@ class Allocator:
             self.quotas.anchor_law(fit_floor(len(x)))
         if not self.guesses.knows_cut(statistics.cut):
             statistics.begin_totals()
-            statistics.follow_cut(
-                encode_mutual_choice(encoder, x, budget, None), len(x)
-            )
+            pairs = encode_mutual_choice(encoder, x, budget, None, statistics.shard)
+            statistics.follow_cut(pairs, len(x))
         if begins:
             statistics.threshold.copy_(statistics.cut)
         self.quotas.prepare(len(x), budget)
@@ -191,22 +192,24 @@ class Allocator:
         knows_cut = guesses.knows_cut(statistics.cut)
         # without a margin all thresholds are the cut, and nothing has to be counted
         thresholds = lowered * cut if n_margin > 0 and knows_cut else None
+        shard = statistics.shard
         best, above = encode_and_count(
             encoder,
             x,
             budget + n_margin,
             guesses.likely_cut(statistics.cut, n_margin) if knows_cut else None,
             thresholds,
+            shard.ranks,
         )
-        if len(best.places.values) == 0:
+        if shard.is_whole and len(best.places.values) == 0:
             statistics.update_density(best.feature_counts(), len(x))
             return best, None
-        pairs, margin = best, None
-        if n_margin > 0:
+        pairs, margin = _split(best, budget, n_margin, shard)
+        if margin is not None:
+            smallest = pairs.smallest_value().minimum(margin.pairs.smallest_value())
             guesses.margin_cut = kept_in_place(
-                guesses.margin_cut, best.smallest_value().float()
+                guesses.margin_cut, shard.ranks.smallest(smallest.float())
             )
-            pairs, margin = split_at_budget(best, budget, n_margin)
         statistics.follow_cut(pairs, len(x))
         if above is not None:
             lowered = statistics.lower_thresholds(lowered, above, budget)
@@ -248,7 +251,8 @@ class Allocator:
         statistics = self.statistics
         if rule == "mutual":
             cut = statistics.cut if self.guesses.knows_cut(statistics.cut) else None
-            return encode_mutual_choice(encoder, x, budget, cut).without_padding()
+            pairs = encode_mutual_choice(encoder, x, budget, cut, statistics.shard)
+            return pairs.without_padding()
         quotas, max_pairs = self.quotas.of(statistics.density, len(x), budget)
         return encode_feature_choice(
             encoder,
@@ -259,6 +263,16 @@ class Allocator:
             self.guesses.likely_bounds(statistics.threshold),
             max_pairs,
         ).pairs.without_padding()
+
+
+def _split(
+    best: Pairs, budget: int, n_margin: int, shard: FeatureShard
+) -> tuple[Pairs, Margin | None]:
+    """The pairs within the budget and the margin, None without one, of this rank's candidates."""
+    if shard.is_whole:
+        return split_at_budget(best, budget, n_margin) if n_margin else (best, None)
+    pairs, margin = split_over_ranks(best, budget, n_margin, shard)
+    return pairs, margin if n_margin else None
 
 
 @torch.no_grad()
@@ -282,7 +296,7 @@ def start_from_tokens(
             shaped by it.
     """
     statistics = allocator.statistics
-    pairs = encode_mutual_choice(encoder, x, budget, None)
+    pairs = encode_mutual_choice(encoder, x, budget, None, statistics.shard)
     statistics.cut.zero_()
     statistics.forget_derived()
     statistics.begin_totals()

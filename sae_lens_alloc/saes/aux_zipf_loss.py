@@ -147,7 +147,14 @@ class AuxZipfLoss(TrainingSAE[AuxZipfTrainingSAEConfig]):
         encoder = Encoder(
             self.W_enc.detach(), self._encoder_bias().detach(), self._affinity_scale()
         )
-        aux = auxiliary_pairs(encoder, x, self.aux_zipf.flagged, self._k_aux(), weight)
+        aux = auxiliary_pairs(
+            encoder,
+            x,
+            self.aux_zipf.flagged,
+            self._k_aux(),
+            weight,
+            self.aux_zipf.shard,
+        )
         if aux is None:
             return None
         weights = Weights(self.W_enc, self._encoder_bias(), self.W_dec)

@@ -9,7 +9,9 @@ from typing_extensions import override
 
 from sae_lens_alloc.allocation.schedule import aux_loss_fade
 from sae_lens_alloc.allocation.sparse_activations import Pairs
+from sae_lens_alloc.distributed.feature_shard import FeatureShard
 from sae_lens_alloc.ops.block_encoder import Encoder
+from sae_lens_alloc.ops.topk_over_ranks import topk_over_ranks
 from sae_lens_alloc.ops.topk_selection import FeatureSubset, encode_topk
 
 
@@ -105,6 +107,7 @@ def auxiliary_pairs(
     flagged: FeatureSubset,
     k_aux: int,
     weight: float,
+    shard: FeatureShard,
 ) -> AuxiliaryPairs | None:
     """
     The pairs by which flagged features reconstruct the error. None where none is flagged;
@@ -117,10 +120,13 @@ def auxiliary_pairs(
         flagged: The flagged features, U of them.
         k_aux: Features per token.
         weight: Coefficient of the loss, which is scaled down where U is less than k_aux.
+        shard: The features of this rank. Of U, those of all ranks count.
     """
     pairs = encode_topk(encoder, x.detach(), flagged, k_aux)
-    if pairs.real is not None:
-        share = (flagged.mask.sum() / k_aux).clamp(max=1.0)
+    if not shard.is_whole:
+        pairs = topk_over_ranks(pairs, k_aux, shard)
+    if pairs.real is not None or not shard.is_whole:
+        share = (shard.ranks.sum(flagged.mask.sum()) / k_aux).clamp(max=1.0)
         return AuxiliaryPairs(pairs, weight * share)
     if len(flagged.indices) == 0:
         return None

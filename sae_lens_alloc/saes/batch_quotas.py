@@ -82,7 +82,8 @@ class BatchQuotas:
         Raises:
             ValueError: if min_tokens_per_feature does not fit into the budget.
         """
-        prepared, n_features = self._prepared.get(), len(density)
+        shard = self._statistics.shard
+        prepared, n_features = self._prepared.get(), shard.n_features
         require_smallest_quota(self._min_tokens_per_feature, n_features, budget)
         by_rank = prepared.by_rank
         if by_rank is None or prepared.tokens_and_budget != (n_tokens, budget):
@@ -90,7 +91,8 @@ class BatchQuotas:
             by_rank = self._curve(n_tokens).quotas(budget).to(density)
         # what the quotas sum to, without asking them
         total = min(budget, self._max_density * n_tokens * n_features)
-        return by_rank[density_ranks(density)], most_whole_quotas(total, n_features)
+        ranks = shard.own(density_ranks(shard.gather(density)))
+        return by_rank[ranks], most_whole_quotas(total, n_features)
 
     def prepare(self, n_tokens: int, budget: int) -> None:
         """
@@ -105,7 +107,8 @@ class BatchQuotas:
             ValueError: if min_tokens_per_feature does not fit into the budget.
         """
         prepared, density = self._prepared.get(), self._statistics.density
-        require_smallest_quota(self._min_tokens_per_feature, len(density), budget)
+        n_features = self._statistics.shard.n_features
+        require_smallest_quota(self._min_tokens_per_feature, n_features, budget)
         if prepared.tokens_and_budget == (n_tokens, budget):
             return
         if prepared.curve is None or prepared.curve_tokens != n_tokens:
@@ -121,7 +124,7 @@ class BatchQuotas:
 
     def _curve(self, n_tokens: int) -> QuotaCurve:
         """What the quotas of a batch of this many tokens sum to, by the law as it is."""
-        n_features = len(self._statistics.density)
+        n_features = self._statistics.shard.n_features
         max_quota = self._max_density * n_tokens
         alpha, beta = in_float64(self._statistics.quota_law)
         ranks = torch.arange(1, n_features + 1, device=alpha.device).double()
@@ -140,7 +143,7 @@ class BatchQuotas:
             floor: Density at or below which a feature is left out of the fit.
         """
         statistics, prepared = self._statistics, self._prepared.get()
-        law = FittedLaw.fit(statistics.density, floor)
+        law = FittedLaw.fit(statistics.shard.gather(statistics.density), floor)
         fitted = torch.stack([law.alpha, law.beta])
         known = law.known.to(statistics.quota_law.device)
         statistics.quota_law.copy_(

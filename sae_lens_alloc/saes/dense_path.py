@@ -9,6 +9,17 @@ import torch
 from transformer_lens.hook_points import HookPoint
 
 from sae_lens_alloc.allocation.sparse_activations import Pairs
+from sae_lens_alloc.distributed.feature_shard import FeatureShard
+
+
+def require_all_features(shard: FeatureShard) -> None:
+    """Raises ValueError where other ranks hold features, too: a matrix would lack theirs."""
+    if not shard.is_whole:
+        raise ValueError(
+            "each process holds a part of the features, so there is no matrix of all "
+            "activations: take hooks off the SAE in a training by several processes, and encode "
+            "with the SAE that it saves."
+        )
 
 
 def dense_affinities(

@@ -11,6 +11,7 @@ from sae_lens_alloc.allocation.density import (
     update_density,
 )
 from sae_lens_alloc.allocation.zipf import MIN_FEATURES, FittedLaw, ZipfLaw
+from sae_lens_alloc.distributed.feature_shard import FeatureShard
 from sae_lens_alloc.ops.topk_selection import FeatureSubset
 from sae_lens_alloc.saes.running_statistics import RunningStatistics
 
@@ -26,9 +27,14 @@ class DensityStatistics(RunningStatistics):
         d_sae: Number of features F.
         density_window_tokens: Averaging window of the densities in tokens.
         device: Device of the buffers.
+
+    Attributes:
+        shard: The features that these statistics are of: all F, or those of this rank.
+        by_feature: Names of the buffers of shape (F,).
     """
 
     tracked: ClassVar[tuple[str, ...]] = ("density", "density_tokens")
+    by_feature: ClassVar[tuple[str, ...]] = ("density", "underused")
 
     density: torch.Tensor  # (F,) running rate per token at which each feature fires
     density_tokens: torch.Tensor  # () tokens in the running densities
@@ -38,6 +44,7 @@ class DensityStatistics(RunningStatistics):
         self, d_sae: int, density_window_tokens: int, device: torch.device
     ) -> None:
         super().__init__(device)
+        self.shard = FeatureShard(d_sae)
         self.density_window_tokens = density_window_tokens
         self._flagged: FeatureSubset | None = None
         self.register_buffer("density", torch.zeros(d_sae, device=device))
@@ -77,10 +84,10 @@ class DensityStatistics(RunningStatistics):
         Args:
             n_tokens: Tokens per batch, which sets the density below which a rate is noise.
         """
-        floor = fit_floor(n_tokens)
-        if int((self.density > floor).sum()) < MIN_FEATURES:
+        floor, density = fit_floor(n_tokens), self.shard.gather(self.density)
+        if int((density > floor).sum()) < MIN_FEATURES:
             return None
-        return ZipfLaw.fit(self.density, floor)
+        return ZipfLaw.fit(density, floor)
 
     def renew_flags(
         self,
@@ -107,12 +114,15 @@ class DensityStatistics(RunningStatistics):
             return False
         if dead is None:
             dead = torch.zeros_like(self.underused)
-        law = None
-        if fraction is not None:
-            law = FittedLaw.fit(self.density, fit_floor(n_tokens))
-        self.underused.copy_(
-            underused_features(self.density, dead, law, fraction or 0.0)
-        )
+        shard = self.shard
+        if fraction is None:
+            self.underused.copy_(dead)
+        else:
+            density = shard.gather(self.density)
+            law = FittedLaw.fit(density, fit_floor(n_tokens))
+            alive = torch.zeros_like(density, dtype=torch.bool)
+            below = underused_features(density, alive, law, fraction)
+            self.underused.copy_(shard.own(below) | dead)
         self._flagged = None
         return True
 

@@ -9,7 +9,13 @@ from collections.abc import Mapping
 
 import torch
 
-from sae_lens_alloc.allocation.margin import Margin, gains, selection_gradient
+from sae_lens_alloc.allocation.margin import (
+    Margin,
+    gains,
+    selection_gradient,
+    total_gain,
+)
+from sae_lens_alloc.distributed.feature_shard import FeatureShard
 from sae_lens_alloc.ops.block_encoder import Encoder
 from sae_lens_alloc.ops.sparse import sampled_products
 from sae_lens_alloc.saes.auxiliary_loss import decoder_norms
@@ -22,6 +28,7 @@ def margin_term(
     W_dec: torch.Tensor,
     residuals: Mapping[int, torch.Tensor],
     unit_out: torch.Tensor,
+    shard: FeatureShard,
 ) -> torch.Tensor:
     """
     A term of value 0, of shape (), whose gradient is that of the squared error by way of the
@@ -35,8 +42,11 @@ def margin_term(
         residuals: Activations minus the reconstruction from so many first features, in the
             shape of the activations.
         unit_out: What a reconstruction of ones becomes, in the same shape.
+        shard: The features of this rank, whose part of the margin `margin` is.
     """
-    gradient = _margin_gradient(margin, encoder, W_dec.detach(), residuals, unit_out)
+    gradient = _margin_gradient(
+        margin, encoder, W_dec.detach(), residuals, unit_out, shard
+    )
     return gradient @ (pre_acts - pre_acts.detach())
 
 
@@ -47,6 +57,7 @@ def _margin_gradient(
     W_dec: torch.Tensor,
     residuals: Mapping[int, torch.Tensor],
     unit_out: torch.Tensor,
+    shard: FeatureShard,
 ) -> torch.Tensor:
     """Gradient with respect to the pre-activations of the margin, shape (N,)."""
     pairs = margin.pairs
@@ -56,21 +67,20 @@ def _margin_gradient(
     scales = unit_out.reshape(-1, d_in)[:, 0].to(norms)[tokens]
     products, n_levels = torch.zeros_like(scales), torch.zeros_like(scales)
     for width, residual in residuals.items():
-        takes_part = features < width
+        takes_part = features < shard.n_below(width)
         errors = residual.reshape(-1, d_in).to(norms)
         products += takes_part * sampled_products(
             tokens, features, errors, W_dec, pairs.real
         )
         n_levels += takes_part
-    gradient = selection_gradient(
-        margin,
-        gains(
-            encoder.pre_acts(pairs),
-            # the mean: a sum would draw the budget to features of many levels
-            scales * products / n_levels,
-            (scales * norms[features]).square(),
-        ),
+    gained = gains(
+        encoder.pre_acts(pairs),
+        # the mean: a sum would draw the budget to features of many levels
+        scales * products / n_levels,
+        (scales * norms[features]).square(),
     )
+    total = shard.ranks.sum(total_gain(margin, gained))
+    gradient = selection_gradient(margin, gained, total)
     if encoder.scale is not None:
         gradient = gradient * encoder.scale[features]
     # the loss is a mean over what has a last dimension: tokens, or heads of tokens

@@ -7,11 +7,14 @@ features.
 from collections.abc import Sequence
 
 from sae_lens_alloc.allocation.sparse_activations import Pairs
+from sae_lens_alloc.distributed.feature_shard import FeatureShard
 
 
-def inner_pairs(pairs: Pairs, widths: Sequence[int]) -> list[Pairs]:
-    """For each width, those of the active pairs whose feature is below it."""
-    return [pairs.of_first_features(width) for width in widths]
+def inner_pairs(
+    pairs: Pairs, widths: Sequence[int], shard: FeatureShard
+) -> list[Pairs]:
+    """For each width, those of a rank's active pairs whose feature is below it."""
+    return [pairs.of_first_features(shard.n_below(width)) for width in widths]
 
 
 def level_loss_names(inner_widths: Sequence[int]) -> list[str]:

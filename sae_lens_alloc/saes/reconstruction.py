@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 
 from sae_lens_alloc.allocation.sparse_activations import Pairs
+from sae_lens_alloc.distributed.ranks import ALONE, Ranks, summed, used_by_all
 from sae_lens_alloc.ops.block_encoder import Encoder
 from sae_lens_alloc.ops.pair_autoencoder import (
     GradientMemory,
@@ -26,6 +27,7 @@ class Weights:
         subtracted: What was subtracted from the encoder inputs and learns here, shape (d_in,);
             see `pair_pre_acts`. None for nothing.
         memory: Memory for the gradients.
+        ranks: The ranks that share the features, of which these are the weights of this one's.
     """
 
     W_enc: torch.Tensor
@@ -33,6 +35,7 @@ class Weights:
     W_dec: torch.Tensor
     subtracted: torch.Tensor | None = None
     memory: GradientMemory | None = None
+    ranks: Ranks = ALONE
 
 
 def reconstruct(
@@ -54,7 +57,7 @@ def reconstruct(
         not_decoded: Sets of which only the pre-activations are wanted.
 
     Returns:
-        For each set its reconstruction without b_dec, shape (B, d_in), and the pre-activations
+        For each set its reconstruction by all ranks without b_dec, shape (B, d_in), and the pre-activations
         of the pairs that are not decoded, shape (N,).
     """
     encoded = [*sets, *not_decoded]
@@ -63,6 +66,9 @@ def reconstruct(
     rows = [pairs.places.token_indices + i * len(x) for i, pairs in enumerate(encoded)]
     features = [pairs.places.feature_indices for pairs in encoded]
     real = _real_pairs(encoded)
+    subtracted = weights.subtracted
+    if subtracted is not None:
+        subtracted = used_by_all(subtracted, weights.ranks)
     pre_acts = pair_pre_acts(
         x,
         weights.W_enc,
@@ -71,7 +77,7 @@ def reconstruct(
         torch.cat(features),
         torch.cat([encoder.pre_acts(pairs) for pairs in encoded]),
         n_sets=len(encoded),
-        subtracted=weights.subtracted,
+        subtracted=subtracted,
         memory=weights.memory,
         real=real,
     )
@@ -88,7 +94,7 @@ def reconstruct(
         memory=weights.memory,
         real=None if real is None else real[:n_decoded],
     )
-    return list(recons), pre_acts[n_decoded:]
+    return list(summed(recons, weights.ranks)), pre_acts[n_decoded:]
 
 
 def _real_pairs(sets: Sequence[Pairs]) -> torch.Tensor | None:

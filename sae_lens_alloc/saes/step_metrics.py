@@ -10,7 +10,7 @@ import torch
 from sae_lens_alloc.allocation.sparse_activations import Pairs
 from sae_lens_alloc.allocation.zipf import ZipfLaw
 from sae_lens_alloc.ops.block_encoder import Encoder
-from sae_lens_alloc.ops.encode_select import encode_thresholds
+from sae_lens_alloc.ops.encode_thresholds import encode_thresholds
 from sae_lens_alloc.saes.allocation_statistics import AllocationStatistics
 from sae_lens_alloc.saes.density_statistics import DensityStatistics
 from sae_lens_alloc.saes.step_count import StepCount
@@ -38,17 +38,20 @@ def allocation_metrics(
         make_encoder: Gives the encoder as it is when a step is logged.
         x: Encoder inputs of shape (B, d_in).
     """
-    n_tokens = len(x)
+    n_tokens, shard = len(x), statistics.shard
 
-    def threshold_l0() -> float:
+    def threshold_l0() -> torch.Tensor:
         found = encode_thresholds(make_encoder(), x, statistics.threshold)
-        return len(found.values) / n_tokens
+        n_active = torch.full((), len(found.values), device=x.device)
+        return shard.ranks.sum(n_active) / n_tokens
 
     return {
         "threshold_l0": threshold_l0,
-        "mean_threshold": lambda: statistics.threshold.mean(),
+        "mean_threshold": lambda: shard.gather(statistics.threshold).mean(),
         "cut": lambda: statistics.cut,
-        "top_1pct_tokens_budget_share": lambda: _top_tokens_share(pairs),
+        "top_1pct_tokens_budget_share": lambda: _top_tokens_share(
+            shard.ranks.sum(pairs.token_counts())
+        ),
         **density_metrics(statistics, step_count, n_tokens),
     }
 
@@ -74,7 +77,9 @@ def density_metrics(
         return lambda: getattr(law_after(step_count.running), name, float("nan"))
 
     return {
-        "underused_features": lambda: statistics.underused.sum(),
+        "underused_features": lambda: statistics.shard.ranks.sum(
+            statistics.underused.sum()
+        ),
         "zipf_alpha": of_law("alpha"),
         "zipf_beta": of_law("beta"),
         "zipf_r2": of_law("r2"),
@@ -82,8 +87,7 @@ def density_metrics(
     }
 
 
-def _top_tokens_share(pairs: Pairs) -> torch.Tensor:
-    """Share of the budget that the 1% of tokens with the most features take."""
-    counts = pairs.token_counts()
+def _top_tokens_share(counts: torch.Tensor) -> torch.Tensor:
+    """Share of the budget that the 1% of tokens with the most features take, of (B,) counts."""
     n_top = math.ceil(len(counts) / 100)
     return counts.topk(n_top).values.sum() / counts.sum().clamp(min=1)

@@ -11,13 +11,19 @@ from typing_extensions import override
 
 from sae_lens_alloc.allocation.mutual_choice import require_no_nan_or_inf
 from sae_lens_alloc.allocation.sparse_activations import SparseActivations
+from sae_lens_alloc.distributed.feature_shard import FeatureShard
 from sae_lens_alloc.ops.block_encoder import BlockEncoder, Encoder, KnownAffinities
 from sae_lens_alloc.ops.device_checks import DeviceChecks
-from sae_lens_alloc.ops.encode_select import encode_thresholds
+from sae_lens_alloc.ops.encode_thresholds import encode_thresholds
 from sae_lens_alloc.saes.allocation_sae_config import AllocationTrainingSAEConfig
 from sae_lens_alloc.saes.allocation_statistics import AllocationStatistics
 from sae_lens_alloc.saes.auxiliary_loss import decoder_norms
-from sae_lens_alloc.saes.dense_path import decode_dense, dense_affinities, mask_of
+from sae_lens_alloc.saes.dense_path import (
+    decode_dense,
+    dense_affinities,
+    mask_of,
+    require_all_features,
+)
 from sae_lens_alloc.saes.reconstruction import Weights, reconstruct
 from sae_lens_alloc.saes.running_statistics import remove_statistics
 
@@ -40,6 +46,11 @@ class ThresholdTrainingSAE(TrainingSAE[T_CONFIG]):
             cfg.d_sae, cfg.density_window_tokens, self.W_dec.device
         )
         self.checks = DeviceChecks()
+
+    @property
+    def shard(self) -> FeatureShard:
+        """The features that the weights are of: all of them, or those of this rank."""
+        return self.allocation.shard
 
     @abstractmethod
     def preview(self, encoder: BlockEncoder, x: torch.Tensor) -> SparseActivations:
@@ -93,6 +104,7 @@ class ThresholdTrainingSAE(TrainingSAE[T_CONFIG]):
         return self._finish_decode(self._decode_dense(feature_acts))
 
     def _dense_affinities(self, inputs: torch.Tensor) -> torch.Tensor:
+        require_all_features(self.shard)
         return dense_affinities(
             inputs,
             self.W_enc,
@@ -146,7 +158,7 @@ class ThresholdTrainingSAE(TrainingSAE[T_CONFIG]):
         encoder = self.encoder()
         inputs = self.process_sae_in(x)
         pairs = select(encoder, inputs)
-        weights = Weights(self.W_enc, self.b_enc, self.W_dec)
+        weights = Weights(self.W_enc, self.b_enc, self.W_dec, ranks=self.shard.ranks)
         (recons,), _ = reconstruct(weights, encoder, inputs, [pairs])
         return pairs, self._finish_decode(recons)
 

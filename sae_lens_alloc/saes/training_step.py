@@ -12,7 +12,7 @@ from sae_lens_alloc.ops.pair_autoencoder import GradientMemory
 from sae_lens_alloc.saes.allocator import Allocator, Rule
 from sae_lens_alloc.saes.auxiliary_loss import auxiliary_pairs, outputs_and_parts
 from sae_lens_alloc.saes.backend_record import BackendRecord
-from sae_lens_alloc.saes.dense_path import mask_of
+from sae_lens_alloc.saes.dense_path import mask_of, require_all_features
 from sae_lens_alloc.saes.finite_checks import require_finite, require_finite_loss
 from sae_lens_alloc.saes.margin_loss import margin_term
 from sae_lens_alloc.saes.nesting import inner_pairs, level_loss_names
@@ -87,6 +87,7 @@ class SparseStepTrainingSAE(ThresholdTrainingSAE[T_CONFIG]):
                 self.W_dec,
                 residuals,
                 outputs.unit,
+                self.shard,
             )
         acts = selection.dense_acts
         if acts is None:
@@ -116,11 +117,10 @@ class SparseStepTrainingSAE(ThresholdTrainingSAE[T_CONFIG]):
         weights through b_dec alone, whose gradient `reconstruct` gives at the cost of a
         matrix-vector product.
         """
-        return (
-            sae_in.requires_grad
-            or has_hooks(self.hook_sae_input)
-            or self._acts_are_hooked()
-        )
+        hooked = has_hooks(self.hook_sae_input) or self._acts_are_hooked()
+        if sae_in.requires_grad or hooked:
+            require_all_features(self.shard)
+        return sae_in.requires_grad or hooked
 
     def _select(
         self, encoder: Encoder, inputs: torch.Tensor, x: torch.Tensor, plan: StepPlan
@@ -134,6 +134,7 @@ class SparseStepTrainingSAE(ThresholdTrainingSAE[T_CONFIG]):
                 self.allocation.flagged,
                 self.cfg.features_per_token_in_aux_loss(),
                 plan.aux_weight,
+                self.shard,
             )
         affinities, source = None, encoder
         if self._acts_are_hooked():
@@ -165,8 +166,9 @@ class SparseStepTrainingSAE(ThresholdTrainingSAE[T_CONFIG]):
         """Reconstructions of all levels and of the error, in one pass."""
         margin, aux, acts = selection.margin, selection.aux, selection.dense_acts
         widths = self.inner_widths()
-        sets = inner_pairs(selection.pairs, widths)
-        sets = sets if acts is not None else [selection.pairs, *sets]
+        sets = inner_pairs(selection.pairs, widths, self.shard)
+        if acts is None:
+            sets.insert(0, selection.pairs)
         by_b_dec = self.cfg.apply_b_dec_to_input and not x.requires_grad
         recons, margin_pre_acts = reconstruct(
             Weights(
@@ -175,6 +177,7 @@ class SparseStepTrainingSAE(ThresholdTrainingSAE[T_CONFIG]):
                 self.W_dec,
                 self.b_dec if by_b_dec else None,
                 self.gradient_memory,
+                self.shard.ranks,
             ),
             encoder,
             x,
@@ -205,10 +208,8 @@ class SparseStepTrainingSAE(ThresholdTrainingSAE[T_CONFIG]):
     ) -> tuple[dict[str, torch.Tensor], Mapping[int, torch.Tensor]]:
         """Losses by name, and the error of each level."""
         names = level_loss_names(self.inner_widths())
-        losses = {
-            name: self._mse(out, sae_in)
-            for name, out in zip(names, outputs.levels.values(), strict=True)
-        }
+        levels = zip(names, outputs.levels.values(), strict=True)
+        losses = {name: self._mse(out, sae_in) for name, out in levels}
         require_finite_loss(self.checks, losses["mse_loss"], step)
         if self.times_itself:
             self.settling.note_loss(losses["mse_loss"].detach())

@@ -10,7 +10,7 @@ from sae_lens_alloc.allocation.mutual_choice import MutualChoiceCollector, budge
 from sae_lens_alloc.allocation.sparse_activations import SparseActivations
 from sae_lens_alloc.evaluation.usage import by_pairs, measure_usage, measure_usages
 from sae_lens_alloc.ops.block_encoder import Encoder, WatchedEncoder
-from sae_lens_alloc.ops.encode_select import ThresholdCollector
+from sae_lens_alloc.ops.encode_thresholds import ThresholdCollector
 from sae_lens_alloc.saes.allocation_sae import AllocationTrainingSAE
 from sae_lens_alloc.thresholds.factor import (
     factor_of,

@@ -4,13 +4,13 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch.nn.utils import get_total_norm
 from torch.optim import Optimizer
 from typing_extensions import override
 
 from sae_lens_alloc.ops.row_adam import adam_rows_
 from sae_lens_alloc.ops.row_gradients import RowGradient, RowGradients
 from sae_lens_alloc.saes.allocation_sae import AllocationTrainingSAE
+from sae_lens_alloc.training.gradient_norm import norm_over_ranks
 
 
 class RowSparseAdam(Optimizer):
@@ -71,7 +71,9 @@ class RowSparseAdam(Optimizer):
                 )
             every_row = torch.zeros(1, dtype=torch.int64, device=weight.device)
             gradients[name] = RowGradient(every_row, weight.grad[None])
-        norm = get_total_norm([gradient.rows for gradient in gradients.values()])
+        of_all = [gradients[name].rows for name in gradients if name == "b_dec"]
+        own = [gradients[name].rows for name in gradients if name != "b_dec"]
+        norm = norm_over_ranks(own, of_all, self._sae.allocation.shard.ranks)
         scale = (1.0 / (norm + 1e-6)).clamp(max=1.0)
         (group,) = self.param_groups
         for name, gradient in gradients.items():

@@ -11,7 +11,7 @@ from sae_lens.saes.sae import SAE
 
 from sae_lens_alloc.allocation.sparse_activations import SparseActivations
 from sae_lens_alloc.ops.block_encoder import Encoder
-from sae_lens_alloc.ops.encode_select import encode_thresholds
+from sae_lens_alloc.ops.encode_thresholds import encode_thresholds
 from sae_lens_alloc.ops.topk_selection import FeatureSubset, encode_topk
 from sae_lens_alloc.saes.allocation_sae import AllocationTrainingSAE
 from sae_lens_alloc.saes.aux_zipf_config import AuxZipfTrainingSAEConfig

@@ -5,9 +5,11 @@ from typing import Any
 import torch
 from sae_lens.saes.sae import TrainStepInput, TrainStepOutput
 from sae_lens.training.sae_trainer import SAETrainer
-from torch.nn.utils import clip_grad_norm_
+from torch.nn.utils import clip_grads_with_norm_
 
 from sae_lens_alloc.compat import stored_entries
+from sae_lens_alloc.saes.allocation_sae import AllocationTrainingSAE
+from sae_lens_alloc.training.gradient_norm import norm_over_ranks
 from sae_lens_alloc.training.row_sparse_adam import RowSparseAdam
 from sae_lens_alloc.training.step_graph import StepGraph
 
@@ -53,9 +55,19 @@ def _is_logging_step(trainer: SAETrainer[Any, Any]) -> bool:
 
 
 def clip_gradients(trainer: SAETrainer[Any, Any]) -> None:
-    """Clips the norm of all gradients together to 1, as SAELens does."""
-    if not isinstance(trainer.optimizer, RowSparseAdam):  # which clips by itself
-        clip_grad_norm_(trainer.sae.parameters(), 1.0)
+    """Clips the norm of all gradients together, of all ranks, to 1, as SAELens does."""
+    if isinstance(trainer.optimizer, RowSparseAdam):  # which clips by itself
+        return
+    sae: AllocationTrainingSAE[Any] = trainer.sae
+    gradients = {
+        name: weight.grad
+        for name, weight in sae.named_parameters()
+        if weight.grad is not None
+    }
+    of_all = [gradient for name, gradient in gradients.items() if name == "b_dec"]
+    own = [gradient for name, gradient in gradients.items() if name != "b_dec"]
+    norm = norm_over_ranks(own, of_all, sae.allocation.shard.ranks)
+    clip_grads_with_norm_(sae.parameters(), 1.0, norm)
 
 
 @torch.no_grad()

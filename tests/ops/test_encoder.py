@@ -6,7 +6,8 @@ import torch
 from sae_lens_alloc.allocation.sparse_activations import SparseActivations
 from sae_lens_alloc.ops import block_encoder
 from sae_lens_alloc.ops.block_encoder import Encoder, KnownAffinities, block_width
-from sae_lens_alloc.ops.encode_select import encode_mutual_choice, encode_thresholds
+from sae_lens_alloc.ops.encode_select import encode_mutual_choice
+from sae_lens_alloc.ops.encode_thresholds import encode_thresholds
 from tests.helpers import Pair, stored_pairs
 
 CPU = torch.device("cpu")

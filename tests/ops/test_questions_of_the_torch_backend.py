@@ -8,7 +8,12 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from sae_lens_alloc.ops import block_encoder, device_checks, encode_select
+from sae_lens_alloc.ops import (
+    block_encoder,
+    device_checks,
+    encode_select,
+    topk_selection,
+)
 from sae_lens_alloc.ops.backend import BACKEND_VARIABLE
 from sae_lens_alloc.ops.block_encoder import Encoder
 from sae_lens_alloc.ops.encode_select import encode_and_count, encode_feature_choice
@@ -28,7 +33,8 @@ def torch_backend(monkeypatch: pytest.MonkeyPatch) -> None:
 def in_fixed_places(fixed: bool, width: int) -> pytest.MonkeyPatch:
     """What a GPU does, or what a CPU does, in blocks of so many features."""
     patch = pytest.MonkeyPatch()
-    patch.setattr(encode_select, "asking_costs_a_wait", lambda _device: fixed)
+    for module in (encode_select, topk_selection):
+        patch.setattr(module, "asking_costs_a_wait", lambda _device: fixed)
     patch.setitem(block_encoder._BLOCK_ELEMENTS, "cpu", B * width)
     return patch
 

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from sae_lens_alloc.ops import topk_selection
 from sae_lens_alloc.saes.allocation_sae import AllocationTrainingSAE
 from tests.saes.conftest import (
     ARCHITECTURES,
@@ -287,8 +288,9 @@ def count_syncs(sae: AllocationTrainingSAE[Any], step: int) -> Counter[str]:
 @pytest.mark.parametrize("aux_loss", ["aux_k", "aux_zipf"])
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_aux_loss_adds_no_host_sync_between_two_flag_steps(
-    architecture: str, aux_loss: str
+    architecture: str, aux_loss: str, monkeypatch: pytest.MonkeyPatch
 ):
+    monkeypatch.setattr(topk_selection, "asking_costs_a_wait", lambda _device: True)
     # SAELens #666: int(dead.sum()) stalls the GPU at every step
     with_aux = make_sae(architecture, aux_loss=aux_loss)
     without = make_sae(architecture, aux_loss="none")

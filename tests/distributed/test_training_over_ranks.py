@@ -1,0 +1,209 @@
+"""A training by several ranks against the same training by one process."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from sae_lens.config import LoggingConfig
+from sae_lens.saes.sae import TrainingSAE, TrainStepOutput
+
+from sae_lens_alloc.config.run_config import AllocSAETrainerConfig
+from sae_lens_alloc.distributed.feature_shard import FeatureShard
+from sae_lens_alloc.distributed.ranks import Ranks
+from sae_lens_alloc.saes.sharding import new_shard
+from sae_lens_alloc.training.sharded_trainer import ShardedSAETrainer
+from sae_lens_alloc.training.trainer import AllocSAETrainer
+from tests.distributed.processes import on_ranks
+
+D_IN, D_SAE, N_TOKENS, N_STEPS = 12, 71, 64, 20
+
+SETTINGS: dict[str, dict[str, Any]] = {
+    "mutual_choice": {"architecture": "mutual_choice", "feature_choice_steps": 0},
+    "recipe": {
+        "architecture": "mutual_choice",
+        "feature_choice_steps": 8,
+        "k_start": 8.0,
+        "k_decay_steps": 8,
+    },
+    "feature_choice": {"architecture": "feature_choice", "mutual_choice_steps": 3},
+    "nested": {
+        "architecture": "matryoshka_mutual_choice",
+        "feature_choice_steps": 4,
+        "matryoshka_widths": [9, 30],
+    },
+    "timed": {"architecture": "mutual_choice", "feature_choice_steps": None},
+    "layer_norm": {
+        "architecture": "mutual_choice",
+        "feature_choice_steps": 0,
+        "normalize_activations": "layer_norm",
+    },
+    "scaled": {
+        "architecture": "mutual_choice",
+        "feature_choice_steps": 5,
+        "normalize_activations": "expected_average_only_in",
+    },
+    "raw": {
+        "architecture": "mutual_choice",
+        "feature_choice_steps": 5,
+        "rescale_acts_by_decoder_norm": False,
+        "apply_b_dec_to_input": False,
+        "aux_loss": "aux_k",
+        "k_aux": 3,
+    },
+    "plain": {
+        "architecture": "mutual_choice",
+        "feature_choice_steps": 5,
+        "selection_margin": 0.0,
+        "aux_loss": "none",
+    },
+}
+
+
+def sae_config(name: str) -> Any:
+    settings = {
+        "k": 4.0,
+        "aux_loss": "aux_zipf",
+        "density_window_tokens": 500,
+        **SETTINGS[name],
+    }
+    torch.manual_seed(0)
+    return TrainingSAE.from_dict(
+        {"d_in": D_IN, "d_sae": D_SAE, "dtype": "float32", "device": "cpu", **settings}
+    ).cfg
+
+
+def batches() -> Iterator[torch.Tensor]:
+    """Activations in bfloat16's numbers, of which equal affinities come."""
+    generator = torch.Generator().manual_seed(1)
+    directions = torch.randn(30, D_IN, generator=generator)
+    while True:
+        sparse = torch.rand(N_TOKENS, 30, generator=generator) < 0.1
+        x = (sparse * torch.rand(N_TOKENS, 30, generator=generator)) @ directions
+        x[-4:] = x[:4]  # tokens that are the same
+        yield x.bfloat16().float()
+
+
+def trainer_config(optimizer: str) -> AllocSAETrainerConfig:
+    return AllocSAETrainerConfig(
+        optimizer=optimizer,
+        n_checkpoints=0,
+        checkpoint_path=None,
+        save_final_checkpoint=False,
+        total_training_samples=N_STEPS * N_TOKENS,
+        device="cpu",
+        autocast=False,
+        lr=3e-3,
+        lr_end=3e-4,
+        lr_scheduler_name="constant",
+        lr_warm_up_steps=0,
+        adam_beta1=0.9,
+        adam_beta2=0.999,
+        lr_decay_steps=5,
+        n_restart_cycles=1,
+        train_batch_size_samples=N_TOKENS,
+        dead_feature_window=4,
+        feature_sampling_window=7,
+        logger=LoggingConfig(log_to_wandb=False),
+    )
+
+
+def new_sae(name: str, ranks: Ranks) -> Any:
+    cfg = sae_config(name)
+    torch.manual_seed(2)
+    if ranks.is_alone:
+        return TrainingSAE.from_dict(cfg.to_dict())
+    return new_shard(cfg, FeatureShard(D_SAE, ranks))
+
+
+def state_of(sae: Any, shard: FeatureShard) -> dict[str, torch.Tensor]:
+    """Weights and statistics of all features."""
+    state = {
+        "W_enc": shard.gather(sae.W_enc.data.T.contiguous()).T.contiguous(),
+        "W_dec": shard.gather(sae.W_dec.data),
+        "b_enc": shard.gather(sae.b_enc.data),
+        "b_dec": sae.b_dec.data,
+    }
+    for key, buffer in sae.allocation.named_buffers():
+        own = buffer.float()
+        state[key] = shard.gather(own) if key in sae.allocation.by_feature else own
+    return {key: value.clone() for key, value in state.items()}
+
+
+def pairs_of(output: TrainStepOutput, shard: FeatureShard) -> list[tuple[int, int]]:
+    tokens, features = output.feature_acts.coalesce().indices()
+    return list(zip(tokens.tolist(), shard.ids()[features].tolist(), strict=True))
+
+
+def train(ranks: Ranks, name: str, optimizer: str = "adam") -> dict[str, Any]:
+    """What comes of a training: pairs of the first step, states, and metrics at the end."""
+    torch.set_num_threads(1)
+    sae = new_sae(name, ranks)
+    shard = sae.allocation.shard
+    kind = AllocSAETrainer if ranks.is_alone else ShardedSAETrainer
+    trainer = kind(trainer_config(optimizer), sae, batches())
+    found: dict[str, Any] = {"states": {0: state_of(sae, shard)}}
+    scaler = trainer.activation_scaler
+    if sae.cfg.normalize_activations == "expected_average_only_in":
+        scaler.estimate_scaling_factor(D_IN, trainer.data_provider, 5)
+    for step in range(N_STEPS):
+        trainer.maybe_reset_sparsity()
+        output = trainer.step(next(trainer.data_provider))
+        if step == 0:
+            found["pairs"] = pairs_of(output, shard)
+        found["row"] = trainer.build_train_step_log_dict(output, 0)
+        trainer.n_training_steps += 1
+        if step in (0, N_STEPS - 1):
+            found["states"][step + 1] = state_of(sae, shard)
+    found["sparsity"] = trainer.log_feature_sparsity
+    trainer.set_final_sae_metadata()
+    found["metadata"] = (sae.cfg.metadata.l0, sae.cfg.metadata.num_dead_features)
+    return found
+
+
+def train_all(ranks: Ranks, runs: list[tuple[str, str]]) -> list[dict[str, Any]]:
+    return [train(ranks, *run) for run in runs]
+
+
+RUNS = [(name, "adam") for name in SETTINGS] + [("recipe", "row_sparse_adam")]
+
+
+@pytest.fixture(scope="module")
+def alone() -> list[dict[str, Any]]:
+    return train_all(Ranks(), RUNS)
+
+
+@pytest.fixture(scope="module", params=[2, 3, 4])
+def together(request: pytest.FixtureRequest) -> list[list[dict[str, Any]]]:
+    return on_ranks(request.param, train_all, RUNS)
+
+
+@pytest.mark.parametrize("number", range(len(RUNS)), ids=["-".join(r) for r in RUNS])
+def test_ranks_train_what_one_process_trains(
+    number: int, alone: list[dict[str, Any]], together: list[list[dict[str, Any]]]
+):
+    expected, by_rank = alone[number], [runs[number] for runs in together]
+    pairs = sorted(sum((found["pairs"] for found in by_rank), []))
+    assert pairs == sorted(expected["pairs"])
+    for found in by_rank:
+        assert found["states"][0].keys() == expected["states"][0].keys()
+        for step, state in expected["states"].items():
+            for key, wanted in state.items():
+                actual = found["states"][step][key]
+                tolerance = {0: 0, 1: 1e-5}.get(step, 1e-3)
+                torch.testing.assert_close(
+                    actual,
+                    wanted,
+                    rtol=tolerance,
+                    atol=tolerance,
+                    msg=lambda text, at=(step, key): f"{at}: {text}",
+                )
+        assert found["row"].keys() == expected["row"].keys()
+        for key, wanted in expected["row"].items():
+            close = pytest.approx(wanted, rel=1e-3, abs=1e-3, nan_ok=True)
+            assert found["row"][key] == close, key
+        torch.testing.assert_close(found["sparsity"], expected["sparsity"])
+        assert found["metadata"] == pytest.approx(expected["metadata"], rel=1e-3)
+    first, *others = (found["states"][N_STEPS] for found in by_rank)
+    for other in others:
+        assert all(torch.equal(first[key], other[key]) for key in first)
