@@ -1,6 +1,9 @@
 # Needs Python 3.10 or newer and make, nothing else. PYTHON=python3.12 picks another interpreter.
 PYTHON ?= python3
 BIN := .venv/bin
+# Processes that tests run in, side by side, and one thread in each.
+WORKERS ?= 2
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 
 .PHONY: install demo test test-fast test-newest lint bench docs
 
@@ -15,10 +18,10 @@ demo: install
 	$(BIN)/sae-lens-alloc demo --overwrite
 
 test: install
-	$(BIN)/python -m pytest
+	$(PYTEST)
 
 test-fast: install
-	$(BIN)/python -m pytest -m "not slow"
+	$(PYTEST) -m "not slow"
 
 test-newest:
 	PYTHON=$(PYTHON) scripts/test_newest.sh

@@ -18,5 +18,5 @@ python="$folder/venv/bin/python"
     --extra-index-url "${TORCH_INDEX:-https://download.pytorch.org/whl/cpu}" "${folder}[test]"
 "$python" -m pip list | grep -iE '^(sae-lens|transformer-lens|torch|transformers|datasets) '
 
-"$python" -m pytest -p no:cacheprovider -q tests/test_compat.py
-"$python" -m pytest -p no:cacheprovider -q -m "not slow"
+"$python" -m pytest -p no:cacheprovider -q -n "${WORKERS:-2}" --dist worksteal tests/test_compat.py
+"$python" -m pytest -p no:cacheprovider -q -n "${WORKERS:-2}" --dist worksteal -m "not slow"

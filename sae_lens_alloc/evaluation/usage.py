@@ -10,6 +10,7 @@ from sae_lens import SAE
 
 from sae_lens_alloc.allocation.sparse_activations import SparseActivations
 from sae_lens_alloc.allocation.zipf import ZipfLaw
+from sae_lens_alloc.distributed.feature_shard import FeatureShard
 
 # Of activations (n, d_in): on how many tokens each feature is active (d_sae,), how many features
 # each token has (n,), and the reconstruction.
@@ -206,12 +207,23 @@ def as_user(sae: SAE[Any]) -> Autoencode:
 
 def by_pairs(
     autoencode_pairs: Callable[[torch.Tensor], tuple[SparseActivations, torch.Tensor]],
+    shard: FeatureShard | None = None,
 ) -> Autoencode:
-    """By active pairs, where no dense matrix of activations is needed."""
+    """
+    By active pairs, where no dense matrix of activations is needed.
+
+    Args:
+        autoencode_pairs: Gives the active pairs and the reconstruction.
+        shard: The features that the pairs are of, where other ranks have the others. All ranks
+            measure all of them then. None for all features.
+    """
 
     def autoencode(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         pairs, sae_out = autoencode_pairs(x)
-        return pairs.feature_counts(), pairs.token_counts(), sae_out
+        by_feature, by_token = pairs.feature_counts(), pairs.token_counts()
+        if shard is not None:
+            by_feature, by_token = shard.gather(by_feature), shard.ranks.sum(by_token)
+        return by_feature, by_token, sae_out
 
     return autoencode
 

@@ -12,6 +12,7 @@ import torch
 from sae_lens import logger
 from sae_lens.saes.sae import TrainStepInput, TrainStepOutput
 
+from sae_lens_alloc.distributed.feature_shard import FeatureShard
 from sae_lens_alloc.ops.backend import (
     Backend,
     choose_backend,
@@ -112,6 +113,9 @@ def fastest_right_backend(
     allocate. Then a few more like the latter run against the clock. Nothing is learned from it:
     weights, their gradients and all statistics are afterwards what they were.
 
+    Where ranks share the features, each tries its own as if they were all, so that a failure on
+    one is waited for by none, and the slowest rank counts.
+
     A backend that fails, or disagrees with the first one that did not, costs a warning. One
     line of the log names the backend that was fastest, and the times of all.
 
@@ -150,6 +154,7 @@ def fastest_right_backend(
             difference = f"it failed ({type(error).__name__}: {first_line})"
         if difference is not None:
             logger.warning(f"The backend {backend} is not used: {difference}.")
+    seconds = _slowest(sae.shard.ranks.objects(seconds))
     if not seconds:
         return default_backend(device)
     best = min(seconds, key=lambda name: seconds[name])
@@ -220,9 +225,9 @@ def _outcome(
                 sae.named_parameters(), gradients, strict=True
             )
             if gradient is not None
-            for sample in [_sample(name, gradient, sae.cfg.d_sae)]
+            for sample in [_sample(name, gradient, len(sae.shard))]
         ],
-        sae.cfg.d_sae,
+        len(sae.shard),
         sae.rule_at(step_input.n_training_steps) == "feature",
     )
 
@@ -261,6 +266,15 @@ def _seconds_per_step(
     return median(times[1:])
 
 
+def _slowest(by_rank: Sequence[dict[Backend, float]]) -> dict[Backend, float]:
+    """Seconds on the slowest rank, of what works on all of them."""
+    return {
+        backend: max(seconds[backend] for seconds in by_rank)
+        for backend in by_rank[0]
+        if all(backend in seconds for seconds in by_rank)
+    }
+
+
 def _now(device: torch.device) -> float:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
@@ -276,12 +290,16 @@ def _untouched(
         name: value.clone() for name, value in sae.allocation.state_dict().items()
     }
     memory, sae.gradient_memory = sae.gradient_memory, GradientMemory()
+    shard, sae.allocation.shard = sae.shard, FeatureShard(len(sae.shard))
+    if not shard.is_whole:
+        sae.allocation.forget_derived()  # of the features of all ranks
     choose_backend(device, backend)
     try:
         yield
     finally:
         choose_backend(device, None)
         sae.gradient_memory = memory
+        sae.allocation.shard = shard
         sae.allocation.load_state_dict(statistics)
 
 

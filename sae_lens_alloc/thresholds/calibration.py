@@ -11,6 +11,7 @@ from sae_lens_alloc.allocation.sparse_activations import SparseActivations
 from sae_lens_alloc.evaluation.usage import by_pairs, measure_usage, measure_usages
 from sae_lens_alloc.ops.block_encoder import Encoder, WatchedEncoder
 from sae_lens_alloc.ops.encode_thresholds import ThresholdCollector
+from sae_lens_alloc.ops.split_over_ranks import split_over_ranks
 from sae_lens_alloc.saes.allocation_sae import AllocationTrainingSAE
 from sae_lens_alloc.thresholds.factor import (
     factor_of,
@@ -63,7 +64,8 @@ def calibrate_thresholds(
     common, and the thresholds of Feature Choice keep their ratios.
 
     Args:
-        sae: A Mutual Choice or Feature Choice SAE. Its thresholds are changed in place.
+        sae: A Mutual Choice or Feature Choice SAE. Its thresholds are changed in place. Where
+            ranks share its features, all of them must call this with the same activations.
         activations: Activations as the SAE takes them, shape (T, d_in). The more the better:
             65k tokens put L0 within about 1%.
         target_l0: Wanted features per token; the SAE's k by default.
@@ -76,15 +78,17 @@ def calibrate_thresholds(
     wanted: float = sae.cfg.k if target_l0 is None else target_l0
     require_activations(sae, activations)
     tracked = sae.allocation.threshold
-    thresholds = movable_thresholds(tracked)
+    shard = sae.shard
+    thresholds = movable_thresholds(tracked, shard.ranks)
     first = _FirstPass(sae, thresholds, (len(activations), wanted))
     training, before = measure_usages(
-        [by_pairs(first.by_batch), by_pairs(first.by_threshold)],
+        [by_pairs(first.by_batch, shard), by_pairs(first.by_threshold, shard)],
         activations,
         batch_size,
     )
-    tracked.copy_(thresholds * factor_of(first.relative.finish(), thresholds, wanted))
-    by_threshold = by_pairs(partial(sae.autoencode_pairs, by_threshold=True))
+    largest = first.largest_relative()
+    tracked.copy_(thresholds * factor_of(largest, thresholds, wanted, shard.ranks))
+    by_threshold = by_pairs(partial(sae.autoencode_pairs, by_threshold=True), shard)
     after = measure_usage(by_threshold, activations, batch_size)
     report = CalibrationReport(
         target_l0=wanted,
@@ -128,6 +132,14 @@ class _FirstPass:
         self._relative_encoder = relative_encoder(sae.encoder(), thresholds)
         self._n_seen = 0
         self._above: SparseActivations | None = None
+
+    def largest_relative(self) -> SparseActivations:
+        """This rank's pairs of the largest affinities relative to their thresholds."""
+        largest, shard = self.relative.finish(), self.sae.shard
+        if shard.is_whole:
+            return largest
+        best, _ = split_over_ranks(largest, self.relative.budget, 0, shard)
+        return best.without_padding()
 
     def by_batch(self, x: torch.Tensor) -> tuple[SparseActivations, torch.Tensor]:
         """The training allocation of the next batch, and its reconstruction."""

@@ -7,6 +7,7 @@ from sae_lens.saes.jumprelu_sae import JumpReLUSAE
 
 from sae_lens_alloc.allocation.mutual_choice import budget_for
 from sae_lens_alloc.allocation.sparse_activations import SparseActivations
+from sae_lens_alloc.distributed.ranks import ALONE, Ranks
 from sae_lens_alloc.ops.block_encoder import Encoder
 from sae_lens_alloc.ops.encode_select import encode_mutual_choice
 from sae_lens_alloc.saes.allocation_sae import AllocationTrainingSAE
@@ -107,7 +108,10 @@ def relative_encoder(encoder: Encoder, thresholds: torch.Tensor) -> Encoder:
 
 
 def factor_of(
-    pairs: SparseActivations, thresholds: torch.Tensor, target_l0: float
+    pairs: SparseActivations,
+    thresholds: torch.Tensor,
+    target_l0: float,
+    ranks: Ranks = ALONE,
 ) -> torch.Tensor:
     """
     The factor of `threshold_factor`, scalar tensor.
@@ -116,6 +120,7 @@ def factor_of(
         pairs: The largest affinities relative to their thresholds, `target_l0` per token.
         thresholds: Thresholds of shape (F,).
         target_l0: Wanted features per token.
+        ranks: The ranks that share the features, of which these pairs are this one's.
 
     Raises:
         ValueError: if no factor gives the wanted L0.
@@ -123,31 +128,32 @@ def factor_of(
     n_tokens = pairs.shape[0]
     budget = budget_for(target_l0, n_tokens)
     # affinities of silenced features are 0 relative to their threshold
-    n_positive = int((pairs.values > 0).sum())
+    n_positive = int(ranks.sum((pairs.values > 0).sum()))
     if budget == 0 or n_positive < budget:
         raise ValueError(
             f"no thresholds give an L0 of {target_l0} on these {n_tokens} tokens: "
             f"{n_positive / n_tokens:.3g} affinities per token are positive, those of silenced "
             "features left out."
         )
-    last = pairs.values.argmin()
-    if thresholds[pairs.feature_indices[last]] == 0:
+    last = ranks.smallest(pairs.smallest_value())
+    is_open = thresholds[pairs.feature_indices] == 0
+    if ranks.any(bool((is_open & (pairs.values == last)).any())):
         raise ValueError(
             f"no factor gives an L0 of {target_l0} on these {n_tokens} tokens: the features "
             "whose threshold is 0, and stays so, are active more often: set them one by one, "
             "per feature."
         )
     # a pair is active where it exceeds the threshold, and the last of the pairs must be
-    return pairs.values[last] * (1 - 1e-6)
+    return last * (1 - 1e-6)
 
 
-def movable_thresholds(thresholds: torch.Tensor) -> torch.Tensor:
+def movable_thresholds(thresholds: torch.Tensor, ranks: Ranks = ALONE) -> torch.Tensor:
     """
-    Thresholds of shape (F,) of which a factor moves all: those of 0, as features of a gated or
+    Thresholds of shape (F,), those of this rank's features, of which a factor moves all: those of 0, as features of a gated or
     JumpReLU SAE may have, become very small ones. Silenced features, of infinite threshold,
     stay silenced.
     """
-    largest = thresholds.where(thresholds.isfinite(), 0.0).max()
+    largest = ranks.largest(thresholds.where(thresholds.isfinite(), 0.0).max())
     if largest == 0:  # of an SAE that has not been trained yet, or was a ReLU
         return thresholds.where(thresholds != 0, 1.0)
     return thresholds.clamp(min=SMALLEST_SHARE * float(largest))

@@ -69,5 +69,7 @@ def held_out_metrics(
 
 def _autoencode(sae: SAE[Any]) -> Autoencode:
     if isinstance(sae, AllocationTrainingSAE):
-        return by_pairs(lambda x: sae.autoencode_pairs(x.to(sae.device), True))
+        return by_pairs(
+            lambda x: sae.autoencode_pairs(x.to(sae.device), True), sae.shard
+        )
     return as_user(sae)

@@ -1,6 +1,8 @@
 """A training by several ranks against the same training by one process."""
 
 from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import pytest
@@ -11,7 +13,11 @@ from sae_lens.saes.sae import TrainingSAE, TrainStepOutput
 from sae_lens_alloc.config.run_config import AllocSAETrainerConfig
 from sae_lens_alloc.distributed.feature_shard import FeatureShard
 from sae_lens_alloc.distributed.ranks import Ranks
+from sae_lens_alloc.ops import encode_select, topk_selection
+from sae_lens_alloc.ops.backend import BACKEND_VARIABLE
 from sae_lens_alloc.saes.sharding import new_shard
+from sae_lens_alloc.thresholds.calibration import calibrate_thresholds
+from sae_lens_alloc.training.held_out import held_out_metrics
 from sae_lens_alloc.training.sharded_trainer import ShardedSAETrainer
 from sae_lens_alloc.training.trainer import AllocSAETrainer
 from tests.distributed.processes import on_ranks
@@ -51,6 +57,12 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "aux_loss": "aux_k",
         "k_aux": 3,
     },
+    "triton": {"architecture": "mutual_choice", "feature_choice_steps": 1},
+    "triton_nested": {
+        "architecture": "matryoshka_mutual_choice",
+        "feature_choice_steps": 0,
+        "matryoshka_widths": [9, 30],
+    },
     "plain": {
         "architecture": "mutual_choice",
         "feature_choice_steps": 5,
@@ -84,22 +96,22 @@ def batches() -> Iterator[torch.Tensor]:
         yield x.bfloat16().float()
 
 
-def trainer_config(optimizer: str) -> AllocSAETrainerConfig:
+def trainer_config(run: "Run") -> AllocSAETrainerConfig:
     return AllocSAETrainerConfig(
-        optimizer=optimizer,
+        optimizer=run.optimizer,
         n_checkpoints=0,
         checkpoint_path=None,
         save_final_checkpoint=False,
-        total_training_samples=N_STEPS * N_TOKENS,
+        total_training_samples=run.n_steps * N_TOKENS,
         device="cpu",
-        autocast=False,
+        autocast=run.autocast,
         lr=3e-3,
         lr_end=3e-4,
         lr_scheduler_name="constant",
         lr_warm_up_steps=0,
         adam_beta1=0.9,
         adam_beta2=0.999,
-        lr_decay_steps=5,
+        lr_decay_steps=run.n_steps // 4,
         n_restart_cycles=1,
         train_batch_size_samples=N_TOKENS,
         dead_feature_window=4,
@@ -131,41 +143,111 @@ def state_of(sae: Any, shard: FeatureShard) -> dict[str, torch.Tensor]:
 
 
 def pairs_of(output: TrainStepOutput, shard: FeatureShard) -> list[tuple[int, int]]:
-    tokens, features = output.feature_acts.coalesce().indices()
+    acts = output.feature_acts.coalesce()
+    tokens, features = acts.indices()[:, acts.values() != 0]  # without padding
     return list(zip(tokens.tolist(), shard.ids()[features].tolist(), strict=True))
 
 
-def train(ranks: Ranks, name: str, optimizer: str = "adam") -> dict[str, Any]:
+@dataclass(frozen=True)
+class Run:
+    """
+    A training to compare.
+
+    Args:
+        name: Key of SETTINGS.
+        optimizer: Name of the optimizer.
+        backend: Name of the backend.
+        asks_once: Whether the torch backend does what it does on a GPU.
+        autocast: Whether the step is in bfloat16 where torch allows it.
+        n_steps: Training steps.
+    """
+
+    name: str
+    optimizer: str = "adam"
+    backend: str = "torch"
+    asks_once: bool = False
+    autocast: bool = False
+    n_steps: int = N_STEPS
+
+    def __str__(self) -> str:
+        once = "once" if self.asks_once else ""
+        autocast = "autocast" if self.autocast else ""
+        parts = (self.name, self.optimizer, self.backend, once, autocast)
+        return "-".join(filter(None, parts))
+
+
+RUNS = [
+    *(Run(name) for name in SETTINGS if not name.startswith("triton")),
+    Run("recipe", optimizer="row_sparse_adam"),
+    Run("recipe", asks_once=True),
+    Run("nested", asks_once=True),
+    Run("recipe", autocast=True),
+    Run("nested", backend="reference"),
+]
+AGAIN = RUNS[0]
+TRITON_RUNS = [
+    Run("triton", backend="triton", n_steps=3),
+    Run("triton_nested", backend="triton", n_steps=1),
+    Run("triton", backend="triton_prefilter", n_steps=3),
+]
+
+
+@contextmanager
+def as_the_run_says(run: Run) -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(BACKEND_VARIABLE, run.backend)
+        for module in (encode_select, topk_selection):
+            patch.setattr(module, "asking_costs_a_wait", lambda _device: run.asks_once)
+        yield
+
+
+def train(ranks: Ranks, run: Run) -> dict[str, Any]:
     """What comes of a training: pairs of the first step, states, and metrics at the end."""
     torch.set_num_threads(1)
-    sae = new_sae(name, ranks)
-    shard = sae.allocation.shard
+    sae = new_sae(run.name, ranks)
+    shard = sae.shard
     kind = AllocSAETrainer if ranks.is_alone else ShardedSAETrainer
-    trainer = kind(trainer_config(optimizer), sae, batches())
+    trainer = kind(trainer_config(run), sae, batches())
     found: dict[str, Any] = {"states": {0: state_of(sae, shard)}}
-    scaler = trainer.activation_scaler
     if sae.cfg.normalize_activations == "expected_average_only_in":
+        scaler = trainer.activation_scaler
         scaler.estimate_scaling_factor(D_IN, trainer.data_provider, 5)
-    for step in range(N_STEPS):
+    for step in range(run.n_steps):
         trainer.maybe_reset_sparsity()
         output = trainer.step(next(trainer.data_provider))
         if step == 0:
             found["pairs"] = pairs_of(output, shard)
         found["row"] = trainer.build_train_step_log_dict(output, 0)
         trainer.n_training_steps += 1
-        if step in (0, N_STEPS - 1):
+        if step in (0, run.n_steps - 1):
             found["states"][step + 1] = state_of(sae, shard)
     found["sparsity"] = trainer.log_feature_sparsity
     trainer.set_final_sae_metadata()
     found["metadata"] = (sae.cfg.metadata.l0, sae.cfg.metadata.num_dead_features)
+    found.update(measured(sae))
     return found
 
 
-def train_all(ranks: Ranks, runs: list[tuple[str, str]]) -> list[dict[str, Any]]:
-    return [train(ranks, *run) for run in runs]
+def measured(sae: Any) -> dict[str, Any]:
+    """Thresholds calibrated, and the metrics by them, on the same activations."""
+    activations = next(batches())
+    before = held_out_metrics(sae, activations, batch_size=50)
+    report = calibrate_thresholds(sae, activations, batch_size=40)
+    sae.eval()
+    return {
+        "before": before,
+        "calibration": asdict(report),
+        "after": held_out_metrics(sae, activations, batch_size=50),
+        "threshold": sae.shard.gather(sae.allocation.threshold),
+    }
 
 
-RUNS = [(name, "adam") for name in SETTINGS] + [("recipe", "row_sparse_adam")]
+def train_all(ranks: Ranks, runs: list[Run]) -> list[dict[str, Any]]:
+    found = []
+    for run in runs:
+        with as_the_run_says(run):
+            found.append(train(ranks, run))
+    return found
 
 
 @pytest.fixture(scope="module")
@@ -175,16 +257,39 @@ def alone() -> list[dict[str, Any]]:
 
 @pytest.fixture(scope="module", params=[2, 3, 4])
 def together(request: pytest.FixtureRequest) -> list[list[dict[str, Any]]]:
-    return on_ranks(request.param, train_all, RUNS)
+    return on_ranks(request.param, train_all, [*RUNS, AGAIN])
 
 
-@pytest.mark.parametrize("number", range(len(RUNS)), ids=["-".join(r) for r in RUNS])
+@pytest.mark.parametrize("number", range(len(RUNS)), ids=list(map(str, RUNS)))
 def test_ranks_train_what_one_process_trains(
     number: int, alone: list[dict[str, Any]], together: list[list[dict[str, Any]]]
 ):
-    expected, by_rank = alone[number], [runs[number] for runs in together]
+    assert_same_training(alone[number], [runs[number] for runs in together])
+
+
+def test_as_many_ranks_train_the_same_bit_for_bit_twice(
+    together: list[list[dict[str, Any]]],
+):
+    for runs in together:
+        first, again = runs[RUNS.index(AGAIN)]["states"], runs[-1]["states"]
+        for step, state in first.items():
+            assert all(torch.equal(again[step][key], state[key]) for key in state)
+
+
+def test_ranks_train_with_kernels_what_one_process_trains(
+    triton_device: torch.device,
+):
+    if triton_device.type == "cuda":
+        pytest.skip("the ranks here are on the CPU")
+    together = on_ranks(2, train_all, TRITON_RUNS)
+    for number, expected in enumerate(train_all(Ranks(), TRITON_RUNS)):
+        assert_same_training(expected, [runs[number] for runs in together])
+
+
+def assert_same_training(expected: dict[str, Any], by_rank: list[dict[str, Any]]):
     pairs = sorted(sum((found["pairs"] for found in by_rank), []))
     assert pairs == sorted(expected["pairs"])
+    last = max(expected["states"])
     for found in by_rank:
         assert found["states"][0].keys() == expected["states"][0].keys()
         for step, state in expected["states"].items():
@@ -198,12 +303,16 @@ def test_ranks_train_what_one_process_trains(
                     atol=tolerance,
                     msg=lambda text, at=(step, key): f"{at}: {text}",
                 )
-        assert found["row"].keys() == expected["row"].keys()
-        for key, wanted in expected["row"].items():
-            close = pytest.approx(wanted, rel=1e-3, abs=1e-3, nan_ok=True)
-            assert found["row"][key] == close, key
+        for name in ("row", "before", "calibration", "after"):
+            assert found[name].keys() == expected[name].keys()
+            for key, wanted in expected[name].items():
+                close = pytest.approx(wanted, rel=1e-3, abs=1e-3, nan_ok=True)
+                assert found[name][key] == close, (name, key)
         torch.testing.assert_close(found["sparsity"], expected["sparsity"])
+        torch.testing.assert_close(
+            found["threshold"], expected["threshold"], rtol=1e-3, atol=1e-3
+        )
         assert found["metadata"] == pytest.approx(expected["metadata"], rel=1e-3)
-    first, *others = (found["states"][N_STEPS] for found in by_rank)
+    first, *others = (found["states"][last] for found in by_rank)
     for other in others:
         assert all(torch.equal(first[key], other[key]) for key in first)
