@@ -4,7 +4,8 @@ started again with the same file, it goes on where it stopped.
 
     python -m benchmarks docs/results/performance_cpu.json
 
-`python -m benchmarks gpu OUT` is the campaign on a GPU, see benchmarks/gpu/command.py.
+`python -m benchmarks gpu OUT` is the campaign on a GPU, see benchmarks/gpu/command.py, and
+`python -m benchmarks ranks OUT.json` compares two processes with one, see benchmarks/ranks.py.
 
 First every subject at one shape, the centre; then the sweeps of one axis at a time; then the
 memory of ours as d_sae grows. Subjects that are not installed are left out (see
@@ -25,6 +26,7 @@ import torch
 from benchmarks.gpu.command import main as gpu_campaign
 from benchmarks.measure import peak_memory, time_step
 from benchmarks.own_process import ProcessFailed, in_own_process
+from benchmarks.ranks import main as two_ranks
 from benchmarks.results import (
     describe_machine,
     installed_versions,
@@ -192,6 +194,9 @@ def parse_args() -> argparse.Namespace:
 def main() -> None:
     if sys.argv[1:2] == ["gpu"]:
         gpu_campaign(sys.argv[2:])
+        return
+    if sys.argv[1:2] == ["ranks"]:
+        two_ranks(sys.argv[2:])
         return
     args = parse_args()
     machine = Machine(args.device, args.autocast)

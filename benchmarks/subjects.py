@@ -131,12 +131,19 @@ def sae_lens_jumprelu(shape: Shape, machine: Machine) -> Subject:
 def _with_our_trainer(
     sae: Any, shape: Shape, machine: Machine, optimizer: str = "adam"
 ) -> Subject:
-    cfg = AllocSAETrainerConfig(
+    cfg = our_trainer_config(shape, machine, optimizer)
+    return _with_trainer(AllocSAETrainer(cfg, sae, iter(())), shape)
+
+
+def our_trainer_config(
+    shape: Shape, machine: Machine, optimizer: str = "adam"
+) -> AllocSAETrainerConfig:
+    """What our trainer is measured with."""
+    return AllocSAETrainerConfig(
         **_training(shape, machine),
         optimizer=optimizer,
         cuda_graph=machine.cuda_graph,
     )
-    return _with_trainer(AllocSAETrainer(cfg, sae, iter(())), shape)
 
 
 def _with_stock_trainer(sae: Any, shape: Shape, machine: Machine) -> Subject:

@@ -21,10 +21,13 @@ class Step:
         n_features: Features F of all ranks.
         rule: Who allocates.
         has_margin: Whether Mutual Choice has a margin.
-        k_aux: Features per token in the auxiliary loss, 0 without one.
+        k_aux: Features per token in the auxiliary loss, 0 without one or where no feature is
+            flagged.
         n_inner_levels: Nested reconstructions beside that of all features.
         subtracts_b_dec: Whether b_dec is subtracted from the encoder inputs.
-        renews_flags: Whether the Zipf law is fitted to flag features, as at every tenth step.
+        renews_flags: Whether features are flagged for the auxiliary loss, as at every tenth
+            step.
+        fits_law: Whether the Zipf law is fitted for that.
     """
 
     n_tokens: int
@@ -36,6 +39,7 @@ class Step:
     n_inner_levels: int = 0
     subtracts_b_dec: bool = True
     renews_flags: bool = False
+    fits_law: bool = True
 
 
 @dataclass(frozen=True)
@@ -85,11 +89,11 @@ def messages(step: Step, n_ranks: int) -> list[Message]:
         found += [densities, Message("demand", "sum", INT)]
     if step.k_aux:
         best = step.n_tokens * step.k_aux * 2 * FLOAT
-        found += [
-            Message("auxiliary pairs", "gather", best),
-            Message("flagged features", "sum", INT),
-        ]
-    return found + [densities] * step.renews_flags
+        found.append(Message("auxiliary pairs", "gather", best))
+    if step.renews_flags:
+        found.append(Message("flagged features", "sum", INT))
+        found += [densities] * step.fits_law
+    return found
 
 
 def _selection_bytes(step: Step) -> int:

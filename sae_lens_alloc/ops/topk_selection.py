@@ -5,6 +5,7 @@ from functools import cached_property
 import torch
 
 from sae_lens_alloc.allocation.sparse_activations import Pairs, SparseActivations
+from sae_lens_alloc.distributed.ranks import ALONE, Ranks
 from sae_lens_alloc.ops.block_encoder import Encoder, block_width
 from sae_lens_alloc.ops.candidate_buffer import asking_costs_a_wait
 from sae_lens_alloc.ops.encoder_tensors import tensors_for_kernels
@@ -16,15 +17,27 @@ class FeatureSubset:
 
     Args:
         mask: Boolean of shape (F,), which does not change as long as this is used.
+        ranks: The ranks that share the features, of which these are this one's.
     """
 
-    def __init__(self, mask: torch.Tensor) -> None:
+    def __init__(self, mask: torch.Tensor, ranks: Ranks = ALONE) -> None:
         self.mask = mask
+        self.ranks = ranks
 
     @cached_property
     def indices(self) -> torch.Tensor:
         """Ascending, int64 of shape (U,). A GPU is asked for U, once."""
         return self.mask.nonzero().squeeze(1)
+
+    @cached_property
+    def n_in_all(self) -> torch.Tensor:
+        """How many features all ranks have in it, int64 of shape (). Summed up once."""
+        return self.ranks.sum(self.mask.sum())
+
+    @cached_property
+    def is_empty_in_all(self) -> bool:
+        """Whether no rank has a feature in it. A GPU is asked, once."""
+        return int(self.n_in_all) == 0
 
 
 @torch.no_grad()

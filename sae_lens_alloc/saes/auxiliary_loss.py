@@ -120,13 +120,17 @@ def auxiliary_pairs(
         flagged: The flagged features, U of them.
         k_aux: Features per token.
         weight: Coefficient of the loss, which is scaled down where U is less than k_aux.
-        shard: The features of this rank. Of U, those of all ranks count.
+        shard: The features of this rank; U counts those of all ranks.
     """
     pairs = encode_topk(encoder, x.detach(), flagged, k_aux)
     if not shard.is_whole:
+        if pairs.real is None and flagged.is_empty_in_all:
+            return None
         pairs = topk_over_ranks(pairs, k_aux, shard)
-    if pairs.real is not None or not shard.is_whole:
-        share = (shard.ranks.sum(flagged.mask.sum()) / k_aux).clamp(max=1.0)
+        share = (flagged.n_in_all / k_aux).clamp(max=1.0)
+        return AuxiliaryPairs(pairs, weight * share)
+    if pairs.real is not None:
+        share = (flagged.mask.sum() / k_aux).clamp(max=1.0)
         return AuxiliaryPairs(pairs, weight * share)
     if len(flagged.indices) == 0:
         return None

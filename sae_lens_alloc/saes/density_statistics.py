@@ -130,5 +130,5 @@ class DensityStatistics(RunningStatistics):
     def flagged(self) -> FeatureSubset:
         """The features that the auxiliary loss trains, until the flags are next renewed."""
         if self._flagged is None:
-            self._flagged = FeatureSubset(self.underused)
+            self._flagged = FeatureSubset(self.underused, self.shard.ranks)
         return self._flagged

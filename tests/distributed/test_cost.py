@@ -68,10 +68,12 @@ def sent_in_steps(ranks: Ranks) -> dict[str, list[dict[str, float]]]:
 def test_ranks_send_what_the_formula_says(n_ranks: int):
     for found in on_ranks(n_ranks, sent_in_steps):
         for name, step in STEPS.items():
-            uses_law = SETTINGS[name].get("aux_loss", "aux_zipf") == "aux_zipf"
-            for counted, renews in zip(found[name], (uses_law, False), strict=True):
+            aux_loss = SETTINGS[name].get("aux_loss", "aux_zipf")
+            step = replace(step, fits_law=aux_loss == "aux_zipf")
+            renewal = replace(step, renews_flags=aux_loss != "none")
+            for counted, of_step in zip(found[name], (renewal, step), strict=True):
                 expected = Counter[str]()
-                for message in messages(replace(step, renews_flags=renews), n_ranks):
+                for message in messages(of_step, n_ranks):
                     if message.what != "activations":  # which the data provider sends
                         expected[message.kind] += message.n_bytes
                 assert counted == dict(expected), name
