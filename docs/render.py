@@ -3,8 +3,9 @@ Writes what the documents take from code and from result files, so that no figur
 
     python docs/render.py           rewrites docs/config.md, the marked parts of README.md,
                                     docs/performance.md, docs/fine-tuning.md,
-                                    docs/experiments.md, docs/results.md, docs/faults.md and
-                                    docs/host-tests.md, and their pictures
+                                    docs/experiments.md, docs/results.md, docs/faults.md,
+                                    docs/host-tests.md and docs/distributed.md, and their
+                                    pictures
     python docs/render.py --check   exits with 1 if they are not up to date
 
 Drawing a picture needs kaleido and a Chrome or Chromium; only new measurements need it.
@@ -25,6 +26,7 @@ from docs.measured import (
     fine_tuning_table,
     timed_switch_table,
 )
+from docs.rank_costs import costs_table, messages_table, two_processes_table
 from scripts.config_reference import config_reference
 from scripts.host_tests import compare as host_tests
 
@@ -57,6 +59,11 @@ def main() -> None:
         DOCS / "results.md": comparison_parts(),
         DOCS / "faults.md": {"faults": faults_table()},
         DOCS / "host-tests.md": host_tests_parts(),
+        DOCS / "distributed.md": {
+            "messages": messages_table(),
+            "costs": costs_table(),
+            "two processes": two_processes_table(),
+        },
     }
     pages = {page: rendered(page, its_parts) for page, its_parts in parts.items()}
     pages[DOCS / "config.md"] = config_reference()
