@@ -73,9 +73,13 @@ class Pairs(ABC):
         The pairs for which a bool of shape (N,) is true. On a GPU, which would have to be
         asked how many there are, the others become padding.
         """
+        if self.places.values.is_cuda or self.real is not None:
+            return self.masked(kept)
+        return self.at(kept.nonzero().squeeze(1))
+
+    def masked(self, kept: torch.Tensor) -> "Pairs":
+        """The pairs for which a bool of shape (N,) is true. The others become padding."""
         places = self.places
-        if not places.values.is_cuda and self.real is None:
-            return self.at(kept.nonzero().squeeze(1))
         return PaddedActivations(
             replace(places, values=places.values * kept),
             kept if self.real is None else kept & self.real,

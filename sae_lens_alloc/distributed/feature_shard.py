@@ -38,6 +38,7 @@ class FeatureShard:
                 f"{n_features} features cannot be shared by {ranks.size} processes so that each "
                 "has some: start fewer processes, or give a larger d_sae."
             )
+        self._below: dict[int, int] = {}
         self._on_device: dict[torch.device, tuple[torch.Tensor, torch.Tensor]] = {}
 
     @property
@@ -64,7 +65,11 @@ class FeatureShard:
 
     def n_below(self, width: int) -> int:
         """How many of the first `width` features of the SAE are here; they come first."""
-        return width if self.is_whole else int((self._own < width).sum())
+        if self.is_whole:
+            return min(width, self.n_features)
+        if width not in self._below:
+            self._below[width] = int((self._own < width).sum())
+        return self._below[width]
 
     def own(self, whole: torch.Tensor) -> torch.Tensor:
         """This rank's part of something of all features, shape (F, ...) -> (F_r, ...)."""

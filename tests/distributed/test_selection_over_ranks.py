@@ -18,6 +18,7 @@ from sae_lens_alloc.distributed.ranks import Ranks
 from sae_lens_alloc.ops.split_over_ranks import split_over_ranks
 from sae_lens_alloc.ops.topk_over_ranks import topk_over_ranks
 from tests.distributed.processes import on_ranks
+from tests.distributed.test_feature_shard import RankOf
 
 N_CASES = 350  # for each of three numbers of ranks
 
@@ -42,7 +43,7 @@ def random_case(number: int, n_ranks: int) -> Case:
     affinities = affinities.to(dtype) / 8
     only_rank = draw.choice([None, None, draw.randrange(n_ranks)])
     if only_rank is not None:  # all positives on one rank
-        shard = FeatureShard(n_features, _Rank(n_ranks, only_rank))
+        shard = FeatureShard(n_features, RankOf(n_ranks, only_rank))
         silent = torch.ones(n_features, dtype=torch.bool)
         silent[shard.ids()] = False
         affinities[:, silent] = 0
@@ -55,13 +56,6 @@ def random_case(number: int, n_ranks: int) -> Case:
         "k": draw.randint(1, n_features),
         "subset": torch.rand(n_features, generator=generator) < draw.random(),
     }
-
-
-class _Rank(Ranks):
-    """What a shard needs to know of a rank."""
-
-    def __init__(self, size: int, rank: int) -> None:
-        self.size, self.rank = size, rank
 
 
 def candidates_of(affinities: torch.Tensor, padding: int | None) -> Pairs:

@@ -10,6 +10,7 @@ import torch
 from sae_lens.config import LoggingConfig
 from sae_lens.saes.sae import TrainingSAE, TrainStepOutput
 
+from sae_lens_alloc.allocation.sparse_activations import Pairs
 from sae_lens_alloc.config.run_config import AllocSAETrainerConfig
 from sae_lens_alloc.distributed.feature_shard import FeatureShard
 from sae_lens_alloc.distributed.ranks import Ranks
@@ -198,6 +199,8 @@ def as_the_run_says(run: Run) -> Iterator[None]:
         patch.setenv(BACKEND_VARIABLE, run.backend)
         for module in (encode_select, topk_selection):
             patch.setattr(module, "asking_costs_a_wait", lambda _device: run.asks_once)
+        if run.asks_once:
+            patch.setattr(Pairs, "only", Pairs.masked)
         yield
 
 
