@@ -49,7 +49,7 @@ PICTURES = {
 
 def main() -> None:
     parts = {
-        README: {"step": step_table(), "demo": demo_table()},
+        README: {"step": short_step_table(), "demo": demo_table()},
         DOCS / "performance.md": performance_parts(),
         DOCS / "fine-tuning.md": {"fine-tuning": fine_tuning_table()},
         DOCS / "experiments.md": {
@@ -107,10 +107,23 @@ def step_table(path: Path = PERFORMANCE) -> str:
     return f"{tables.measured_on(report)}\n\n{tables.centre_table(report)}"
 
 
+def lead() -> str:
+    """What a reader wants to know first: how fast, on what machine, and whether on a GPU."""
+    on_gpu = "" if GPU.exists() else " Nothing has been measured on a GPU yet."
+    return f"{tables.recipe_lead(json.loads(PERFORMANCE.read_text()))}{on_gpu}"
+
+
+def short_step_table() -> str:
+    """The rows of the table of step times that a reader compares first, with their lead."""
+    report = json.loads(PERFORMANCE.read_text())
+    return f"{lead()}\n\n{tables.centre_table(report, tables.SHORT)}"
+
+
 def performance_parts() -> dict[str, str]:
     """The tables of docs/performance.md."""
     report = json.loads(SWEEPS.read_text())
     parts = {
+        "lead": lead(),
         "limits": tables.limits(report),
         "centre": step_table(),
         "wide": step_table(WIDE),

@@ -145,6 +145,33 @@ def test_results_of_another_setting_are_not_mixed_in(
     assert json.loads(path.read_text()) == {"machine": "an abacus"}
 
 
+def test_lead_is_the_range_of_ratios_to_saelens_with_the_same_auxiliary_loss():
+    def row(subject: str, aux: bool, times_floor: float) -> tables.Row:
+        times = {"seconds": [times_floor], "floor_seconds": [1.0]}
+        return measured_row(subject=subject, aux=aux, **times)
+
+    report = {
+        "centre_shape": {"d_in": 8, "d_sae": 64, "k": 2, "batch": 16},
+        "autocast": False,
+        "machine": "an abacus",
+        "versions": {"torch": "2"},
+        "centre": [
+            row("mutual_choice, first quarter", False, 2.0),  # 4 times as fast
+            row("mutual_choice", True, 1.0),  # 9 times as fast
+            row("feature_choice", False, 0.1),  # no phase of the recipe
+            row("SAELens batchtopk", False, 8.0),
+            row("SAELens batchtopk", True, 9.0),
+        ],
+    }
+    lead = tables.recipe_lead(report)
+    assert "**4.0 to 9.0 times as fast**" in lead
+    assert "an abacus; torch 2." in lead
+    # a heading of two lines, the floor, and the rows that were asked for
+    short = tables.centre_table(report, ("mutual_choice",)).splitlines()
+    assert len(short) == 4
+    assert short[3].startswith("| mutual_choice | 10% ")
+
+
 def test_sweeps_move_one_axis_at_a_time():
     for shape in TINY.sweeps():
         moved = [axis for axis in SWEEPS if getattr(shape, axis) != getattr(TINY, axis)]
