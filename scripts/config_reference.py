@@ -33,16 +33,18 @@ def config_reference() -> str:
     shared = {field.name for field in dataclasses.fields(AllocationTrainingSAEConfig)}
     sections = [
         "# Config reference\n",
-        "Fields under `sae:` of a YAML config, or of the config classes in Python. Written by "
-        "`python docs/render.py` from the docstrings. The keys outside `sae:` are those of "
-        "SAELens' `LanguageModelSAERunnerConfig`, "
-        "[with a few differences](checks.md), and [two of ours](#the-run).\n",
-        "## All of ours\n",
+        "These are the fields under `sae:` of a YAML config. In Python they are the fields of the "
+        "config classes. The other keys of a YAML config are those of SAELens' "
+        "`LanguageModelSAERunnerConfig`, "
+        "[with a few differences](checks.md#where-the-keys-differ-from-saelens), and "
+        "[two of ours](#the-run). `python docs/render.py` writes this page from the docstrings.\n",
+        "## Common to all three architectures\n",
+        "`mutual_choice`, `matryoshka_mutual_choice` and `feature_choice` have these fields:\n",
         _field_table(AllocationTrainingSAEConfig, shared),
         "## `mutual_choice`\n",
         _field_table(MutualChoiceTrainingSAEConfig, own - shared),
         "## `matryoshka_mutual_choice`\n",
-        "The fields of `mutual_choice` and:\n",
+        "The fields of `mutual_choice`, with this difference and this addition:\n",
         _field_table(
             MatryoshkaMutualChoiceTrainingSAEConfig,
             {"matryoshka_widths", "feature_choice_steps"},
@@ -54,9 +56,9 @@ def config_reference() -> str:
         "The fields of SAELens' own architecture and:\n",
         _field_table(aux, aux_fields),
         "## The run\n",
-        "Fields at top level, next to SAELens' own. In Python they are fields of "
-        "`AllocSAERunnerConfig` for `AllocSAETrainingRunner`, and of `AllocSAETrainerConfig` for "
-        "`AllocSAETrainer`, which take SAELens' own configs too.\n",
+        "These fields are at top level, next to SAELens' own. In Python they belong to "
+        "`AllocSAERunnerConfig`, for `AllocSAETrainingRunner`, and to `AllocSAETrainerConfig`, for "
+        "`AllocSAETrainer`. Runner and trainer accept SAELens' own configs, too.\n",
         _field_table(AllocSAETrainerConfig, {"optimizer", "cuda_graph"}),
     ]
     return "\n".join(sections)

@@ -13,12 +13,12 @@ OPTIMIZERS = ("adam", "row_sparse_adam")
 @dataclass
 class AllocSAETrainerConfig(SAETrainerConfig):
     """
-    SAELens' `SAETrainerConfig` with what `AllocSAETrainer` can do besides.
+    SAELens' `SAETrainerConfig` with the settings that `AllocSAETrainer` adds.
 
     Args:
-        optimizer (str): "adam", or "row_sparse_adam", which leaves the features alone that a
-            step did not select; that pays where most of them are not selected in a step.
-        cuda_graph (bool): Whether a step is recorded once and then replayed as a whole, which
+        optimizer (str): "adam", or "row_sparse_adam", which does not update the features that a
+            step did not select. It is for SAEs so wide that a step selects few of their features.
+        cuda_graph (bool): Whether a step is recorded once and then replayed as a whole. This
             saves the time of launching its kernels one by one. Only on CUDA.
     """
 

@@ -50,9 +50,9 @@ def counts(report: dict[str, Any]) -> str:
     """Markdown: what was run, and the counts of each group."""
     stock = report["stock"]
     lines = [
-        f"Tests of SAELens {report['tests_of_sae_lens']}, run with SAELens "
-        f"{report['sae_lens']}: {sum(stock.values())} tests, of which with SAELens' own classes "
-        f"{stock['passed']} pass, {stock['failed']} fail and {stock['skipped']} are skipped.",
+        f"The tests of SAELens {report['tests_of_sae_lens']}, run with SAELens "
+        f"{report['sae_lens']}. With SAELens' own classes, {stock['passed']} of "
+        f"{sum(stock.values())} tests pass, {stock['failed']} fail and {stock['skipped']} are skipped.",
         "",
         "| group | pass | of | deliberate differences | unexplained |",
         "|---|---|---|---|---|",
