@@ -57,12 +57,8 @@ def recipe_lead(report: Row) -> str:
 
 
 def centre_table(report: Row, subjects: tuple[str, ...] | None = None) -> str:
-    """Every subject at the centre, or only the named ones, in the order of the measurements."""
-    rows = [
-        row
-        for row in measured(report["centre"])
-        if subjects is None or row["subject"] in subjects
-    ]
+    """Every subject at the centre, or only the named ones, beside the floor of all of them."""
+    rows = measured(report["centre"])
     if not rows:
         return "Nothing is measured at the centre yet."
     floor = floor_seconds(rows)
@@ -73,7 +69,8 @@ def centre_table(report: Row, subjects: tuple[str, ...] | None = None) -> str:
         "|---|---|---|---|---|---|---|",
         f"| floor | | {_spread(floor)} | 1.00 | | {batch / statistics.median(floor):,.0f} | |",
     ]
-    for row in rows:
+    shown = [row for row in rows if subjects is None or row["subject"] in subjects]
+    for row in shown:
         lines.append(
             f"| {row['subject']} | {'10%' if row['aux'] else 'none'} "
             f"| {_spread(row['seconds'])} | {times_floor(row):.2f} "
