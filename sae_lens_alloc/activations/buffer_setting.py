@@ -1,4 +1,4 @@
-"""The size of the activation buffer, under whichever name the installed SAELens has for it."""
+"""The size of the activation buffer, under the name that the installed SAELens has for it."""
 
 from collections.abc import Mapping
 from dataclasses import fields
@@ -6,7 +6,7 @@ from typing import Any
 
 from sae_lens.config import LanguageModelSAERunnerConfig
 
-# SAELens' name, which counts contexts, and the one that it is to get
+# The present name (it counts contexts), and the one that SAELens plans
 NAMES = ("n_batches_in_buffer", "n_sequences_in_buffer")
 
 
@@ -17,12 +17,12 @@ def buffer_setting() -> str:
 
 
 def contexts_in_buffer(holder: Any) -> int:
-    """The setting of a run's config or of an activation store."""
+    """The size of the buffer, in contexts, of a run's config or of an activation store."""
     return next(getattr(holder, name) for name in NAMES if hasattr(holder, name))
 
 
 def with_known_buffer_setting(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings of a file with the name that the installed SAELens knows."""
+    """The settings of a file, with either name replaced by the one that SAELens knows."""
     known = buffer_setting()
     return {
         known if name in NAMES and known not in settings else name: value

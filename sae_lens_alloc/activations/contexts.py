@@ -14,16 +14,16 @@ def held_out_contexts(
     max_contexts: int | None = None,
 ) -> torch.Tensor:
     """
-    Tokenizes texts and cuts them into contexts, BOS first and between two texts.
+    Tokenizes texts and cuts them into contexts. BOS is first in each, and between two texts.
 
     Args:
         texts: Documents.
         context_size: Tokens per context, BOS included.
-        max_contexts: Keep this many contexts, drawn evenly over all texts; None keeps all.
+        max_contexts: Keep this many contexts, spread evenly over all texts. None keeps all.
 
     Returns:
-        Token ids, shape (contexts, context_size). A last part too short for a context is
-        dropped.
+        Token ids, int64 of shape (contexts, context_size). If the last part is too short for a
+        context, it is dropped.
     """
     bos = tokenizer.bos_token_id
     sequences = (

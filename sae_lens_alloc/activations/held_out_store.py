@@ -1,4 +1,4 @@
-"""SAELens' activations store with a part that is held out of all epochs."""
+"""SAELens' activations store, with a first part of the dataset that is held out of all epochs."""
 
 import math
 from collections.abc import Iterator
@@ -18,8 +18,8 @@ from sae_lens_alloc.errors import in_one_sentence
 
 class HeldOutStore(ContextsStore):
     """
-    SAELens' `ActivationsStore` that keeps the first contexts of the dataset out of training, and
-    whose messages name the dataset and its row.
+    SAELens' `ActivationsStore` that keeps the first contexts of the dataset out of training. Its
+    messages name the dataset and the row.
     """
 
     n_contexts_read: int = 0  # of the running epoch
@@ -36,7 +36,7 @@ class HeldOutStore(ContextsStore):
         cfg: Any,
         override_dataset: HfDataset | None = None,
     ) -> Self:
-        """As SAELens'; messages name `cfg.dataset_path`."""
+        """As in SAELens. Messages name `cfg.dataset_path`."""
         store = cast(Self, super().from_config(model, cfg, override_dataset))
         if cfg.dataset_path:
             store.dataset_name = f"dataset_path {cfg.dataset_path!r}"
@@ -44,15 +44,15 @@ class HeldOutStore(ContextsStore):
 
     def require_text(self, n_tokens: int) -> None:
         """
-        To be called before anything is read: what is then held out must leave enough to train
-        on.
+        Checks that enough text is left to train on after some is held out. To be called before
+        anything is read.
 
         Args:
-            n_tokens: Tokens to be held out, special ones included, in whole contexts.
+            n_tokens: Tokens that will be held out, special ones included, in whole contexts.
 
         Raises:
-            ValueError: if the text has fewer than that and one training step, or its contexts
-                have no ordinary token.
+            ValueError: if the text has too few tokens for that and one training step, or its
+                contexts have room for special tokens alone.
         """
         require_ordinary_tokens(self)
         needed = n_tokens + self.train_batch_size_tokens
@@ -81,12 +81,12 @@ class HeldOutStore(ContextsStore):
 
     def hold_out(self, n_tokens: int) -> torch.Tensor:
         """
-        Takes activations from the beginning of the dataset that are never served, in no
-        epoch. To be called before anything else is read.
+        Takes activations from the beginning of the dataset. No epoch serves them. To be called
+        before anything else is read.
 
         Args:
-            n_tokens: Tokens wanted, special ones included; rounded up to whole batches of
-                the language model, and to so many that two are ordinary.
+            n_tokens: Tokens wanted, special ones included. The number is rounded up to whole
+                batches of the language model, and until at least two tokens are ordinary.
 
         Returns:
             Activations of shape (n_tokens, d_in), special tokens excluded as in training.
@@ -115,8 +115,8 @@ class HeldOutStore(ContextsStore):
 
     def hold_out_contexts(self, n_contexts: int) -> torch.Tensor:
         """
-        Takes the next contexts, which are never served either. To be called after `hold_out`
-        and before anything else is read.
+        Takes the next contexts. No epoch serves them either. To be called after `hold_out` and
+        before anything else is read.
 
         Returns:
             Token ids of shape (n_contexts, context_size).
@@ -146,7 +146,7 @@ class HeldOutStore(ContextsStore):
         return torch.stack(taken).long()
 
     def _keep_from_epochs(self) -> None:
-        """Takes what has been read so far out of all epochs."""
+        """Holds what has been read so far out of all epochs."""
         self.n_held_out_contexts = self.n_contexts_read
         if self.cached_activation_dataset is not None:
             rows = range(self.current_row_idx, len(self.cached_activation_dataset))
@@ -165,13 +165,13 @@ class HeldOutStore(ContextsStore):
                     self._told_of_null = True
                     logger.warning(
                         f"row {n_rows} of {self.dataset_name} holds null in the column "
-                        f"{self.tokens_column!r}; such rows are passed over"
+                        f"{self.tokens_column!r}; such rows are skipped"
                     )
         except Exception as error:  # datasets and file formats have many of their own
             while error.__cause__ is not None:
                 error = cast(Exception, error.__cause__)
             raise ValueError(
-                f"{self.dataset_name} cannot be read behind row {n_rows}: "
+                f"{self.dataset_name} cannot be read after row {n_rows}: "
                 f"{in_one_sentence(error)}"
             ) from error
 
@@ -191,14 +191,14 @@ class HeldOutStore(ContextsStore):
 
 def require_ordinary_tokens(store: ActivationsStore) -> None:
     """
-    Raises ValueError if a context has room for nothing but the BOS token in front of it. SAELens
-    makes such contexts for ever, from the first text on.
+    Raises ValueError if a context has room for nothing but its BOS token. SAELens would make
+    such contexts of the first text for ever.
     """
     if store.dataset is None or store.is_dataset_tokenized or not store.prepend_bos:
         return
     tokenizer = getattr(store.model, "tokenizer", None)
     if store.context_size == 1 and getattr(tokenizer, "bos_token_id", None) is not None:
         raise ValueError(
-            "context_size is 1, which leaves no room for a token of the text behind the BOS "
+            "context_size is 1, which leaves no room for a token of the text after the BOS "
             "token: raise it, or give prepend_bos=false."
         )

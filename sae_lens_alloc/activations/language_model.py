@@ -1,4 +1,4 @@
-"""The language model of a run: loading it, and what its config says without its weights."""
+"""The language model of a run: how it is loaded, and what is known without its weights."""
 
 import inspect
 from pathlib import Path
@@ -20,7 +20,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from sae_lens_alloc.errors import in_one_sentence
 from sae_lens_alloc.typed_values import nearest, shown
 
-# A number of heads that no model has, so that positions and heads are told apart.
+# No model has this number of heads, so positions and heads cannot be confused.
 N_PROBED_TOKENS = 7
 
 
@@ -29,7 +29,7 @@ def load_language_model(cfg: LanguageModelSAERunnerConfig[Any]) -> HookedRootMod
     Loads the language model as SAELens' runner does.
 
     Raises:
-        ValueError: in one sentence that names the settings, if it cannot be loaded.
+        ValueError: if it cannot be loaded, in one sentence that names the settings.
     """
     _require_folder(cfg.model_name)
     try:
@@ -40,18 +40,18 @@ def load_language_model(cfg: LanguageModelSAERunnerConfig[Any]) -> HookedRootMod
             model_from_pretrained_kwargs=cfg.model_from_pretrained_kwargs,
             hook_names=[cfg.hook_name],
         )
-    except Exception as error:  # each kind of model has its own
+    except Exception as error:  # each kind of model has errors of its own
         raise ValueError(_cannot_load(cfg, error)) from error
 
 
 def find_language_model(cfg: LanguageModelSAERunnerConfig[Any]) -> None:
     """
-    Finds the language model and checks its hook, its width and its positions by its config,
-    without its weights. What cannot be known without them is left to `check_language_model`, once the
-    model is loaded.
+    Finds the language model, and checks hook, width and positions without its weights. If they
+    cannot be known without weights, `check_language_model` checks them once the model is loaded.
 
     Raises:
-        ValueError: in one sentence that names the setting.
+        ValueError: if the model cannot be found or does not fit, in one sentence that names the
+            setting.
     """
     _require_folder(cfg.model_name)
     model = _without_weights(cfg)
@@ -64,15 +64,15 @@ def check_language_model(
     model: HookedRootModule, cfg: LanguageModelSAERunnerConfig[Any]
 ) -> None:
     """
-    Runs the model on a few tokens and compares what the hook gives with the config.
+    Runs the model on a few tokens, and compares the activations at the hook with the config.
 
     Args:
-        model: The language model; on torch's meta device, nothing is computed.
+        model: The language model. On torch's meta device nothing is computed.
         cfg: The run.
 
     Raises:
-        ValueError: in one sentence, if the model has no such hook or head, gives activations
-            of another width than `cfg.sae.d_in`, or has fewer positions than a context.
+        ValueError: if the model has no such hook or head, its activations have another width
+            than `cfg.sae.d_in`, or it has fewer positions than a context.
     """
     _check_tokens(model, cfg)
     if cfg.use_cached_activations:
@@ -100,7 +100,7 @@ def check_language_model(
 
 
 def _require_folder(name: str) -> None:
-    """A name of the hub has one slash at most."""
+    """Raises ValueError if the name is a path (hub names have at most one slash) to no folder."""
     is_path = name.startswith((".", "~", "/")) or name.count("/") > 1 or "\\" in name
     if not name:
         raise ValueError("model_name is missing.")
@@ -111,7 +111,7 @@ def _require_folder(name: str) -> None:
 def _without_weights(
     cfg: LanguageModelSAERunnerConfig[Any],
 ) -> HookedRootModule | None:
-    """The model on torch's meta device, None where only its weights tell what it is."""
+    """The model on torch's meta device, None if it cannot be built without its weights."""
     try:
         if cfg.model_class_name == "AutoModelForCausalLM":
             config = _hugging_face_config(cfg)
@@ -122,16 +122,16 @@ def _without_weights(
     except (OSError, ValueError) as error:
         raise ValueError(_cannot_load(cfg, error)) from error
     except Exception:
-        return None  # the loader may know better, and says it if not
+        return None  # the loader may manage, and reports the error if not
     try:
         with torch.device("meta"):
             if isinstance(config, dict):
                 return HookedTransformer(config, move_to_device=False).eval()
             model = AutoModelForCausalLM.from_config(config).eval()
     except Exception:
-        return None  # code of the model's own, or for a device only
+        return None  # the model brings code of its own, or code for a device
     _require_hook([name for name, _ in model.named_modules() if name], cfg)
-    tokenizer: Any = None  # of no use without text
+    tokenizer: Any = None  # not needed without text
     return HookedProxyLM(model, tokenizer, hook_names=[cfg.hook_name])
 
 
@@ -169,7 +169,7 @@ def _transformer_lens_config(cfg: LanguageModelSAERunnerConfig[Any]) -> dict[str
 def _check_tokens(
     model: HookedRootModule, cfg: LanguageModelSAERunnerConfig[Any]
 ) -> None:
-    """Positions and token ids that the model has no embeddings for."""
+    """Raises ValueError if the run uses positions or token ids that the model has no embedding for."""
     if isinstance(model, HookedProxyLM):
         config: Any = getattr(model.model, "config", None)
         if hasattr(config, "get_text_config"):
@@ -208,8 +208,8 @@ def _shape_at_hook(
     model: HookedRootModule, cfg: LanguageModelSAERunnerConfig[Any]
 ) -> torch.Size | None:
     """
-    Of the activations of one context: (1, positions, width) or (1, positions, heads, width).
-    None where the model cannot run without its weights.
+    Shape of the activations of one context: (1, positions, width) or (1, positions, heads,
+    width). None if the model cannot run without its weights.
     """
     n_tokens = min(N_PROBED_TOKENS, cfg.context_size)
     device = next(model.parameters()).device
@@ -229,7 +229,7 @@ def _shape_at_hook(
         ) from None
     except Exception as error:
         if device.type == "meta" and isinstance(error, RuntimeError):
-            return None  # it looks at values, as routers of experts do
+            return None  # the model looks at values, as routers of experts do
         kwargs = cfg.model_kwargs
         given = f" with model_kwargs {shown(kwargs)}" if kwargs else ""
         raise ValueError(

@@ -1,4 +1,4 @@
-"""Datasets in a folder or a file of this machine, some of which SAELens cannot open by their path."""
+"""Datasets on this machine, in a folder or a file. SAELens cannot open some of them by their path."""
 
 import json
 from collections.abc import Iterable, Iterator
@@ -14,7 +14,7 @@ from sae_lens_alloc.errors import in_one_sentence
 TOKEN_COLUMNS = ("tokens", "input_ids")
 TEXT_COLUMNS = ("text", "problem")
 CHAT_COLUMNS = ("conversation", "conversations", "messages", "text")
-# Either is in a folder that `save_to_disk` wrote.
+# `save_to_disk` writes one of these into its folder.
 SAVED_DATASET_FILENAMES = ("state.json", "dataset_dict.json")
 DATA_SUFFIXES = (".parquet", ".jsonl", ".json", ".csv", ".txt")
 # SAELens' pretokenize runner writes there which tokenizer it used.
@@ -25,13 +25,14 @@ def override_for_local_dataset(
     cfg: LanguageModelSAERunnerConfig[Any],
 ) -> HfDataset | None:
     """
-    The dataset of `cfg.dataset_path`, to be passed as `override_dataset`, where it is on this
-    machine and SAELens cannot open it by its path: SAELens asks the hub for the tokenizer of
-    a tokenized one, cannot read what `save_to_disk` wrote nor a single file, and takes a
-    folder such as "parquet" for a file format. None where SAELens can.
+    The dataset of `cfg.dataset_path`, to be passed as `override_dataset`, if it is on this
+    machine and SAELens cannot open it by its path. None otherwise.
+
+    SAELens asks the hub for the tokenizer of a tokenized dataset. It reads neither what
+    `save_to_disk` wrote nor a single file. It takes a folder named "parquet" for a file format.
 
     Raises:
-        ValueError: if it cannot be read.
+        ValueError: if the dataset cannot be read.
     """
     path = Path(cfg.dataset_path)
     if not cfg.dataset_path or not path.exists():
@@ -47,11 +48,11 @@ def override_for_local_dataset(
 
 def open_local_dataset(cfg: LanguageModelSAERunnerConfig[Any]) -> HfDataset:
     """
-    Opens the dataset in a folder or a file of this machine: what `save_to_disk` wrote, or
-    parquet, arrow, jsonl and whatever else `datasets` reads.
+    Opens a dataset on this machine: a folder that `save_to_disk` wrote, or a folder or a file
+    of parquet, arrow, jsonl or another format that `datasets` reads.
 
     Raises:
-        ValueError: in one sentence, if it cannot be read.
+        ValueError: if it cannot be read.
     """
     path = Path(cfg.dataset_path)
     try:
@@ -65,18 +66,16 @@ def open_local_dataset(cfg: LanguageModelSAERunnerConfig[Any]) -> HfDataset:
             split="train",
             streaming=cfg.streaming,
         )
-    except (
-        Exception
-    ) as error:  # datasets, pyarrow and file formats have many of their own
+    except Exception as error:  # of many kinds: datasets, pyarrow, file formats
         raise ValueError(_unreadable(path, error)) from error
 
 
 def check_local_dataset(cfg: LanguageModelSAERunnerConfig[Any]) -> None:
     """
-    Reads the first row of a dataset on this machine, the first that holds text.
+    Reads the first row of a dataset on this machine, or the first one that holds text.
 
     Raises:
-        ValueError: in one sentence, if it cannot be read, or SAELens could not use it.
+        ValueError: if it cannot be read, or SAELens could not train on it.
     """
     path = Path(cfg.dataset_path)
     rows = _rows(path, open_local_dataset(cfg))
@@ -93,7 +92,7 @@ def check_local_dataset(cfg: LanguageModelSAERunnerConfig[Any]) -> None:
             f"none of {', '.join(map(repr, wanted))}."
         )
     value = row[column]
-    if column in TEXT_COLUMNS and value is None:  # which the training passes over
+    if column in TEXT_COLUMNS and value is None:  # training skips such rows
         value = next((r[column] for r in rows if r[column] is not None), None)
     if column in TOKEN_COLUMNS and not cfg.use_chat_formatting:
         if not isinstance(value, list) or not all(isinstance(t, int) for t in value):
@@ -119,7 +118,7 @@ def check_local_dataset(cfg: LanguageModelSAERunnerConfig[Any]) -> None:
 
 
 def _rows(path: Path, dataset: Iterable[Any]) -> Iterator[dict[str, Any]]:
-    """The rows of a dataset, with what goes wrong on the way in one sentence."""
+    """The rows of a dataset. An error while they are read becomes a ValueError in one sentence."""
     try:
         yield from dataset
     except Exception as error:
@@ -131,7 +130,7 @@ def _was_saved_to_disk(path: Path) -> bool:
 
 
 def _column(cfg: LanguageModelSAERunnerConfig[Any], row: dict[str, Any]) -> str | None:
-    """The column that SAELens would take."""
+    """The column that SAELens would train on, None if there is none."""
     wanted = CHAT_COLUMNS if cfg.use_chat_formatting else TOKEN_COLUMNS + TEXT_COLUMNS
     return next((name for name in wanted if name in row), None)
 
@@ -144,7 +143,7 @@ def _is_tokenized(cfg: LanguageModelSAERunnerConfig[Any], dataset: HfDataset) ->
 
 
 def _check_tokenizer(cfg: LanguageModelSAERunnerConfig[Any], path: Path) -> None:
-    """As SAELens does with datasets of the hub, where both tokenizers are on this machine."""
+    """Compares tokenizers if both are on this machine, as SAELens does with datasets of the hub."""
     try:
         recorded = json.loads((path / TOKENIZATION_FILENAME).read_text())
         names = (recorded["tokenizer_name"], cfg.model_name)
@@ -162,20 +161,20 @@ def _check_tokenizer(cfg: LanguageModelSAERunnerConfig[Any], path: Path) -> None
 
 
 def _unreadable(path: Path, error: Exception) -> str:
-    """The first reason, with the file where there are several."""
+    """The message of a dataset that cannot be read: the root cause, and the file of a folder."""
     while error.__cause__ is not None:
         error = cast(Exception, error.__cause__)
     reason, file = in_one_sentence(error), _damaged_file(path)
     if file is None:
         return f"dataset_path {str(path)!r} cannot be read: {reason}"
-    # which datasets cannot read either
+    # datasets fails like this on a file without rows
     if file.suffix == ".parquet" and reason.startswith("BatchSize must be greater"):
         reason = "it holds no rows"
     return f"dataset_path {str(path)!r} cannot be read: {str(file)!r}: {reason}"
 
 
 def _damaged_file(path: Path) -> Path | None:
-    """The first file of a folder that cannot be read by itself; reads those before to their end."""
+    """The first file of a folder that cannot be read to its end, None if there is none."""
     if not path.is_dir() or _was_saved_to_disk(path):
         return None
     for file in sorted(path.rglob("*.*")):

@@ -11,18 +11,18 @@ from sae_lens_alloc.activations.buffer_setting import buffer_setting
 class MixingBuffer(Iterator[torch.Tensor]):
     """
     Yields the batches of `sae_lens.training.mixing_buffer.mixing_buffer`, bit for bit and
-    with the same draws from torch's random generator. SAELens' is a generator function,
-    whose buffer nobody can read or put back.
+    with the same draws from torch's random generator. SAELens' is a generator function, so its
+    buffer can be neither read nor restored.
 
     Args:
         buffer_size: Tokens to collect before batches are served.
         batch_size: Tokens per batch.
         activations_loader: Endless source of activations, each of shape (n_tokens, d_in).
-        mix_fraction: Share of the buffer to keep for mixing with later activations; 0 serves
-            the activations in order.
+        mix_fraction: Share of the buffer to keep for mixing with later activations. With 0 the
+            activations are served in order.
 
     Raises:
-        ValueError: if the buffer is smaller than a batch, or mix_fraction not in [0, 1].
+        ValueError: if the buffer is smaller than a batch, or mix_fraction is not in [0, 1].
     """
 
     def __init__(

@@ -22,6 +22,16 @@ from sae_lens_alloc.typed_values import convert, in_words, shown
 CONTEXTS_PER_BATCH = 8
 # SAELens mixes the activations of so many contexts.
 BUFFERED_CONTEXTS = 64
+# What else SAELens may have recorded of a run.
+OPTIONAL_METADATA = (
+    "model_class_name",
+    "hook_head_index",
+    "model_from_pretrained_kwargs",
+    "prepend_bos",
+    "exclude_special_tokens",
+    "sequence_separator_token",
+    "disable_concat_sequences",
+)
 
 
 def text_of_sae(
@@ -40,11 +50,11 @@ def text_of_sae(
         device: Where to run the language model.
 
     Returns:
-        A config of which only the model, the hook and the text matter.
+        A config. Only its model, hook and text matter.
 
     Raises:
-        ValueError: if something that is needed was not recorded, is not there any more, or
-            is not what it has to be.
+        ValueError: if something that is needed was not recorded, does not exist any more, or has
+            the wrong type or value.
     """
     metadata = sae.cfg.metadata
     recorded: dict[str, Any] = {
@@ -59,36 +69,14 @@ def text_of_sae(
             f"the SAE's metadata does not say its {' and '.join(missing)}: give the config "
             "of a run that has them."
         )
-    optional = {
-        name: metadata[name]
-        for name in (
-            "model_class_name",
-            "hook_head_index",
-            "model_from_pretrained_kwargs",
-            "prepend_bos",
-            "exclude_special_tokens",
-            "sequence_separator_token",
-            "disable_concat_sequences",
-        )
-        if name in metadata
-    }
+    optional = {name: metadata[name] for name in OPTIONAL_METADATA if name in metadata}
     optional["seqpos_slice"] = metadata.seqpos_slice or [None]
     _require_types({**recorded, **optional})
-    for name in ("model_name", "dataset_path"):
-        path = Path(recorded[name])
-        if (
-            path.is_absolute() and not path.exists()
-        ):  # recorded on another machine, perhaps
-            raise ValueError(f"{name} is {str(path)!r}, but there is no such folder.")
-    context_size = recorded["context_size"]
-    optional["seqpos_slice"] = seqpos_slice = tuple(optional["seqpos_slice"])
-    tokens_per_context = _tokens_per_context(context_size, seqpos_slice)
-    if tokens_per_context == 0:
-        raise ValueError(
-            f"the SAE's metadata says a context_size of {context_size} and a seqpos_slice of "
-            f"{metadata.seqpos_slice}, which leave no token of a context: give the config of "
-            "a run."
-        )
+    _require_folders(recorded)
+    optional["seqpos_slice"] = tuple(optional["seqpos_slice"])
+    tokens_per_context = _tokens_per_context(
+        recorded["context_size"], optional["seqpos_slice"]
+    )
     optional[buffer_setting()] = BUFFERED_CONTEXTS
     return LanguageModelSAERunnerConfig(
         sae=StandardTrainingSAEConfig(d_in=sae.cfg.d_in, d_sae=sae.cfg.d_sae),
@@ -106,15 +94,35 @@ def text_of_sae(
     )
 
 
+def _require_folders(recorded: dict[str, Any]) -> None:
+    """Raises ValueError if a recorded path, perhaps of another machine, does not exist here."""
+    for name in ("model_name", "dataset_path"):
+        path = Path(recorded[name])
+        if path.is_absolute() and not path.exists():
+            raise ValueError(f"{name} is {str(path)!r}, but there is no such folder.")
+
+
 def _tokens_per_context(context_size: int, seqpos_slice: tuple[int | None, ...]) -> int:
+    """
+    Tokens of a context that are trained on.
+
+    Raises:
+        ValueError: if there are none, or the slice cannot be one.
+    """
     try:
-        return len(range(context_size)[slice(*seqpos_slice)])
+        n_tokens = len(range(context_size)[slice(*seqpos_slice)])
     except (OverflowError, TypeError, ValueError):  # four numbers, a step of 0
-        return 0
+        n_tokens = 0
+    if n_tokens == 0:
+        raise ValueError(
+            f"the SAE's metadata says a context_size of {context_size} and a seqpos_slice of "
+            f"{list(seqpos_slice)}, which leave no token of a context: give the config of a run."
+        )
+    return n_tokens
 
 
 def _require_types(settings: dict[str, Any]) -> None:
-    """Raises ValueError if a setting of a run, by its name, is not of its type."""
+    """Raises ValueError if a setting of a run does not have its type."""
     hints = get_type_hints(LanguageModelSAERunnerConfig)
     for name, value in settings.items():
         try:
@@ -131,13 +139,15 @@ def gather_activations(
     cfg: LanguageModelSAERunnerConfig[Any], n_tokens: int
 ) -> torch.Tensor:
     """
-    Activations on the text of a run, of shape (n_tokens, d_in), on `cfg.device`. Each context
-    is taken once, and none is in both the first n_tokens // 2 rows and the others: the
-    contexts are dealt to the halves in turn, since L0 differs by document.
+    Activations on the text of a run, in two halves that share no context. The contexts go to
+    the halves in turn, since L0 differs between documents. Each is read once.
 
     Args:
         cfg: A run.
-        n_tokens: Number of tokens, special ones that training excludes not counted.
+        n_tokens: Number of tokens, without the special ones that training excludes.
+
+    Returns:
+        Shape (n_tokens, d_in), on `cfg.device`. The first half is the first n_tokens // 2 rows.
 
     Raises:
         ValueError: if the model has no such hook, or the text is too short.
@@ -172,10 +182,10 @@ def gather_activations(
 
 def take_tokens(batches: Iterator[torch.Tensor], n_tokens: int) -> torch.Tensor:
     """
-    The next batches together, of shape (n, d_in), so many that n is at least `n_tokens`.
+    The next batches in one tensor of shape (n, d_in), until n is at least `n_tokens`.
 
     Raises:
-        ValueError: if the batches end before.
+        ValueError: if there are too few batches.
     """
     taken: list[torch.Tensor] = []
     while (n := sum(map(len, taken))) < n_tokens:
@@ -183,7 +193,7 @@ def take_tokens(batches: Iterator[torch.Tensor], n_tokens: int) -> torch.Tensor:
         if batch is None:
             raise ValueError(
                 f"activations of {n_tokens:,} tokens are wanted, but they end after {n:,}: "
-                "give more of them."
+                "give more activations."
             )
         taken.append(batch)
     return torch.cat(taken)

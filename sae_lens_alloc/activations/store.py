@@ -21,13 +21,13 @@ from sae_lens_alloc.activations.mixing_buffer import MixingBuffer
 
 class ResumableActivationsStore(HeldOutStore):
     """
-    SAELens' `ActivationsStore` that yields the same batches and, after `load`, goes on with
-    the very batch that would have come next. SAELens' own saves how many documents it has
-    finished, neither its buffer nor how far it was in the running document.
+    SAELens' `ActivationsStore` with the same batches. After `load`, it continues with the batch
+    that would have come next. SAELens' own store saves how many documents it has finished. It
+    saves neither its buffer nor its place in the running document.
 
     The state is the buffer and the number of contexts read from the running epoch. `load`
-    reads these contexts again, which for text means to tokenize them again. It does nothing
-    the second time, so that it can be called before a thread starts to prefetch.
+    reads these contexts again, and tokenizes them again if they are text. A second `load` of
+    the same file does nothing, so `load` can be called before a thread starts to prefetch.
     """
 
     loaded_from: str | None = None
@@ -35,13 +35,16 @@ class ResumableActivationsStore(HeldOutStore):
 
     @classmethod
     def in_place_of(cls, store: ActivationsStore, cfg: Any) -> Self:
-        """A store of the same text as one of `cfg` that SAELens has made and nobody has read."""
+        """A store of the same text as SAELens' store of `cfg`, from which nothing has been read."""
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # those of the first store
             return cls.from_config(store.model, cfg, store.dataset)
 
     def _activations(self) -> Iterator[torch.Tensor]:
-        """Of one epoch after the other; SAELens' goes on for ever where no token is served."""
+        """
+        Activations of one epoch after the other. Where no token is served, this is an error;
+        SAELens' would continue for ever.
+        """
         found = True  # the first pass may begin near the end
         while True:
             try:
@@ -66,7 +69,7 @@ class ResumableActivationsStore(HeldOutStore):
             return self.get_filtered_llm_batch()
         except StopIteration:
             raise ValueError(
-                f"nothing of {self.dataset_name} is left to train on behind the "
+                f"nothing of {self.dataset_name} is left to train on after the "
                 f"{self.n_held_out_contexts} contexts that are held out: give more text."
             ) from None
 
@@ -105,7 +108,7 @@ class ResumableActivationsStore(HeldOutStore):
         state = load_file(file_path)
         if "n_contexts_read" not in state:
             logger.warning(
-                f"{file_path} was not saved by AllocSAETrainingRunner: training goes on "
+                f"{file_path} was not saved by AllocSAETrainingRunner: training continues "
                 "after the documents that had been read, without the activations that "
                 "were in the buffer, and in another random order."
             )
@@ -115,16 +118,16 @@ class ResumableActivationsStore(HeldOutStore):
         self.n_dataset_processed = int(state["n_dataset_processed"])
         if self.cached_activation_dataset is not None:
             self.current_row_idx = int(state["current_row_idx"])
-        # without what was read beforehand
+        # a new one, without what was read before `load`
         self.batches = self.get_data_loader()
         if "buffer" in state:
             self.batches.buffer = state["buffer"].to(self.device)
             self.batches.n_to_serve = int(state["n_to_serve"])
 
     def _go_to(self, n_contexts: int) -> None:
-        """Goes to where `n_contexts` of an epoch have been read."""
+        """Goes to the place where `n_contexts` of an epoch have been read."""
         if n_contexts < self.n_contexts_read:
-            # a later epoch had just begun, or more is read beforehand than at that time
+            # a later epoch had just begun, or more has been read now than at that time
             self.begin_epoch()
             self.n_contexts_read = 0
         with tqdm(
@@ -133,7 +136,7 @@ class ResumableActivationsStore(HeldOutStore):
             desc="Going to the checkpoint's place in the dataset",
             leave=False,
         ) as bar:
-            # an epoch passes those that are held out with the first one that it serves
+            # to serve its first context, an epoch reads all those that are held out
             while max(self.n_contexts_read, self.n_held_out_contexts) < n_contexts:
                 if next(self.iterable_sequences, None) is None:
                     raise ValueError(
@@ -145,7 +148,7 @@ class ResumableActivationsStore(HeldOutStore):
 
 
 def saved_held_out_contexts(checkpoint: Path) -> int | None:
-    """How many contexts the run of a checkpoint held out for metrics, None if it does not say."""
+    """Contexts that the run of a checkpoint held out for metrics, None if it does not say."""
     path = checkpoint / ACTIVATIONS_STORE_STATE_FILENAME
     if not path.exists():
         return None

@@ -1,1 +1,1 @@
-"""Who gets the budget: pure functions of tensors, without SAELens."""
+"""Which pairs get the budget: pure functions of tensors, without SAELens."""

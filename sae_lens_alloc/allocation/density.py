@@ -4,7 +4,7 @@ import torch
 
 from sae_lens_alloc.allocation.zipf import FittedLaw, ZipfLaw
 
-# More flagged features than this share the auxiliary loss too thinly.
+# If more features were flagged, each would learn too little from the auxiliary loss.
 MAX_UNDERUSED_SHARE = 0.5
 
 
@@ -16,8 +16,8 @@ def update_density(
     window_tokens: int,
 ) -> None:
     """
-    Averages the firing rates of one batch into the running densities, in place: an exact
-    mean over the first `window_tokens` tokens, an exponential average after that.
+    Averages the firing rates of one batch into the running densities, in place. The average
+    is an exact mean over the first `window_tokens` tokens, and exponential after that.
 
     Args:
         density: Running firing rates per token, shape (F,).
@@ -51,13 +51,14 @@ def underused_features(
     fraction: float,
 ) -> torch.Tensor:
     """
-    Flags the features that fire less than `fraction` of the law at their rank, and the dead
-    ones; at most half of all features, the least dense first.
+    Flags the dead features, and the features that fire less than `fraction` of the law at
+    their rank. At most half of all features are flagged for the second reason, the least
+    dense ones first.
 
     Args:
         density: Running firing rates per token, shape (F,).
         dead: Boolean mask of dead features, shape (F,).
-        law: The fitted law, or None to flag dead features only, as one that is not known does.
+        law: The fitted law. None, or a law that is not known, flags dead features only.
         fraction: Share of the predicted density below which a feature is underutilised.
 
     Returns:

@@ -15,8 +15,8 @@ def select_feature_choice(
     """
     Selects for each feature its largest positive affinities, up to its quota.
 
-    Feature j gets exactly min(quotas[j], number of its positive affinities) tokens. Of
-    equal affinities the lower token index goes first.
+    Feature j gets exactly min(quotas[j], number of its positive affinities) tokens. Among
+    equal affinities, the lower token index goes first.
 
     Args:
         affinities: Token-feature affinities of shape (B, F).
@@ -45,7 +45,7 @@ def select_feature_choice(
 @dataclass(frozen=True)
 class RankedCandidates:
     """
-    Candidate pairs ordered by feature, and for each feature from its best token on.
+    Candidate pairs ordered by feature, and for each feature from its best token to its worst.
 
     Args:
         tokens: int64 of shape (n,).
@@ -67,7 +67,8 @@ class RankedCandidates:
 
         Args:
             quotas: Shape (F,).
-            n_best: How many that are, which a GPU need not be asked then.
+            n_best: How many candidates these are. If it is given, the host need not wait for
+                a GPU to count them.
         """
         is_best = self.ranks < quotas[self.features]
         kept = (
@@ -93,7 +94,7 @@ def rank_candidates(
     n_features: int,
 ) -> RankedCandidates:
     """
-    Ranks the candidate tokens of each feature from the largest affinity on.
+    Ranks the candidate tokens of each feature, the largest affinity first.
 
     Args:
         tokens: int64 of shape (n,), ascending for each feature, which settles ties.
@@ -103,7 +104,7 @@ def rank_candidates(
     """
     order = _order(features, values)
     features = features[order]
-    # bincount would ask a GPU for the largest feature
+    # bincount would wait for a GPU to find the largest feature
     counts = features.new_zeros(n_features)
     counts.scatter_add_(0, features, torch.ones_like(features))
     starts = counts.cumsum(0) - counts
@@ -112,11 +113,11 @@ def rank_candidates(
 
 
 def _order(features: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
-    """Order by feature, then from the largest value on, and as given where both are equal."""
+    """Order by feature, then from the largest value to the smallest, then as given."""
     if values.dtype == torch.float64:
         by_value = values.argsort(descending=True, stable=True)
         return by_value[features[by_value].argsort(stable=True)]
-    # The bits of positive floats are ordered as they are. Torch sorts whole numbers by radix,
-    # one sort of them being ten times faster than two sorts.
+    # The bits of positive floats have the order of the floats. Torch sorts integers by radix, and
+    # one such sort is ten times faster than two sorts.
     smallest_first = 0x7FFFFFFF - values.float().view(torch.int32).long()
     return ((features << 32) | smallest_first).argsort(stable=True)

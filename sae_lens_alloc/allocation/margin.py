@@ -1,4 +1,4 @@
-"""The margin of a budget: the first pairs that did not get in."""
+"""The margin: the first pairs below the cut."""
 
 from dataclasses import dataclass
 
@@ -26,14 +26,14 @@ def split_at_budget(pairs: Pairs, budget: int, n_margin: int) -> tuple[Pairs, Ma
     Splits the best pairs of a batch into those within the budget and the margin below it.
 
     Args:
-        pairs: The `budget + n_margin` largest affinities of the batch or more, or as many as
-            there are, in row order.
+        pairs: The `budget + n_margin` largest affinities of the batch, or all of them if there
+            are fewer, in row order. Smaller affinities may be among them.
         budget: Number of pairs M.
         n_margin: Pairs of the margin.
 
     Returns:
-        The `budget` largest, of equal ones the first in row order, as Mutual Choice selects
-        them; and the margin, the `n_margin` that follow.
+        The pairs that Mutual Choice selects: the `budget` largest, and among equal ones the
+        first in row order. Then the margin: the `n_margin` pairs that follow.
     """
     # padding, whose value is 0, comes last
     by_value = pairs.places.values.argsort(descending=True, stable=True)
@@ -45,7 +45,7 @@ def split_at_budget(pairs: Pairs, budget: int, n_margin: int) -> tuple[Pairs, Ma
     values = below.places.values
     width = values.new_zeros(())
     if len(values) > 0:
-        # negative where all of it is padding, which has no affinity
+        # negative if the margin is all padding, which has no affinity
         width = (values.max() - below.smallest_value()).clamp(min=0)
     return selected, Margin(below, width)
 
@@ -54,14 +54,17 @@ def gains(
     pre_acts: torch.Tensor, products: torch.Tensor, squared_norms: torch.Tensor
 ) -> torch.Tensor:
     """
-    How much smaller the squared error of its token would be with each pair active, all else
-    as it is, shape (N,): 2 z p - z^2 n.
+    How much smaller the squared error of its token would be if a pair were active and all
+    others stayed as they are: 2 z p - z^2 n.
 
     Args:
         pre_acts: Pre-activations z of pairs that are not active, shape (N,).
-        products: Product p of the pair's decoder row, as the SAE puts it out, with the error
-            x - x_hat of its token, shape (N,).
-        squared_norms: Squared norm n of that row, shape (N,).
+        products: Product p of the pair's decoder row, on the scale of the SAE's output, with
+            the error x - x_hat of its token, shape (N,).
+        squared_norms: Squared norm n of that row, on the same scale, shape (N,).
+
+    Returns:
+        The gain of each pair, shape (N,).
     """
     return pre_acts * (2 * products - pre_acts * squared_norms)
 
@@ -76,25 +79,29 @@ def selection_gradient(
     margin: Margin, gains: torch.Tensor, total: torch.Tensor | None = None
 ) -> torch.Tensor:
     """
-    The gradient of the squared error with respect to the affinities of the margin, by way of
-    who is selected, shape (N,).
+    The gradient of the squared error with respect to the affinities of the margin, through
+    the choice of the active pairs.
 
-    Selection is a step, which has no gradient. Take instead a pair of the margin to be
-    active with a probability that rises linearly from its lower end to its upper one: then
-    the expected squared error falls by gain / width as the affinity rises. As the budget is
-    fixed, what one pair wins others lose, which costs the mean gain: the price of a place.
+    The choice itself has no gradient. So let a pair of the margin be active with a
+    probability that rises linearly from the lower end of the margin to its upper end. Then
+    the expected squared error falls by gain / width for each unit of affinity. The budget is
+    fixed, so a pair that gets a place takes it from another. The price of a place is
+    therefore the mean gain of the margin.
 
     Args:
         margin: The margin.
-        gains: See `gains`, shape (N,).
-        total: See `total_gain`, shape (2,): of the whole margin where `margin` is a part of it.
-            None for that of `margin`.
+        gains: The gain of each pair, shape (N,).
+        total: Sum and number of the gains of the whole margin, shape (2,), if `margin` is only a
+            part of it. None means those of `margin`.
+
+    Returns:
+        The gradient, shape (N,). It is 0 for padding.
     """
     if total is None:
         total = total_gain(margin, gains)
     price = total[0] / total[1].clamp(min=1)
     weights = _weights(margin, gains)
-    # equal affinities throughout: nobody can be told to be ahead of anybody
+    # all affinities are equal: no pair is ahead of another
     return (weights * (price - gains) / margin.width).where(margin.width > 0, 0.0)
 
 

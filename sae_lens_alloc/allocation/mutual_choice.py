@@ -1,4 +1,4 @@
-"""Mutual Choice (arXiv 2411.02124, section 3): the largest affinities of the batch win."""
+"""Mutual Choice (arXiv 2411.02124, section 3): the largest affinities of the batch are active."""
 
 import math
 
@@ -9,7 +9,7 @@ from sae_lens_alloc.allocation.sparse_activations import SparseActivations
 
 
 def budget_for(k: float, n_tokens: int) -> int:
-    """Number of pairs floor(k * n_tokens); 0 where the batch is too small for one pair."""
+    """Number of pairs floor(k * n_tokens). It is 0 if the batch is too small for one pair."""
     # 0.29 * 100 is 28.999999999999996 in floating point, and means 29 pairs
     return math.floor(k * n_tokens * (1 + 1e-12))
 
@@ -27,8 +27,8 @@ def select_mutual_choice(affinities: torch.Tensor, budget: int) -> SparseActivat
     """
     Selects the `budget` largest positive affinities of a batch.
 
-    Exactly min(budget, number of positive affinities) pairs are selected. Of equal
-    affinities the lower token index goes first, then the lower feature index.
+    Exactly min(budget, number of positive affinities) pairs are selected. Among equal
+    affinities, the lower token index goes first, then the lower feature index.
 
     Args:
         affinities: Token-feature affinities of shape (B, F).
@@ -54,8 +54,8 @@ class MutualChoiceCollector:
     """
     Keeps the M largest of the positive affinities that come in, block by block.
 
-    At most 2 M candidates and those of one block are held: whenever there are more they are
-    pruned to the best M, which raises `bound`. The result does not depend on the blocks.
+    At most 2 M candidates and those of one block are held. If there are more, they are pruned
+    to the best M, which raises `bound`. The result does not depend on the blocks.
 
     Args:
         shape: (number of tokens B, number of features F).

@@ -8,13 +8,14 @@ import torch
 @dataclass(frozen=True)
 class QuotaCurve:
     """
-    What clamped quotas sum to, as a function of their common factor c:
+    The sum of clamped quotas as a function of their common factor c:
     S(c) = sum over features of clip(c * w, min_quota, cap).
 
-    S is piecewise linear, and bends where a feature leaves the smallest quota or reaches its
-    cap. It is known at all of these points, so that a budget is looked up and its factor
-    follows from one division. Weights and factors are kept as logarithms, which steep laws
-    need. All tensors are float64, and the host is told nothing.
+    S is piecewise linear. It bends where a feature leaves the smallest quota or reaches its
+    cap, and its value at these points is stored. So a budget is looked up between two of
+    them, and its factor follows from one division. Weights and factors are logarithms,
+    because those of steep laws would overflow. All tensors are float64. The host waits for
+    none of them.
 
     Args:
         log_weights: Logarithms of the weights w, shape (F,).
@@ -55,8 +56,8 @@ class QuotaCurve:
 
         Args:
             log_weights: Logarithms of the weights, finite, float64 of shape (F,), F >= 1.
-            max_quota: Largest quota; one number, or one for each feature, shape (F,).
-            min_quota: Smallest quota, no larger than any largest one.
+            max_quota: Largest quota: one number, or one for each feature, shape (F,).
+            min_quota: Smallest quota, at most the smallest of `max_quota`.
         """
         n_features = len(log_weights)
         if isinstance(max_quota, torch.Tensor):
@@ -104,9 +105,8 @@ class QuotaCurve:
 
     def quotas(self, budget: float) -> torch.Tensor:
         """
-        Quotas that sum to a budget, in about 30 launches. Four of them go over all features, the
-        others over one number. The sum is smaller only where even the caps do not use the budget
-        up.
+        Quotas that sum to a budget. The sum is smaller only if even the caps sum to less. This
+        takes about 30 launches: four go over all features, the others over one number.
 
         Args:
             budget: Tokens to give out, at least what the smallest quotas sum to.
@@ -117,16 +117,16 @@ class QuotaCurve:
         total = torch.full_like(self.smallest, budget)
         n_capped = torch.searchsorted(self.cap_sums, total, right=True)
         n_above = torch.searchsorted(self.floor_sums, total)
-        # `take`, since indexing by a scalar tensor would ask the device for it
+        # `take`, since indexing by a scalar tensor would wait for the device
         floors = (len(self.log_weights) - n_above) * self.smallest
         between = total - self.sums_of_caps.take(n_capped) - floors
         below_caps = self.below_caps.take(n_capped)
         share = -(self.at_floor.take(n_above) - below_caps).exp()
         log_factor = between.clamp(min=0).log() - (below_caps + share.log1p())
-        # rounding must not move it before the last point
+        # rounding must not move the factor before the last point
         last_point = self.cap_points.take((n_capped - 1).clamp(min=0))
         log_factor = log_factor.maximum(last_point.where(n_capped > 0, -torch.inf))
-        # where no feature is between its smallest and largest quota
+        # if no feature is between its smallest and its largest quota
         log_factor = torch.where(
             n_capped < n_above, log_factor, self.floor_points.take(n_above)
         )
@@ -134,7 +134,7 @@ class QuotaCurve:
         return shares.maximum(self.smallest).minimum(self.caps)
 
     def copy_(self, other: "QuotaCurve") -> None:
-        """Takes the values of a curve of as many features, in place."""
+        """Copies a curve of the same number of features into this one, in place."""
         for field in fields(self):
             getattr(self, field.name).copy_(getattr(other, field.name))
 

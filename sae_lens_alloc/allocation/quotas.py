@@ -10,8 +10,8 @@ MAX_DENSITY = 0.6
 
 def most_whole_quotas(total: float, n_features: int) -> int:
     """
-    A limit for the whole quotas of a batch that remainders of random phase never reach in
-    practice: these make the sum vary by sqrt(F) / 2.
+    A limit for the sum of the whole quotas of a batch. Random carries make that sum vary by
+    sqrt(F) / 2, so in practice they never reach the limit.
 
     Args:
         total: Sum of the fractional quotas.
@@ -24,14 +24,13 @@ def take_whole_quotas(
     quotas: torch.Tensor, carry: torch.Tensor, at_most: int
 ) -> torch.Tensor:
     """
-    Pays out the whole part of what each feature is owed and carries the remainder to the
-    next batch, in place, so that after T batches feature j was paid T * m_j to within one.
+    Gives each feature the whole part of its quota plus its carry, and leaves the rest as its
+    carry to the next batch. So after T batches feature j has had T * m_j tokens, to within one.
 
     Args:
         quotas: Fractional quotas m_j of this batch, shape (F,).
-        carry: Remainders, shape (F,), in [0, 1) unless the limit was met. Changed in place.
-        at_most: Limit of the sum of what is paid out. What goes beyond it is paid out in one
-            of the next batches.
+        carry: Carries, shape (F,), in [0, 1) unless the limit was reached. Changed in place.
+        at_most: Limit of the sum of the whole quotas. What is beyond it stays in the carries.
 
     Returns:
         Integer quotas n_j, int64 of shape (F,).

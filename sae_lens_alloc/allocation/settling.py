@@ -1,12 +1,12 @@
 """
-When Feature Choice has brought most of what it brings, told from the losses of training alone.
+When Feature Choice has brought most of what it brings, told from the training losses alone.
 
-Feature Choice makes features learn fast, and in the end Mutual Choice explains more. Where nobody
-tells how long a training is, as in SAELens' own trainers, the first must end by itself. The loss
-falls about like a power of the step, with an exponent that is large while the features find
-their tokens and falls off afterwards. Feature Choice ends where that exponent is clearly past its
-peak, and a doubling of the steps takes less than 30% off the loss. docs/experiments.md has how that
-compares with a switch after a quarter of the training.
+Features learn fast under Feature Choice, but at the end Mutual Choice explains more. SAELens' own
+trainers do not tell the SAE how long they will train, so there Feature Choice must end by itself.
+The loss falls about like a power of the step. The exponent is large while the features find their
+tokens, and becomes smaller afterwards. Feature Choice ends when the exponent is clearly past its
+peak and a doubling of the steps reduces the loss by less than 30%. docs/experiments.md compares that
+with a switch after a quarter of the training.
 """
 
 import math
@@ -18,8 +18,8 @@ WINDOWS_PER_DOUBLING = 3
 # So many windows end after 16 million steps.
 MAX_WINDOWS = 60
 
-# Exponents of the loss over the step. Below the first, as in a long warm-up of the learning rate,
-# the features have not begun to learn, and all is noise.
+# Exponents of the loss over the step. While the peak is below the first, as in a long warm-up of the
+# learning rate, the features have not begun to learn, and the exponents are noise.
 LEARNING_EXPONENT = 0.1
 SETTLED_EXPONENT = 0.5
 SETTLED_SHARE_OF_PEAK = 0.75

@@ -1,4 +1,4 @@
-"""The one currency: the token-feature pairs that are active, and nothing else."""
+"""The active token-feature pairs of a batch: what all parts of a step exchange."""
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, replace
@@ -9,11 +9,11 @@ from typing_extensions import override
 
 class Pairs(ABC):
     """
-    Token-feature pairs of a batch in row order (by token, then by feature): either all of
+    Token-feature pairs of a batch in row order (by token, then by feature). Either all of
     them are real (`SparseActivations`), or some places are padding (`PaddedActivations`).
 
-    Code that must not ask a GPU how many pairs there are works on `places` and leaves out
-    what `real` says is none. All other code takes `without_padding()`.
+    Code that must not wait for a GPU to count the pairs works on `places`, and uses `real`
+    to leave out the padding. All other code uses `without_padding()`.
     """
 
     @property
@@ -24,11 +24,11 @@ class Pairs(ABC):
     @property
     @abstractmethod
     def real(self) -> torch.Tensor | None:
-        """Boolean mask of shape (N,), false where a place is padding. None if none is."""
+        """Boolean mask of shape (N,), false where a place is padding. None if there is no padding."""
 
     @abstractmethod
     def without_padding(self) -> "SparseActivations":
-        """The real pairs alone, which asks a GPU how many there are."""
+        """The real pairs alone. The host waits for a GPU to count them."""
 
     @property
     def batch_shape(self) -> tuple[int, int]:
@@ -44,12 +44,12 @@ class Pairs(ABC):
         return self._count(self.places.feature_indices, self.batch_shape[1])
 
     def _count(self, indices: torch.Tensor, n: int) -> torch.Tensor:
-        # bincount would ask a GPU for the largest index
+        # bincount would wait for a GPU to find the largest index
         ones = torch.ones_like(indices) if self.real is None else self.real.long()
         return indices.new_zeros(n).scatter_add_(0, indices, ones)
 
     def smallest_value(self) -> torch.Tensor:
-        """Scalar tensor, infinite if no pair is real."""
+        """Smallest affinity, a scalar tensor, infinite if no pair is real."""
         values = self.places.values
         if self.real is not None:
             values = values.where(self.real, torch.inf)
@@ -70,8 +70,8 @@ class Pairs(ABC):
 
     def only(self, kept: torch.Tensor) -> "Pairs":
         """
-        The pairs for which a bool of shape (N,) is true. On a GPU, which would have to be
-        asked how many there are, the others become padding.
+        The pairs for which `kept`, a bool of shape (N,), is true. On a GPU the others become
+        padding, since the host would have to wait for the number of the kept ones.
         """
         if self.places.values.is_cuda or self.real is not None:
             return self.masked(kept)
@@ -165,13 +165,13 @@ class SparseActivations(Pairs):
 @dataclass(frozen=True)
 class PaddedActivations(Pairs):
     """
-    A fixed number of places, some of which hold no pair: what a GPU gives that is not asked
-    how many pairs there are. It has no `values` and no indices of its own, so that padding
-    cannot be read as pairs by mistake.
+    A fixed number of places, some of which are padding and hold no pair. A GPU gives these if
+    the host does not wait for the number of pairs. The class has no `values` and no indices
+    of its own, so that padding cannot be read as pairs by mistake.
 
     Args:
-        padded: The places. One without a pair has the value 0 and repeats some position.
-        is_real: Boolean mask of shape (N,), false where a place holds no pair: it must not
+        padded: The places. Padding has the value 0 and repeats some position.
+        is_real: Boolean mask of shape (N,), false where a place is padding. Padding must not
             count or learn.
     """
 

@@ -1,10 +1,10 @@
-"""Inference thresholds tracked during training as online quantiles."""
+"""Inference thresholds that are updated during training as online quantiles."""
 
 import torch
 
 RATE = 0.05
 MAX_RELATIVE_ERROR = 3.0
-# A batch's cut further away than this is no noise: early training, or other data.
+# A cut further away than this is more than noise: training is young, or the data has changed.
 JUMP = 0.1
 
 
@@ -17,13 +17,16 @@ def track_threshold(
 
     Args:
         threshold: Positive threshold(s), any shape.
-        count: Affinities of the batch above the threshold, same shape.
-        target: Wanted count, same shape or a number.
+        count: Number of affinities of the batch above the threshold, same shape.
+        target: Wanted number, same shape or one number.
+
+    Returns:
+        The new threshold(s), same shape.
     """
     if isinstance(target, torch.Tensor):
         target = target.to(threshold)
     else:
-        # copied to a GPU, a number would be waited for
+        # copying a number to a GPU would wait for it
         target = torch.full_like(threshold, target)
     error = (count - target) / target.clamp(min=1.0)
     return threshold * torch.exp(
@@ -33,12 +36,15 @@ def track_threshold(
 
 def follow_cut(cut: torch.Tensor, batch_cut: torch.Tensor) -> torch.Tensor:
     """
-    Averages the cuts of the batches geometrically, and jumps to the latest one where it is
-    more than 10% away, so that the average never lags far behind.
+    Averages the cuts of the batches geometrically. If the latest cut is more than 10% away,
+    the average jumps to it, so that it never lags far behind.
 
     Args:
         cut: Running cut, positive scalar tensor.
         batch_cut: Smallest selected affinity of the batch, positive scalar tensor.
+
+    Returns:
+        The new running cut, scalar tensor.
     """
     difference = (batch_cut / cut).log()
     rate = torch.where(difference.abs() > JUMP, torch.ones_like(cut), RATE)

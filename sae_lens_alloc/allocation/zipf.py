@@ -7,10 +7,10 @@ import torch
 
 from sae_lens_alloc.allocation.quota_curve import QuotaCurve
 
-# A free beta runs to beta >> F, an exponential in disguise, so it is searched on a grid.
+# A free beta can grow far beyond F, where the law is nearly an exponential. So it is taken from a grid.
 BETA_GRID = (0.0, 1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0, 128.0, 256.0)
 N_FIT_RANKS = 80
-# Steeper laws, as a handful of features gives them, overflow.
+# Steeper laws, which a fit to very few features can give, overflow.
 MAX_ALPHA = 100.0
 MIN_FEATURES = 3
 
@@ -36,7 +36,7 @@ class ZipfLaw:
 
     def density(self, ranks: torch.Tensor) -> torch.Tensor:
         """Density at `ranks` (any shape, rank 1 is the most frequent feature)."""
-        # on logarithms, since scale and power may be out of range where their product is not
+        # as logarithms, since scale and power may be out of range where their product is not
         log_density = self.log_shape(ranks.double()) + math.log(self.scale)
         return log_density.exp().to(torch.promote_types(ranks.dtype, torch.float32))
 
@@ -52,8 +52,8 @@ class ZipfLaw:
 
         Args:
             densities: Firing rates per token in any order, shape (F,).
-            min_density: Features at or below it are left out, since a rate that was
-                measured from a handful of events is noise.
+            min_density: Features at or below it are left out, since a rate measured from very
+                few events is noise.
 
         Raises:
             ValueError: if fewer than 3 features are denser than `min_density`.
@@ -79,22 +79,22 @@ class ZipfLaw:
         )
 
 
-# Law of the quotas where no Mutual Choice came before. Densities that Mutual Choice finds by
-# itself are flat for about 16 ranks and then fall with an exponent of about 1.
+# Law of the quotas if training starts with Feature Choice. Mutual Choice by itself finds densities that
+# are flat for about 16 ranks and then fall with an exponent of about 1.
 NATURAL_LAW = ZipfLaw(alpha=1.0, beta=16.0, scale=1.0)
 
 
 @dataclass(frozen=True)
 class FittedLaw:
     """
-    A law as the device holds it, so that the host need not wait for its numbers.
+    A law whose numbers are tensors, so that the host need not wait for them.
 
     Args:
         alpha: float64 of shape ().
         beta: float64 of shape ().
         log_scale: Logarithm of the factor in front, float64 of shape ().
-        known: Boolean of shape (), false where too few features were dense enough for a fit.
-            The other numbers then mean nothing.
+        known: Boolean of shape (), false if too few features were dense enough for a fit. The
+            other numbers then mean nothing.
     """
 
     alpha: torch.Tensor
@@ -108,7 +108,7 @@ class FittedLaw:
         log_p = in_float64(densities).sort(descending=True).values.log()
         n_dense = (densities > min_density).sum().to(log_p.device)
         ranks, weights = _sampled_ranks(n_dense)
-        # what the weights leave out may be the logarithm of 0
+        # a rank of weight 0 may have log density -inf
         y = log_p[(ranks.long() - 1).clamp(0, len(log_p) - 1)].where(weights > 0, 0.0)
         betas = _numbers(BETA_GRID, y)
         x = (ranks + betas[:, None]).log()
@@ -120,7 +120,7 @@ class FittedLaw:
         mean = (weights * y).sum()
         residuals = y - mean - slopes[:, None] * deviations
         best = (weights * residuals.square()).sum(1).argmin()
-        # `take`, since indexing by a scalar tensor would ask the device for it
+        # `take`, since indexing by a scalar tensor would wait for the device
         slope = slopes.take(best)
         mean_x = (x * weights).sum(1).take(best)
         return cls(
@@ -128,7 +128,7 @@ class FittedLaw:
         )
 
     def density(self, ranks: torch.Tensor) -> torch.Tensor:
-        """As `ZipfLaw.density`, and 0 where the law is not known."""
+        """As `ZipfLaw.density`, and 0 if the law is not known."""
         density = self.log_density(in_float64(ranks)).exp().where(self.known, 0.0)
         return density.to(ranks.device, torch.promote_types(ranks.dtype, torch.float32))
 
@@ -145,7 +145,7 @@ def log_shape(
 
 
 def in_float64(tensor: torch.Tensor) -> torch.Tensor:
-    """The tensor as float64: on its device, or the CPU where the device has no float64."""
+    """The tensor as float64, on its device or, if that has no float64, on the CPU."""
     if tensor.device.type == "mps":
         tensor = tensor.cpu()
     return tensor.double()
@@ -153,8 +153,8 @@ def in_float64(tensor: torch.Tensor) -> torch.Tensor:
 
 def _sampled_ranks(n: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """
-    About 80 log-spaced ranks from 1 to n, and weights that leave repeated ones out: all of
-    shape (80,) and float64, for n of shape ().
+    About 80 log-spaced ranks from 1 to n, and weights that are 0 for repeated ranks. Both are
+    float64 of shape (80,). n has shape ().
     """
     n = n.double().clamp(min=2)
     number = torch.arange(N_FIT_RANKS, dtype=torch.float64, device=n.device)
@@ -165,7 +165,7 @@ def _sampled_ranks(n: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def _numbers(values: tuple[float, ...], like: torch.Tensor) -> torch.Tensor:
-    """Numbers as a tensor. Copied to a GPU at once, they would be waited for."""
+    """Numbers as a tensor on the device of another, without a copy that the host would wait for."""
     return torch.stack([torch.full_like(like[0], value) for value in values])
 
 
@@ -186,7 +186,7 @@ def zipf_quotas(
     """
     Quotas m_r of the features ranked r = 1 ... F: proportional to the law, clamped to
     [min_quota, max_quota], and renormalised so that they sum to the budget. The sum is
-    smaller only where even max_quota for every feature does not use the budget up.
+    smaller only if even max_quota for every feature sums to less.
 
     Args:
         law: The law whose shape the quotas follow; its scale does not matter.

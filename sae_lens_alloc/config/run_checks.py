@@ -1,4 +1,4 @@
-"""What cannot work, found from the config of a run alone: no file and no device is looked at."""
+"""Checks of a run by its config alone, without a look at files or devices."""
 
 import json
 from dataclasses import fields
@@ -27,7 +27,7 @@ SAE_SCHEDULE_KEYS = (
     "aux_loss_decay_start",
     "k_decay_steps",
 )
-# SAELens divides by these, or loops forever or never with less.
+# SAELens divides by these. With less than 1, some of its loops never run or never end.
 AT_LEAST_ONE = (
     "context_size",
     "eval_batch_size_prompts",
@@ -50,9 +50,9 @@ AT_LEAST_ZERO = (
     "n_checkpoints",
     "prefetch_llm_batches",
 )
-# SAELens makes a list of a context's positions, so this is looked at first.
+# SAELens makes a list of all positions of a context, so this must be checked before that.
 LONGEST_CONTEXT = 10**7
-# What torch.manual_seed takes.
+# torch.manual_seed takes no larger one.
 LARGEST_SEED = 2**63 - 1
 MODEL_CLASSES = ("HookedTransformer", "HookedMamba", "AutoModelForCausalLM")
 LR_SCHEDULERS = ("constant", "cosineannealing", "cosineannealingwarmrestarts")
@@ -60,8 +60,11 @@ LR_SCHEDULERS = ("constant", "cosineannealing", "cosineannealingwarmrestarts")
 
 def check_value(key: str, value: Any) -> None:
     """
-    Raises ValueError if a setting, named as in a YAML file, has a value of the right type
-    that no run can work with, whatever the other settings are.
+    Raises ValueError if no run can work with a value, whatever the other settings are.
+
+    Args:
+        key: The setting, named as in a YAML file.
+        value: Its value, of the right type.
     """
     if key == "seed":
         if not 0 <= abs(value) <= LARGEST_SEED:
@@ -95,13 +98,13 @@ def check_value(key: str, value: Any) -> None:
 
 def check_run(cfg: LanguageModelSAERunnerConfig[Any]) -> None:
     """
-    Checks what can be known without looking at a file or a device.
+    Checks a run by its config alone, without a look at files or devices.
 
     Args:
         cfg: A run, from a file or made in Python.
 
     Raises:
-        ValueError: in one sentence that names the setting, if the run could not work.
+        ValueError: if the run could not work, in one sentence that names the setting.
     """
     for prefix, section in (("", cfg), ("logger.", cfg.logger), ("sae.", cfg.sae)):
         for field in fields(section):
@@ -130,11 +133,11 @@ def check_learning_rate(
     cfg: LanguageModelSAERunnerConfig[Any] | SAETrainerConfig,
 ) -> None:
     """
-    Refuses learning-rate schedules that SAELens cannot make or divides by zero in, and those
-    in which the rate is negative or annealed upwards.
+    Checks that SAELens can make the learning-rate schedule without dividing by zero, and that
+    the rate is neither negative nor annealed upwards.
 
     Raises:
-        ValueError: in one sentence that names the setting.
+        ValueError: if one of these fails, in one sentence that names the setting.
     """
     check_choice("lr_scheduler_name", cfg.lr_scheduler_name.lower(), LR_SCHEDULERS)
     for key in ("lr", "lr_end", "lr_warm_up_steps", "lr_decay_steps"):
@@ -152,15 +155,16 @@ def check_learning_rate(
             f"({cfg.lr_decay_steps}) together exceed the {steps} training steps."
         )
     if cfg.lr_scheduler_name.lower() == "constant":
-        return  # which ignores lr_end and n_restart_cycles
+        return  # this one ignores lr_end and n_restart_cycles
     if not 0 <= cfg.lr_end <= cfg.lr:
         raise ValueError(
-            f"lr_end must be between 0 and lr ({cfg.lr}), which {cfg.lr_scheduler_name} "
-            f"falls from, got {cfg.lr_end}."
+            f"lr_end must be between 0 and lr ({cfg.lr}), from which {cfg.lr_scheduler_name} "
+            f"falls, got {cfg.lr_end}."
         )
     if cfg.lr_decay_steps and cfg.lr_end == 0:
         raise ValueError(
-            f"lr_decay_steps ({cfg.lr_decay_steps}) would decay from lr_end = 0 to 0."
+            f"lr_decay_steps ({cfg.lr_decay_steps}) would decay from lr_end = 0 to 0: give a "
+            "larger lr_end, or lr_decay_steps=0."
         )
     cycles = 1
     if cfg.lr_scheduler_name.lower() == "cosineannealingwarmrestarts":
@@ -241,7 +245,7 @@ def _check_schedule(cfg: LanguageModelSAERunnerConfig[Any]) -> None:
 
 
 def _check_sae(sae: TrainingSAEConfig, batch_tokens: int, steps: int) -> None:
-    """What the SAE can select from one batch."""
+    """Raises ValueError if the SAE cannot select its pairs from one batch."""
     k = getattr(sae, "k", None)
     if k is None:
         return
@@ -259,11 +263,11 @@ def _check_sae(sae: TrainingSAEConfig, batch_tokens: int, steps: int) -> None:
 def _check_smallest_quota(
     sae: AllocationTrainingSAEConfig, batch_tokens: int, steps: int
 ) -> None:
-    """Feature Choice fails at the step at which its smallest quotas exceed the budget."""
+    """Raises ValueError if the smallest quotas of Feature Choice exceed the budget at some step."""
     last = _last_feature_choice_step(sae, steps)
     if last is None:
         return
-    # the budget never grows
+    # the budget never grows, so it is smallest at the last step
     k = budget_per_token(last, sae.k, sae.k_start, sae.k_decay_steps)
     wanted, budget = sae.min_tokens_per_feature * sae.d_sae, budget_for(k, batch_tokens)
     if wanted > budget:
@@ -285,7 +289,7 @@ def _last_feature_choice_step(
 
 
 def _check_buffer(cfg: LanguageModelSAERunnerConfig[Any]) -> None:
-    """SAELens finds both faults only once the language model has run."""
+    """Raises ValueError for two faults that SAELens finds only after the language model has run."""
     if not 0 <= cfg.activations_mixing_fraction <= 1:
         raise ValueError(
             "activations_mixing_fraction must be between 0 and 1, "
@@ -317,8 +321,8 @@ def _check_outputs(cfg: LanguageModelSAERunnerConfig[Any]) -> None:
         )
     if cfg.logger.log_to_wandb and cfg.n_eval_batches < 1:
         raise ValueError(
-            f"n_eval_batches must be at least 1, got {cfg.n_eval_batches}: SAELens refuses "
-            "its evaluations for W&B without a batch."
+            f"n_eval_batches must be at least 1, got {cfg.n_eval_batches}: SAELens cannot "
+            "evaluate for W&B without a batch."
         )
     try:
         json.dumps(cfg.to_dict())

@@ -1,4 +1,4 @@
-"""SAELens' configs of a run and of a trainer, with the settings that are ours."""
+"""SAELens' configs of a run and of a trainer, with our settings."""
 
 from dataclasses import dataclass, fields
 from typing import Any, Generic
@@ -53,10 +53,10 @@ class AllocSAERunnerConfig(
 
 
 def optimizer_of(cfg: SAETrainerConfig | LanguageModelSAERunnerConfig[Any]) -> str:
-    """The optimizer that a config names; SAELens' own configs mean Adam."""
+    """The optimizer that a config names. SAELens' own configs mean Adam."""
     return getattr(cfg, "optimizer", "adam")
 
 
 def uses_cuda_graph(cfg: SAETrainerConfig) -> bool:
-    """Whether a config asks for a CUDA graph; SAELens' own does not."""
+    """Whether a config asks for a CUDA graph. SAELens' own configs never do."""
     return getattr(cfg, "cuda_graph", False)

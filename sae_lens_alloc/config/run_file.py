@@ -1,4 +1,4 @@
-"""Reads a YAML file with SAELens' own keys into an AllocSAERunnerConfig, and refuses what cannot work."""
+"""From a YAML file with SAELens' own keys to an AllocSAERunnerConfig that has been checked."""
 
 import re
 from collections.abc import Generator, Sequence
@@ -44,17 +44,17 @@ def load_runner_config(
 
     The file has the fields of AllocSAERunnerConfig at top level, those of
     LoggingConfig under `logger:` and those of a training SAE under `sae:`, together with
-    `architecture:`. Without a `logger:` section nothing is logged to W&B. Step counts may be shares of the training steps, such as "75%", and
-    `k_start` a share of k, such as "200%". The `runner_cfg.json` that SAELens saves beside an
-    SAE is such a file too.
+    `architecture:`. Without a `logger:` section nothing is logged to W&B. Step counts may be
+    shares of the training steps, such as "75%". `k_start` may be a share of k, such as "200%".
+    The `runner_cfg.json` that SAELens saves beside an SAE is such a file, too.
 
     Args:
         path: The YAML file.
         overrides: Settings that replace the file's, such as "lr=1e-3" or "sae.k=16".
 
     Raises:
-        ValueError: in one sentence that names the file and the setting, if a key is unknown,
-            a value has the wrong type, or the run could not work.
+        ValueError: if a key is unknown, a value has the wrong type, or the run could not work,
+            in one sentence that names the file and the setting.
         FileNotFoundError: if there is no such file.
     """
     with named_errors(path, overrides):
@@ -65,10 +65,10 @@ def load_fine_tuning_config(
     path: str | Path, overrides: Sequence[str], source: SAEConfig
 ) -> tuple[AllocSAERunnerConfig[Any], dict[str, Any]]:
     """
-    Reads a fine-tuning run as `load_runner_config` reads a training run. What the SAE to
-    start from settles may be left out: `sae.d_in`, `sae.d_sae` and `sae.k`. The learning rate warms up
-    over the first tenth of the steps unless the file says otherwise, so that the first steps,
-    without a history of gradients, do not break what was learned.
+    Reads a fine-tuning run as `load_runner_config` reads a training run, with two differences.
+    `sae.d_in`, `sae.d_sae` and `sae.k` may be left out, since the SAE to start from has them.
+    The learning rate warms up over the first tenth of the steps unless the file says otherwise.
+    The first steps, without a history of gradients, would otherwise undo what was learned.
 
     Args:
         path: The YAML file.
@@ -76,16 +76,18 @@ def load_fine_tuning_config(
         source: Config of the SAE to start from.
 
     Returns:
-        The run, and those fields of its SAE that were given and are not settled by the source.
+        The run, and the fields of its SAE that the file gives beside d_in, d_sae and the
+        architecture.
 
     Raises:
-        ValueError: as load_runner_config, and if d_in or d_sae are not the source's.
+        ValueError: as `load_runner_config`, and if d_in or d_sae are not those of the source.
+        FileNotFoundError: if there is no such file.
     """
     with named_errors(path, overrides):
         settings = {"lr_warm_up_steps": "10%", **read_settings(path, overrides)}
         given = _mapping(settings, "sae")
         size = {"d_in": source.d_in, "d_sae": source.d_sae}
-        # where it is not known, it is measured once there are activations
+        # a k that is not known is measured once there are activations
         known_k = getattr(source, "k", None) or source.metadata.l0 or 1.0
         cfg = build_runner_config({**settings, "sae": {"k": known_k, **size, **given}})
         for name, value in size.items():
@@ -102,7 +104,7 @@ def load_fine_tuning_config(
 def named_errors(
     path: str | Path, overrides: Sequence[str]
 ) -> Generator[None, None, None]:
-    """Puts the file and the overrides in front of what is wrong with them."""
+    """Puts the file and the overrides in front of the message of a ValueError."""
     source = " with ".join([str(path), *([", ".join(overrides)] if overrides else [])])
     try:
         yield
@@ -136,7 +138,7 @@ def _apply_override(settings: dict[str, Any], override: str) -> None:
 def build_training_config(
     settings: dict[str, Any],
 ) -> AllocSAERunnerConfig[Any]:
-    """`build_runner_config` for a training from random weights, whose schedule is put in."""
+    """`build_runner_config` for a training from random weights, with its schedule filled in."""
     cfg = build_runner_config(settings)
     cfg.sae = with_schedule(cfg.sae, cfg.total_training_steps)
     check_run(cfg)  # again, with the schedule
@@ -150,15 +152,15 @@ def build_runner_config(
     A training run from settings laid out as in the file that load_runner_config reads.
 
     Raises:
-        ValueError: in one sentence that names the setting, if a key is unknown, a value has
-            the wrong type, or the run could not work.
+        ValueError: if a key is unknown, a value has the wrong type, or the run could not work,
+            in one sentence that names the setting.
     """
     if "compare" in settings:
         raise ValueError(
             "this is the file of a comparison: give it to `sae-lens-alloc compare`."
         )
     sae_settings = dict(_mapping(settings, "sae"))
-    # SAELens' default is on, which fails after the model is loaded where nobody logged in
+    # SAELens logs to W&B by default, and without a login fails after the model is loaded
     logger_settings = (
         _mapping(settings, "logger")
         if "logger" in settings
@@ -185,23 +187,29 @@ def build_runner_config(
     steps = _training_steps(top_settings)
     top = _typed("", top_settings, top_hints, steps)
     logger = LoggingConfig(**_typed("logger.", logger_settings, logger_hints, steps))
-    sae_values = _typed("sae.", sae_settings, sae_hints, steps)
-    for name in _required(sae_class):
-        if name not in sae_values:
-            raise ValueError(f"sae.{name} is missing.")
-    try:
-        sae = sae_class(**sae_values)
-    except (ValueError, TypeError, AssertionError, ArithmeticError) as error:
-        raise ValueError(f"sae: {error}") from error
-    if metadata is not None:
-        sae.metadata = SAEMetadata(**_typed_value("sae.metadata", metadata, dict))
-
+    sae = _sae_config(
+        sae_class, _typed("sae.", sae_settings, sae_hints, steps), metadata
+    )
     for name in ("adam_beta1", "adam_beta2"):
         if name in top:  # Adam refuses a pair of an integer and a float
             top[name] = float(top[name])
     cfg = AllocSAERunnerConfig(sae=sae, logger=logger, **top)
     check_run(cfg)
     return cfg
+
+
+def _sae_config(sae_class: type[Any], values: dict[str, Any], metadata: Any) -> Any:
+    """The config of the SAE, whose own errors name the section."""
+    for name in _required(sae_class):
+        if name not in values:
+            raise ValueError(f"sae.{name} is missing.")
+    try:
+        sae = sae_class(**values)
+    except (ValueError, TypeError, AssertionError, ArithmeticError) as error:
+        raise ValueError(f"sae: {error}") from error
+    if metadata is not None:
+        sae.metadata = SAEMetadata(**_typed_value("sae.metadata", metadata, dict))
+    return sae
 
 
 def _mapping(settings: dict[str, Any], section: str) -> dict[str, Any]:
@@ -212,6 +220,7 @@ def _mapping(settings: dict[str, Any], section: str) -> dict[str, Any]:
 
 
 def sae_config_class(architecture: Any) -> type[Any]:
+    """The config class of an architecture. Raises ValueError if there is no such architecture."""
     if architecture is None:
         raise ValueError(
             "sae.architecture is missing; it may be "
@@ -243,14 +252,14 @@ def _check_keys(prefix: str, settings: dict[str, Any], valid_keys: list[str]) ->
     for name in settings:
         key = f"{prefix}{name}"
         if key not in valid_keys:
-            # the right name in the wrong section is a likelier slip than a misspelling
+            # the right name in the wrong section is more likely than a misspelling
             same_name = [k for k in valid_keys if k.split(".")[-1] == str(name)]
             near = same_name[0] if same_name else nearest(key, valid_keys)
             raise ValueError(f"unknown key {shown(key)}, did you mean {near!r}?")
 
 
 def _training_steps(settings: dict[str, Any]) -> Fraction:
-    """Training steps of the run, not rounded, for the shares that are taken of them."""
+    """Training steps of the run, not rounded, so that shares of them are exact."""
     defaults = AllocSAERunnerConfig
     names = {
         "training_tokens": defaults.training_tokens,
@@ -289,7 +298,7 @@ def _typed_value(key: str, value: Any, hint: Any) -> Any:
 
 
 def _percentage(text: str) -> Fraction | None:
-    """What a text such as "75%" says, None if it is no percentage."""
+    """The number of a text such as "75%", None if it is no percentage."""
     number = re.fullmatch(r"\s*([-+]?\d{1,9}(\.\d{0,9})?)\s*%\s*", text, re.ASCII)
     return None if number is None else Fraction(number[1]) / 100
 

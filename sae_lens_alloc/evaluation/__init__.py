@@ -1,1 +1,1 @@
-"""Calibration, evaluation of saved SAEs, and the report page."""
+"""How good an SAE is: metrics, plots, and the report page."""

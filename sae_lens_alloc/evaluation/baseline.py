@@ -1,4 +1,4 @@
-"""The language model without an SAE: what a reconstruction is measured against."""
+"""The language model without an SAE: the reference for a reconstruction."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -36,7 +36,7 @@ class _Moments:
         self.squares = 0.0
 
     def watch(self, activations: torch.Tensor) -> torch.Tensor:
-        """Takes note of activations of shape (n, d) and passes them on."""
+        """Adds activations of shape (n, d) to the sums, and returns them unchanged."""
         exact = activations.double()
         self.count += len(exact)
         self.total = exact.sum(0) + self.total
@@ -52,11 +52,14 @@ def measure_baseline(
     contexts_per_batch: int = 8,
 ) -> Baseline:
     """
-    Measures a model on contexts; all SAEs at one hook share the result.
+    Measures a model on contexts. The result serves all SAEs at one hook.
 
     Args:
+        model: The language model.
         tokens: Token ids, shape (contexts, length).
+        hook_name: Hook whose activations are replaced.
         special_token_ids: Tokens such as BOS, which are neither measured nor ablated.
+        contexts_per_batch: Contexts to run at once.
 
     Raises:
         ValueError: if replacing the activations changes nothing.
@@ -76,6 +79,6 @@ def measure_baseline(
     if untouched in (zero_ablated, mean_ablated):
         raise ValueError(
             f"Replacing the activations at hook {hook_name!r} leaves the model's loss as it "
-            "is, so no reconstruction of them can be judged there."
+            "is, so no reconstruction can be judged there: give another hook."
         )
     return Baseline(untouched, zero_ablated, mean_ablated, variance)

@@ -1,15 +1,15 @@
-"""Colours for text by how many features each token got."""
+"""Colours for text by the number of active features of each token."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from plotly.colors import sample_colorscale
 
-# ColorBrewer's scale grows darker all the way, so it also works in grey and for every kind of
-# colour vision.
+# This scale of ColorBrewer becomes darker from end to end, so it also works in grey and for every kind
+# of colour vision.
 SCALE = "YlGnBu"
 N_LEVELS = 24
-# From this level on, white text has more contrast than black; either has at least 4.5.
+# From this level on, white text has more contrast than black. Both have a contrast of at least 4.5.
 FIRST_WITH_WHITE_TEXT = 16
 
 
@@ -28,8 +28,8 @@ class ColouredToken:
 
     Args:
         text: The token's text, line ends included.
-        count: Number of active features; -1 at a special token.
-        level: Step of the scale, from 0 to N_LEVELS - 1; -1 at a special token.
+        count: Number of active features, -1 at a special token.
+        level: Step of the scale, from 0 to N_LEVELS - 1, or -1 at a special token.
     """
 
     text: str
@@ -53,8 +53,8 @@ def colour_tokens(
 
     Args:
         tokens: Text of each token.
-        counts: Number of active features of each token; -1 at special tokens.
-        largest: Count that gets the last step; larger counts get it, too.
+        counts: Number of active features of each token, -1 at special tokens.
+        largest: Count that gets the last step. Larger counts get the last step, too.
     """
 
     def level(count: int) -> int:

@@ -1,4 +1,4 @@
-"""How good a saved SAE is on held-out text, and what it costs the language model."""
+"""How good a saved SAE is on held-out text, by itself and in place of the model's activations."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,7 +18,7 @@ from sae_lens_alloc.evaluation.usage import Usage, UsageMeter, as_user
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Evaluation(Usage):
     """
-    Figures of one SAE on held-out contexts. Special tokens such as BOS are in none of them.
+    Figures of one SAE on held-out contexts. Special tokens such as BOS are left out of all of them.
 
     Args:
         explained_variance: As in Usage.
@@ -40,12 +40,12 @@ class Evaluation(Usage):
 
     @property
     def loss_recovered_zero(self) -> float:
-        """Share of the loss added by zero ablation that the SAE wins back."""
+        """Share of the loss added by zero ablation that the SAE recovers."""
         return self._recovered(self.loss_zero_ablated)
 
     @property
     def loss_recovered_mean(self) -> float:
-        """Share of the loss added by mean ablation that the SAE wins back."""
+        """Share of the loss added by mean ablation that the SAE recovers."""
         return self._recovered(self.loss_mean_ablated)
 
     def _recovered(self, ablated: float) -> float:
@@ -75,18 +75,23 @@ def evaluate_sae(
     contexts_per_batch: int = 8,
 ) -> Evaluation:
     """
-    Evaluates an SAE on contexts of tokens. One batch of features is held at a time.
+    Evaluates an SAE on contexts of tokens. Feature activations are in memory for one batch at a time.
 
     Args:
         sae: Any SAE, usually from SAE.load_from_disk.
         model: Model as `sae_lens.load_model.load_model` returns it.
         tokens: Token ids, shape (contexts, length), laid out as in training.
-        hook_name: Where the SAE reads and writes.
-        baseline: Measurements of the model on the same tokens, to share between SAEs.
+        hook_name: Hook whose activations the SAE reconstructs.
+        baseline: Measurements of the model on the same tokens, to be shared by SAEs. None
+            measures them here.
         special_token_ids: Tokens that are neither measured nor replaced, as in training
-            with exclude_special_tokens. None takes the special tokens of the model's
+            with exclude_special_tokens. None means the special tokens of the model's
             tokenizer.
         contexts_per_batch: Contexts to run at once.
+
+    Raises:
+        ValueError: if no prediction can be judged, or replacing the activations changes
+            nothing.
     """
     if special_token_ids is None:
         special_token_ids = get_special_token_ids(model.tokenizer)  # type: ignore[arg-type]

@@ -25,7 +25,7 @@ def density_plot(curves: Mapping[str, DensityCurve | None]) -> go.Figure:
     Density of features over their rank, log-log, with the fitted Zipf law.
 
     Args:
-        curves: By name; a curve that is not known keeps its colour free.
+        curves: By name. None, for a curve that is not known, leaves its colour unused.
     """
     figure = new_figure("feature rank (1 is the most frequent)", "share of tokens")
     for i, (name, curve) in enumerate(curves.items()):
@@ -64,12 +64,12 @@ def features_per_token_plot(
     """
     How many tokens get how many features.
 
-    The spike of a rule that gives every token the same leaves the picture where there are
-    others to be seen.
+    A rule that gives every token the same number has a spike. Beside other rules, the picture
+    cuts it off, so that the others can be seen.
 
     Args:
-        histograms: Number of tokens with 0, 1, 2, ... features, by name; one that is not
-            known keeps its colour free.
+        histograms: Number of tokens with 0, 1, 2, ... features, by name. None, for one that is
+            not known, leaves its colour unused.
     """
     figure = new_figure("active features on a token", "share of tokens")
     last = max(quantile(x, 0.999) for x in histograms.values() if x is not None)
@@ -112,16 +112,16 @@ def training_plot(
     from_zero: bool = False,
 ) -> go.Figure:
     """
-    One training metric over the tokens seen, with what changed on the way.
+    One training metric over the tokens seen, with vertical lines where the recipe changed.
 
     Args:
+        runs: The runs, one line each.
         key: SAELens' name of the metric.
         label: Title of the y axis.
-        tick_format: How to write values, as d3 formats.
-        second: Name of a related metric and what to call it, drawn as a thin line where a
-            run has it.
-        from_zero: Start the y axis at 0; otherwise it shows the range of the values after
-            the first tenth of training.
+        tick_format: How to write values, as a d3 format.
+        second: Key of a related metric and its label. It is a thin line if a run has it.
+        from_zero: Whether the y axis starts at 0. Otherwise it shows the range of the values
+            after the first tenth of training.
     """
     figure = new_figure("tokens seen in training", label)
     settled: list[float] = []
@@ -147,18 +147,7 @@ def training_plot(
                 if seen >= SETTLED_SHARE * tokens[-1] and math.isfinite(value)
             ]
         for when, what in run.events:
-            figure.add_vline(
-                x=when,
-                line={"color": colour(i), "width": 1, "dash": "dot"},
-                annotation={
-                    "text": what,
-                    "font": {"size": 12, "color": colour(i)},
-                    "textangle": -90,
-                    "yanchor": "bottom",
-                    "y": 0.02,
-                    "xanchor": "right",
-                },
-            )
+            _mark(figure, when, what, colour(i))
     if settled:
         low, high = 0.0 if from_zero else min(settled), max(settled)
         margin = 0.06 * (high - low) or 1.0
@@ -168,7 +157,24 @@ def training_plot(
     return figure
 
 
+def _mark(figure: go.Figure, when: float, what: str, its_colour: str) -> None:
+    """A vertical line with a label."""
+    figure.add_vline(
+        x=when,
+        line={"color": its_colour, "width": 1, "dash": "dot"},
+        annotation={
+            "text": what,
+            "font": {"size": 12, "color": its_colour},
+            "textangle": -90,
+            "yanchor": "bottom",
+            "y": 0.02,
+            "xanchor": "right",
+        },
+    )
+
+
 def new_figure(x: str, y: str) -> go.Figure:
+    """An empty figure in the style of the report, with titles of its axes."""
     figure = go.Figure()
     figure.update_layout(
         template="none",
@@ -196,12 +202,13 @@ def new_figure(x: str, y: str) -> go.Figure:
 
 
 def faint(hex_colour: str) -> str:
+    """A colour such as "#0072B2", nearly transparent, for areas."""
     red, green, blue = (int(hex_colour[i : i + 2], 16) for i in (1, 3, 5))
     return f"rgba({red},{green},{blue},0.10)"
 
 
 def _binned(histogram: torch.Tensor, width: int, n_bars: int) -> torch.Tensor:
-    """Sums of `width` neighbouring counts each, for the first bars, (n_bars,) float64."""
+    """The counts of each bar, which is `width` neighbouring counts wide; float64 of shape (n_bars,)."""
     end = width * n_bars
     padded = torch.cat([histogram, histogram.new_zeros(end)])[:end]
     return padded.view(n_bars, width).sum(1).double()
@@ -212,6 +219,6 @@ def _dash(index: int) -> str:
 
 
 def quantile(histogram: torch.Tensor, share: float) -> int:
-    """The smallest count that at least `share` of the tokens do not exceed."""
+    """The smallest number of features that at least `share` of the tokens do not exceed."""
     cumulative = histogram.cumsum(0)
     return int((cumulative < share * cumulative[-1]).sum())

@@ -32,13 +32,13 @@ class TrainingMetric:
     A training metric that the report plots.
 
     Args:
-        key: SAELens' name for it.
-        title: Our name for it.
+        key: SAELens' name of the metric.
+        title: Its title in the report.
         axis: Title of the y axis.
         caption: How to read the plot.
-        tick_format: How to write values, as d3 formats.
-        second: Name of a related metric, and what to call its line.
-        from_zero: Start the y axis at 0.
+        tick_format: How to write values, as a d3 format.
+        second: Key of a related metric, and the label of its line.
+        from_zero: Whether the y axis starts at 0.
     """
 
     key: str
@@ -55,15 +55,15 @@ TRAINING_METRICS = (
         "metrics/explained_variance",
         "Variance explained",
         "variance explained",
-        "Higher is better. The first tenth of training may lie below the picture.",
+        "Higher is better. The first tenth of the training may be below the plot.",
         ".3~f",
     ),
     TrainingMetric(
         "metrics/l0",
         "Features per token",
         "mean active features",
-        "What the batch was given; the thin dotted line, where a run has one, is what the "
-        "thresholds kept for inference would have chosen from the same batch at that moment.",
+        "The features that were active in training. The thin dotted line, where a run has one, is "
+        "the features that the thresholds of inference would have activated on the same batch.",
         second=("metrics/threshold_l0", "by thresholds"),
         from_zero=True,
     ),
@@ -72,14 +72,14 @@ TRAINING_METRICS = (
         "Dead features",
         "features",
         "Features that no token has used for a while (the run's dead_feature_window, in "
-        "training steps). They can come back to life; lower is better.",
+        "training steps). They can come back to life. Lower is better.",
         ",",
         from_zero=True,
     ),
 )
 
 
-# Share of the tokens within the colour scale of the text; the rest get its last colour.
+# Share of the tokens that the colour scale of the text covers. The others get its last colour.
 SCALE_END = 0.95
 
 
@@ -96,9 +96,10 @@ def write_report(
 
     Args:
         path: HTML file to write.
+        title: Heading of the page.
         intro: What was done, in a sentence or two.
         runs: Any number of runs, the one of interest first.
-        snippets: Stretches of the evaluated text to colour.
+        snippets: Parts of the evaluated text to colour.
         facts: What the runs have in common, such as the model's name.
     """
     path.write_text(
@@ -120,7 +121,16 @@ def render_report(
         undefined=StrictUndefined,
         trim_blocks=False,
     )
-    largest = max(quantile(run.evaluation.l0_histogram, SCALE_END) for run in runs)
+    evaluations = {run.name: run.evaluation for run in runs}
+    largest = max(quantile(of.l0_histogram, SCALE_END) for of in evaluations.values())
+    plots = {
+        "density": density_plot(
+            {name: of.density_curve() for name, of in evaluations.items()}
+        ),
+        "features_per_token": features_per_token_plot(
+            {name: of.l0_histogram for name, of in evaluations.items()}
+        ),
+    }
     return environment.get_template("report.html.jinja").render(
         title=title,
         intro=intro,
@@ -133,37 +143,11 @@ def render_report(
         max_beta=max(BETA_GRID),
         plotly_js=Markup(get_plotlyjs()),
         plots={
-            "density": plot_html(
-                density_plot(
-                    {run.name: run.evaluation.density_curve() for run in runs}
-                ),
-                "density",
-            ),
-            "features_per_token": plot_html(
-                features_per_token_plot(
-                    {run.name: run.evaluation.l0_histogram for run in runs}
-                ),
-                "features-per-token",
-            ),
-            "training": [
-                {
-                    "title": metric.title,
-                    "caption": metric.caption,
-                    "html": plot_html(
-                        training_plot(
-                            runs,
-                            metric.key,
-                            metric.axis,
-                            metric.tick_format,
-                            metric.second,
-                            metric.from_zero,
-                        ),
-                        metric.key.replace("/", "-"),
-                    ),
-                }
-                for metric in TRAINING_METRICS
-                if any(run.series(metric.key)[0] for run in runs)
-            ],
+            **{
+                name: plot_html(figure, name.replace("_", "-"))
+                for name, figure in plots.items()
+            },
+            "training": _training_plots(runs),
         },
         levels=levels(),
         largest=largest,
@@ -175,13 +159,36 @@ def render_report(
     )
 
 
+def _training_plots(runs: Sequence[ReportRun]) -> list[dict[str, str]]:
+    """Title, caption and plot of each training metric that a run has."""
+    return [
+        {
+            "title": metric.title,
+            "caption": metric.caption,
+            "html": plot_html(
+                training_plot(
+                    runs,
+                    metric.key,
+                    metric.axis,
+                    metric.tick_format,
+                    metric.second,
+                    metric.from_zero,
+                ),
+                metric.key.replace("/", "-"),
+            ),
+        }
+        for metric in TRAINING_METRICS
+        if any(run.series(metric.key)[0] for run in runs)
+    ]
+
+
 def _coloured(run: ReportRun, snippet: Snippet, largest: int) -> list[ColouredToken]:
     counts = snippet.counts(run.evaluation.features_per_token)
     return colour_tokens(snippet.tokens, counts, largest)
 
 
 def plot_html(figure: go.Figure, name: str, height: int = 430) -> Markup:
-    """A plot as a part of a page that holds plotly."""
+    """A plot as HTML for a page that contains plotly. `height` is in pixels."""
     return Markup(
         figure.to_html(
             full_html=False,

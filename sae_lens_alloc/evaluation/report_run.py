@@ -7,8 +7,8 @@ from pathlib import Path
 
 from sae_lens_alloc.evaluation.metrics import Evaluation
 
-# Okabe and Ito's palette, which readers of every kind of colour vision tell apart, and for
-# larger reports some of Paul Tol's.
+# Okabe and Ito's palette, which works for every kind of colour vision, and for larger reports some
+# colours of Paul Tol's.
 COLOURS = (
     *("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"),
     *("#882255", "#999933", "#44AA99", "#332288", "#AA4499", "#999999", "#661100"),
@@ -21,12 +21,12 @@ class ReportRun:
     One trained SAE in a report.
 
     Args:
-        name: What the reader calls it, unique in a report.
+        name: Its name for readers, unique in a report.
         evaluation: Figures of the saved SAE on held-out text.
         seconds: Wall-clock duration of training.
         history: Rows of training metrics under SAELens' names, such as "metrics/l0".
-        events: What changed during training, as (tokens seen, what).
-        settings: What a reader wants to know about the run, such as its learning rate.
+        events: Changes during training, as (tokens seen, what changed).
+        settings: Settings to show, such as the learning rate.
     """
 
     name: str
@@ -37,7 +37,7 @@ class ReportRun:
     settings: Mapping[str, str] = field(default_factory=dict[str, str])
 
     def series(self, key: str) -> tuple[list[float], list[float]]:
-        """Tokens seen and values of one training metric, where it was logged."""
+        """Tokens seen and values of one training metric, for the rows that have it."""
         rows = [row for row in self.history if key in row]
         return [row["details/n_training_samples"] for row in rows], [
             row[key] for row in rows

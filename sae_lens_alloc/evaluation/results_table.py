@@ -8,7 +8,7 @@ from sae_lens_alloc.evaluation.report_run import ReportRun
 
 
 def results_table(runs: Sequence[ReportRun]) -> Table:
-    """The main figures, one run a row."""
+    """The main figures, one row for each run."""
     n_tokens = runs[0].evaluation.n_tokens
     table = Table(
         title=f"Saved SAEs on {n_tokens:,} tokens of held-out text",

@@ -1,4 +1,4 @@
-"""Stretches of evaluated text, to show how many features each token got."""
+"""Parts of the evaluated text, to show the number of active features of each token."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -24,7 +24,7 @@ class Snippet:
 
     def counts(self, features_per_token: torch.Tensor) -> list[int]:
         """
-        Number of active features of each of the snippet's tokens; -1 at special tokens.
+        Number of active features of each token of the snippet, -1 at special tokens.
 
         Args:
             features_per_token: Counts of every evaluated token, shape (contexts, length).
@@ -40,11 +40,12 @@ def take_snippets(
     max_tokens: int = 160,
 ) -> list[Snippet]:
     """
-    Takes one snippet from the end of each of some contexts, where the model knows the most
-    about the text, from the start of a line where there is one.
+    Takes one snippet from the end of each of some contexts, where the model has the most text
+    to go by. A snippet starts at the start of a line if there is one.
 
     Args:
         tokens: Evaluated token ids, shape (contexts, length).
+        tokenizer: Tokenizer of the model.
         contexts: Rows of `tokens`.
         max_tokens: Length of a snippet, in tokens.
     """

@@ -1,4 +1,4 @@
-"""Running a language model with the activations at one hook replaced."""
+"""A language model that runs with the activations at one hook replaced."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -7,7 +7,7 @@ import torch
 from torch.nn.functional import cross_entropy, kl_div
 from transformer_lens.HookedTransformer import HookedRootModule
 
-# Takes the activations of ordinary tokens, shape (n, d), and gives their replacement.
+# From the activations of ordinary tokens, shape (n, d), to their replacement.
 Replace = Callable[[torch.Tensor], torch.Tensor]
 
 
@@ -29,15 +29,19 @@ def spliced_loss(
     """
     Mean next-token loss in nats with the activations at a hook replaced.
 
-    `replace` is called once a batch, with the ordinary tokens in order. Special tokens keep
-    their activation, and no loss counts whose prediction is made from a special token or is
-    of one.
+    Special tokens keep their activations. A prediction counts only if it is made from an
+    ordinary token and is of an ordinary token.
 
     Args:
+        model: The language model.
         tokens: Token ids, shape (contexts, length).
+        hook_name: Hook whose activations are replaced.
+        replace: Called once a batch, with the activations of its ordinary tokens in order.
+        special_token_ids: Ids of the special tokens.
+        contexts_per_batch: Contexts to run at once.
 
     Raises:
-        ValueError: if no prediction is left.
+        ValueError: if no prediction counts.
     """
     total, count = 0.0, 0
     for batch in tokens.split(contexts_per_batch):
@@ -60,8 +64,9 @@ def loss_and_divergence(
     contexts_per_batch: int,
 ) -> tuple[float, float]:
     """
-    `spliced_loss`, and the mean KL divergence in nats of the next-token distribution with
-    the activations replaced from the untouched model's, KL(untouched || replaced).
+    `spliced_loss`, and the mean divergence KL(untouched || replaced) in nats. It is taken
+    between the next-token distributions of the model as it is and with the activations
+    replaced.
     """
     loss, divergence, count = 0.0, 0.0, 0
     for batch in tokens.split(contexts_per_batch):
@@ -101,8 +106,8 @@ def _predictions(
     replace: Replace,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """
-    Logits of the predictions made from and of ordinary tokens with the activations at a
-    hook replaced, shape (n, vocabulary), and the tokens to predict, shape (n,).
+    The predictions that count, with the activations at a hook replaced: their logits, shape
+    (n, vocabulary), and the tokens to predict, shape (n,).
     """
     ordinary = is_ordinary(tokens, special_token_ids)
 

@@ -201,7 +201,8 @@ def test_every_option_of_a_union_is_accepted(
         ),
         (
             ["lr_scheduler_name=cosineannealing", "lr_end=0", "lr_decay_steps=10"],
-            "lr_decay_steps (10) would decay from lr_end = 0 to 0.",
+            "lr_decay_steps (10) would decay from lr_end = 0 to 0: give a larger lr_end, or "
+            "lr_decay_steps=0.",
         ),
         # raised by the configs' own validation
         (["sae.k=33"], "sae: k must be in (0, d_sae = 32], got 33."),
