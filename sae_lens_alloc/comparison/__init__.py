@@ -1,1 +1,1 @@
-"""SAEs of several architectures, trained on the same activations and compared at equal L0."""
+"""SAEs of several architectures that are trained on the same activations and compared at equal L0."""

@@ -1,4 +1,4 @@
-"""Figure 1 of the paper on real activations: one budget, given out by three rules."""
+"""Figure 1 of the paper on real activations: one budget, allocated by three rules."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -25,15 +25,16 @@ PAIRS_PER_TOKEN = 4
 @torch.no_grad()
 def allocation_picture(sae: SAE[Any], activations: torch.Tensor) -> dict[str, Any]:
     """
-    Which of 40 x 40 token-feature pairs each rule activates with the same budget of 4 per
-    token, for the 40 features that are most active on 40 tokens.
+    The pairs that each rule activates with the same budget, 4 pairs per token. The tokens are
+    the first 40. The features are the 40 that are most active on them.
 
     Args:
-        sae: A saved SAE with decoder norms folded in, so that affinities compare.
+        sae: A saved SAE with decoder norms folded in, so that its pre-activations are
+            affinities.
         activations: Activations of successive tokens, shape (T, d_in).
 
     Returns:
-        Affinities of the active pairs by rule, tokens x features, 0 where inactive.
+        By rule, the affinities of the active pairs, tokens x features, 0 where inactive.
     """
     tokens = activations[:N_TOKENS].to(sae.device)
     active = sae.encode(tokens).to_dense()
@@ -41,7 +42,7 @@ def allocation_picture(sae: SAE[Any], activations: torch.Tensor) -> dict[str, An
     x = sae.process_sae_in(tokens)
     bias = getattr(sae, "b_enc", 0.0)
     affinities = (x @ sae.W_enc + bias)[:, features].relu()
-    # the most wanted feature on the left
+    # the feature with the most positive affinities first
     affinities = affinities[:, (affinities > 0).sum(0).argsort(descending=True)]
     budget = PAIRS_PER_TOKEN * len(tokens)
     return {
@@ -57,7 +58,7 @@ def _top_k(affinities: torch.Tensor) -> torch.Tensor:
 
 
 def _feature_choice(affinities: torch.Tensor, budget: int) -> SparseActivations:
-    """With the law that Feature Choice starts from, as the SAEs have it by default."""
+    """Feature Choice with the law that it starts from by default."""
     quotas = zipf_quotas(
         NATURAL_LAW, affinities.shape[1], budget, MAX_DENSITY * len(affinities)
     )
@@ -78,8 +79,15 @@ def shown_allocation(
     earlier: Mapping[str, Any] | None,
 ) -> dict[str, Any] | None:
     """
-    The picture for the first row of ours at the middle k, else the first row; the earlier one
-    where its SAE is not here.
+    The picture of one SAE at the middle k. This is the SAE of the first mutual_choice row, or
+    else of the first row. If no SAE is in the folder, it is the earlier picture.
+
+    Args:
+        config: The comparison.
+        points: The points of the results.
+        output: Folder of the comparison.
+        stream: The activations, if they are there.
+        earlier: An earlier results.json.
     """
     k = middle_k(config.k)
     shown = [

@@ -27,8 +27,8 @@ class Cell:
         sparsity: Value of that setting.
         lr: Learning rate.
         seed: Seed of the SAE's weights.
-        target_l0s: Features per token that its thresholds are set to after training: its k,
-            or, without a k, every k of the comparison.
+        target_l0s: Features per token that its thresholds are set for after training. This is
+            its k or, without a k, every k of the comparison.
         settings: Its run, laid out as in the file that `load_runner_config` reads.
         stream: Digest of the activations' settings.
     """
@@ -44,7 +44,7 @@ class Cell:
 
     @property
     def key(self) -> str:
-        """Its folder's name. A cell of other settings has another, so none is overwritten."""
+        """Name of its folder. It depends on all settings, so no other cell is overwritten."""
         text = json.dumps(asdict(self), sort_keys=True, default=str)
         row = re.sub(r"[^A-Za-z0-9_.-]+", "-", self.row)
         return (
@@ -53,7 +53,7 @@ class Cell:
         )
 
     def runner_config(self) -> LanguageModelSAERunnerConfig[Any]:
-        """Its run, checked."""
+        """Its run. Raises ValueError if the run could not work."""
         return build_training_config(
             {
                 **self.settings,
@@ -65,10 +65,10 @@ class Cell:
 
 
 def cell_folder(output: Path, key: str) -> Path:
-    """Where the cell with this key is trained."""
+    """Folder of the cell with this key."""
     return output / "cells" / key
 
 
 def sae_folder(folder: Path, target_l0: float) -> Path:
-    """Where a cell's SAE with thresholds for this many features per token is saved."""
+    """Folder of a cell's SAE with thresholds for this many features per token."""
     return folder / f"l0-{target_l0:g}"

@@ -1,4 +1,4 @@
-"""Which of the trained SAEs stands for its row, by the validation split alone."""
+"""Chooses the SAEs that stand for a row, by the validation split alone."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -7,7 +7,7 @@ from typing import Any
 
 from sae_lens_alloc.comparison.cell import Cell
 
-# What training a cell gave, as `cell.json` holds it, by the cell's key.
+# The content of `cell.json`, by the key of the cell.
 Results = Mapping[str, Mapping[str, Any]]
 
 
@@ -20,8 +20,8 @@ class Choice:
         row: Name of the row.
         k: Features per token.
         cell: The best cell of the first seed; None if no cell reaches this L0.
-        tried: What was tried with the first seed, with explained variance on the validation
-            split, None where the L0 was out of reach; or with why it failed.
+        tried: What was tried with the first seed. Each entry has the explained variance on the
+            validation split, None if the L0 was out of reach, or the reason of a failure.
     """
 
     row: str
@@ -38,8 +38,8 @@ def choose(
 
     Args:
         cells: Cells of one seed.
-        results: What the trained ones gave.
-        failures: Why others failed, by key. What has neither result nor failure is left out.
+        results: Results of the trained cells.
+        failures: Reasons of failures, by key. Cells with neither are left out.
     """
     tried = [cell for cell in cells if cell.key in results or cell.key in failures]
     points = dict.fromkeys((cell.row, k) for cell in tried for k in cell.target_l0s)
@@ -80,8 +80,8 @@ def _choose(
 
 def validation_ev(result: Mapping[str, Any] | None, k: float) -> float | None:
     """
-    Explained variance at an L0 of k on the validation split; None if out of reach, not a
-    number, or if there is no result.
+    Explained variance at an L0 of k on the validation split. None if there is no result, the
+    L0 was out of reach, or the figure is not a number.
     """
     if result is None:
         return None
@@ -100,7 +100,7 @@ def other_seeds(cells: Sequence[Cell], choices: Sequence[Choice]) -> list[Cell]:
 
 
 def trained_runs(cells: Sequence[Cell], choice: Choice, results: Results) -> list[Cell]:
-    """The chosen settings' cells that have been trained, one a seed."""
+    """The trained cells with the chosen settings, one for each seed."""
     return [
         cell
         for cell in other_seeds(cells, [choice])

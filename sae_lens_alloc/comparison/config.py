@@ -19,7 +19,7 @@ from sae_lens_alloc.config.run_file import (
 )
 from sae_lens_alloc.typed_values import convert, in_words
 
-# What the grid sets is set nowhere else.
+# The grid sets these, so a file must not.
 GRID_KEYS = {
     "lr": "compare.lr",
     "sae.k": "compare.k",
@@ -27,7 +27,7 @@ GRID_KEYS = {
 }
 # What a row may set for itself besides its SAE.
 ROW_KEYS = ("lr", "seeds", "optimizer")
-# A comparison keeps its files in a folder of its own, and goes on by cells.
+# A comparison has an output folder of its own, and is resumed cell by cell.
 UNUSED_KEYS = (
     *("output_path", "checkpoint_path", "n_checkpoints", "save_final_checkpoint"),
     *("resume_from_checkpoint", "from_pretrained_path", "logger", "verbose"),
@@ -37,24 +37,24 @@ UNUSED_KEYS = (
 @dataclass(frozen=True)
 class ComparisonConfig:
     """
-    What is compared with what. Everything else is shared by all rows.
+    The grid of a comparison, and the settings that all rows share.
 
     Args:
         k: Features per token at which the rows are compared.
-        lr: Learning rates that every row tries with the first seed; the best at each k on the
-            validation split trains the other seeds.
-        seeds: Seeds of the SAEs' weights. The activations and their order are the same.
+        lr: Learning rates that every row tries with the first seed. The best one at each k on
+            the validation split trains the other seeds.
+        seeds: Seeds of the SAEs' weights. The activations and their order do not depend on it.
         rows: SAE settings by name of the row, on top of the shared ones under `sae:`. A row
-            whose architecture has no k gives a list for its sparsity coefficient, a value
-            for each `k`. A row may have learning rates of its own, `lr`, as many as all
-            have, more seeds than all, `seeds`, theirs first, and an `optimizer`.
+            whose architecture has no k gives a list for its sparsity coefficient, with one
+            value for each `k`. A row may also have learning rates of its own (`lr`, as many as
+            the other rows), more seeds (`seeds`, the shared ones first) and an `optimizer`.
         heldout_path: Parquet file with a column `text`, for a language model. Its contexts
-            are dealt in turn to the validation and the test split.
+            go to the validation and the test split in turn.
         synthetic: Fields of SAELens' SyntheticModelConfig, for synthetic activations.
         eval_samples: Size of the validation and of the test split of synthetic activations.
-        stored_dtype: How activations are kept on disk.
-        measured_on: Split that the figures are measured on: "validation" for experiments
-            whose outcome decides about settings, so that the test split stays unseen.
+        stored_dtype: Data type of the activations on disk.
+        measured_on: Split of the figures. It is "validation" for experiments whose outcome
+            decides about settings, so that the test split stays unseen.
         shared: The rest of the file.
     """
 
@@ -105,12 +105,12 @@ class ComparisonConfig:
         return self.k if key == "k" else self.rows[row][key]
 
     def stream_run(self) -> LanguageModelSAERunnerConfig[Any]:
-        """The run that the activations are taken from: the first cell's, with their seed."""
+        """The run that the activations come from: that of the first cell, with the shared seed."""
         seed = self.shared.get("seed", LanguageModelSAERunnerConfig.seed)
         return replace(self.cells()[0].runner_config(), seed=seed)
 
     def stream_settings(self) -> dict[str, Any]:
-        """What the activations depend on."""
+        """The settings that the activations depend on."""
         return {
             **{key: value for key, value in self.shared.items() if key != "sae"},
             "d_in": self.shared["sae"]["d_in"],
@@ -154,7 +154,8 @@ def load_comparison(
         The comparison, and the settings it was read from.
 
     Raises:
-        ValueError: in one sentence that names the file and the setting.
+        ValueError: if the comparison could not work, in one sentence that names the file and
+            the setting.
         FileNotFoundError: if there is no such file.
     """
     with named_errors(path, overrides):
@@ -169,7 +170,7 @@ def _build(settings: dict[str, Any]) -> ComparisonConfig:
     flat = {*shared, *(f"sae.{key}" for key in sae)}
     for key, instead in GRID_KEYS.items():
         if key in flat:
-            raise ValueError(f"{key} is not set for all rows: {instead} gives it.")
+            raise ValueError(f"{key} must not be set for all rows: give {instead}.")
     for key in shared:
         if key in UNUSED_KEYS:
             raise ValueError(f"{key} has no effect in a comparison: remove it.")
@@ -214,7 +215,7 @@ def _build(settings: dict[str, Any]) -> ComparisonConfig:
 
 
 def digest(settings: Mapping[str, Any]) -> str:
-    """Eight letters that differ where settings do."""
+    """Eight hexadecimal digits that identify settings."""
     text = json.dumps(settings, sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:8]
 
@@ -223,7 +224,7 @@ def _require_lrs(row: str, value: Any, n: int) -> None:
     if len(_list_or_nothing(value, list[float])) != n:
         raise ValueError(
             f"compare.rows.{row}.lr must be a list of {n} learning rates, as many as "
-            f"compare.lr has, or the row would have more or fewer tries; got {value!r}."
+            f"compare.lr has, so that all rows have as many tries, got {value!r}."
         )
 
 
@@ -232,7 +233,7 @@ def _require_seeds(row: str, value: Any, shared: list[int]) -> None:
     if seeds[: len(shared)] != shared or len(set(seeds)) != len(seeds):
         raise ValueError(
             f"compare.rows.{row}.seeds must be a list of different seeds that begins with "
-            f"those of compare.seeds, {shared}, which all rows share; got {value!r}."
+            f"compare.seeds, {shared}, which all rows share, got {value!r}."
         )
 
 

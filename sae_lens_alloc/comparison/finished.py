@@ -1,4 +1,4 @@
-"""What is known of the SAEs that have been trained: from their folders, and from a results.json."""
+"""The trained SAEs of a comparison, from their folders and from a results.json."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,7 +12,7 @@ RESULTS_FILENAME = "results.json"
 SCHEMA_VERSION = 2
 FIGURES_FILENAME = "{split}.json"
 SPLITS_MEASURED = ("validation", "test")
-# What is known of each cell, by its key.
+# The results of each finished cell, by its key.
 Cells = dict[str, dict[str, Any]]
 # Why a cell could not be trained or measured, by its key.
 Failures = dict[str, str]
@@ -24,7 +24,7 @@ def earlier_results(output: Path) -> dict[str, Any] | None:
     The results.json of an output folder, None if there is none.
 
     Raises:
-        ValueError: if it is not what a comparison of this version wrote.
+        ValueError: if no comparison of this version wrote it.
     """
     path = output / RESULTS_FILENAME
     if not path.exists():
@@ -48,9 +48,9 @@ def earlier_results(output: Path) -> dict[str, Any] | None:
 
 def known_cells(output: Path) -> Cells:
     """
-    Every cell that has finished in this folder, or had when its results.json was written,
-    which may have been elsewhere: without the SAE itself, its figures still stand. One whose
-    figures are no numbers has not, and is trained again.
+    The cells that have finished, in this folder or by its results.json. A results.json may
+    come from another machine; its figures count without the SAEs. A cell whose figures are not
+    numbers has not finished, and is trained again.
 
     Raises:
         ValueError: if a file is damaged.
@@ -60,9 +60,9 @@ def known_cells(output: Path) -> Cells:
         facts = _facts(path)
         if _has_no_figures(facts):
             continue
-        del facts["settings"]  # the comparison's
+        del facts["settings"]  # the comparison has them
         earlier = cells.get(path.parent.name, {})
-        # of a training that was done again, the figures are no longer these
+        # earlier figures do not count if the cell has been trained again
         same = earlier.get("seconds") == facts["seconds"]
         kept = earlier["measured"] if same else {}
         measured = {
@@ -75,7 +75,7 @@ def known_cells(output: Path) -> Cells:
 
 
 def known_failures(output: Path, known: Cells) -> Failures:
-    """Why cells failed, in this folder or by its results.json, that are not known since."""
+    """Reasons of failed cells, in this folder or by its results.json, that have not finished since."""
     failures: Failures = dict((earlier_results(output) or {}).get("failed", {}))
     for path in output.glob(f"cells/*/{RESULT_FILENAME}"):
         if _has_no_figures(_facts(path)):
@@ -97,7 +97,7 @@ def _facts(path: Path) -> dict[str, Any]:
 
 
 def _has_no_figures(facts: Mapping[str, Any]) -> bool:
-    """Whether a training has diverged, as far as that was not noticed when it ended."""
+    """Whether a training has diverged without an error when it ended."""
     return any(
         point.get("explained_variance", 0.0) is None
         for point in facts["validation"].values()
@@ -107,16 +107,16 @@ def _has_no_figures(facts: Mapping[str, Any]) -> bool:
 def measured_at(
     facts: Mapping[str, Any], split: str, k: float
 ) -> dict[str, Any] | None:
-    """What a cell was found to do on a split with k features per token, if measured."""
+    """Figures of a cell on a split with k features per token, None if not measured."""
     return facts["measured"].get(split, {}).get(f"{k:g}")
 
 
 def _figures(folder: Path, split: str) -> dict[str, Any]:
-    """What the SAEs in a cell's folder were found to do on a split, by k."""
+    """Figures of the SAEs in the folder of a cell on a split, by k."""
     figures: dict[str, Any] = {}
     for path in sorted(folder.glob(f"l0-*/{FIGURES_FILENAME.format(split=split)}")):
         try:
             figures[path.parent.name.removeprefix("l0-")] = read_json_mapping(path)
-        except ValueError:  # half-written by a run that was killed: measured again
+        except ValueError:  # half-written by a run that was killed, so measured again
             continue
     return figures

@@ -1,4 +1,4 @@
-"""JSON files that are whole, and hold no NaN, which JSON has not."""
+"""JSON files that are never half-written and hold no NaN, which JSON does not have."""
 
 import json
 import math
@@ -19,13 +19,13 @@ def finite_or_null(value: Any) -> Any:
 
 
 def write_whole(path: Path, text: str) -> None:
-    """Writes a text file by way of another, so that it is never seen half-written."""
+    """Writes a text file under another name and renames it, so that it is never half-written."""
     partial = path.with_name(f"{path.name}.partial")
     partial.write_text(text, encoding="utf-8")
     partial.replace(path)
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Writes a value as JSON, null for what is not finite."""
+    """Writes a value as JSON, with null in place of numbers that are not finite."""
     text = json.dumps(finite_or_null(value), indent=2, allow_nan=False)
     write_whole(path, text + "\n")

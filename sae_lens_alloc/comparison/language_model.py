@@ -1,4 +1,4 @@
-"""Activations of a language model, and what an SAE of them costs the model."""
+"""Activations of a language model, and how well it runs on the reconstructions of an SAE."""
 
 from functools import cached_property
 from pathlib import Path
@@ -30,9 +30,9 @@ from sae_lens_alloc.evaluation.usage import Usage
 class LanguageModelSubject(Subject):
     """
     A language model at one hook. Training activations come from SAELens' ActivationsStore,
-    shuffled as in any training. The contexts of the held-out text are dealt in turn to the
-    validation and the test split: L0 differs by document, and all that is learnt from the
-    validation split is a learning rate and one number for the thresholds.
+    shuffled as in any training. The contexts of the held-out text go to the validation and the
+    test split in turn, since L0 differs between documents. The validation split decides only a
+    learning rate and one number for the thresholds.
     """
 
     def __init__(self, config: ComparisonConfig) -> None:
@@ -71,7 +71,7 @@ class LanguageModelSubject(Subject):
     def evaluate(
         self,
         sae: SAE[Any],
-        stream: StoredStream,  # the model must run to be judged
+        stream: StoredStream,  # not used: the model has to run on text
         split: str,
     ) -> tuple[Usage, dict[str, Any]]:
         evaluation = evaluate_sae(
@@ -98,7 +98,7 @@ class LanguageModelSubject(Subject):
 
     @cached_property
     def special_token_ids(self) -> list[int]:
-        """Tokens left out, as in training."""
+        """Ids of the tokens that are left out, as in training."""
         excluded = self.cfg.exclude_special_tokens
         if isinstance(excluded, list):
             return excluded
@@ -121,7 +121,7 @@ class LanguageModelSubject(Subject):
         return {"validation": contexts[::2], "test": contexts[1::2]}
 
     def _baseline(self, split: str) -> Baseline:
-        """The model without an SAE."""
+        """Measurements of the model without an SAE."""
         if split not in self._baselines:
             self._baselines[split] = measure_baseline(
                 self.model,
@@ -151,10 +151,10 @@ class LanguageModelSubject(Subject):
 
 def held_out_texts(path: Path) -> list[str]:
     """
-    The texts of a parquet file with a column `text`, empty and missing ones left out.
+    The texts of a parquet file with a column `text`, without empty and missing ones.
 
     Raises:
-        ValueError: in one sentence, if it is something else or holds no text.
+        ValueError: if it is no such file or holds no text.
     """
     try:
         texts = pq.read_table(path, columns=["text"])["text"]

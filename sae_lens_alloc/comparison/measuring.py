@@ -1,4 +1,4 @@
-"""Measures the chosen SAEs of a comparison on the split that its figures are of."""
+"""Measures the chosen SAEs of a comparison on the split of its figures."""
 
 import math
 from collections.abc import Sequence
@@ -33,19 +33,19 @@ def measure_chosen(
     console: Console,
 ) -> Failures:
     """
-    Measures the SAEs of the chosen settings that have not been, and writes what was found to
-    their folders.
+    Measures the SAEs of the chosen settings that have not been measured, and writes the figures
+    to their folders.
 
     Args:
         config: The comparison.
         choices: The chosen settings.
-        known: What is known of all cells.
-        activations: What to measure on; written if they are not there.
+        known: Results of the finished cells.
+        activations: The activations to measure on. They are written if they are not there.
         output: Folder of the comparison.
         console: Where the progress is shown.
 
     Returns:
-        Why cells could not be measured, by key.
+        Reasons why cells could not be measured, by key.
 
     Raises:
         ValueError: if an SAE that has to be measured is not in its folder.
@@ -68,7 +68,7 @@ def measure_chosen(
             activations.needed()
             try:
                 _measure(path, device, activations, split)
-            except Exception as error:  # of one SAE, which the others can do without
+            except Exception as error:  # one SAE must not stop the others
                 failures[cell.key] = (
                     f"{path.name} on the {split} split: {as_reason(error)}"
                 )

@@ -1,4 +1,4 @@
-"""The plots of a comparison's report, one function each."""
+"""The plots in the report of a comparison, one function each."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -13,9 +13,9 @@ from sae_lens_alloc.evaluation.report_run import colour
 Point = Mapping[str, Any]
 
 RULES = {
-    "topk": "TopK: every token its 4",
-    "mutual_choice": "Mutual Choice: whoever is largest",
-    "feature_choice": "Feature Choice: every feature its share",
+    "topk": "TopK: 4 for every token",
+    "mutual_choice": "Mutual Choice: the largest",
+    "feature_choice": "Feature Choice: a share for every feature",
 }
 DEAD_COUNTS = {
     "dead_features": "never active",
@@ -25,7 +25,7 @@ DEAD_COUNTS = {
 
 
 def points_by_row(points: Iterable[Point]) -> dict[str, list[Point]]:
-    """The points of each row, in the order in which they come."""
+    """The points of each row, in the order of `points`."""
     rows: dict[str, list[Point]] = {}
     for point in points:
         rows.setdefault(point["row"], []).append(point)
@@ -35,7 +35,7 @@ def points_by_row(points: Iterable[Point]) -> dict[str, list[Point]]:
 def pareto_plot(
     rows: Mapping[str, Sequence[Point]], metric: str, label: str, tick_format: str
 ) -> go.Figure:
-    """A metric over L0 on the same split: the mean over seeds in their range."""
+    """A metric over L0 on the same split: mean over seeds, with the range of the seeds as an area."""
     figure = new_figure("features per token (L0)", label)
     for i, (row, points) in enumerate(rows.items()):
         points = sorted(
@@ -71,7 +71,7 @@ def pareto_plot(
 
 
 def dead_plot(rows: Mapping[str, Sequence[Point]], k: float, d_sae: int) -> go.Figure:
-    """Share of the features that are dead or rare at one k, mean over seeds."""
+    """Share of the features that are dead or rare at one k: mean over seeds, with their range."""
     figure = new_figure("", "share of features")
     shown = {
         row: point["over_seeds"]
@@ -101,7 +101,7 @@ def dead_plot(rows: Mapping[str, Sequence[Point]], k: float, d_sae: int) -> go.F
 
 
 def allocation_plot(rules: Mapping[str, Sequence[Sequence[float]]]) -> go.Figure:
-    """Active pairs of tokens and features under each rule, darker where larger."""
+    """Active token-feature pairs under each rule. Larger affinities are darker."""
     figure = make_subplots(
         rows=1,
         cols=len(rules),
@@ -112,7 +112,7 @@ def allocation_plot(rules: Mapping[str, Sequence[Sequence[float]]]) -> go.Figure
     for column, affinities in enumerate(rules.values(), start=1):
         figure.add_trace(
             go.Heatmap(
-                # half the scale for the smallest, so that whatever is active is seen
+                # the smallest is at half of the scale, so that every active pair can be seen
                 z=[
                     [0.5 + value / largest / 2 if value else 0 for value in row]
                     for row in affinities

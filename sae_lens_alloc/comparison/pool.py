@@ -1,4 +1,4 @@
-"""Trains cells in processes of their own, side by side where there is room."""
+"""Trains cells in processes of their own, several of them side by side."""
 
 import os
 import queue
@@ -20,18 +20,18 @@ from sae_lens_alloc.comparison.cell import (
 from sae_lens_alloc.comparison.json_files import write_json
 
 LOG_FILENAME = "log.txt"
-# glibc gives large blocks back after each use and gets them again, zeroed page by page: a sixth
-# of a stock step on the CPU
+# glibc returns large blocks to the system after each use and gets them again, zeroed page by page. That
+# would be a sixth of the time of SAELens' steps on the CPU.
 KEEP_FREED_MEMORY = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**40)}
 
 
 def default_jobs(device: str) -> int:
-    """Processes side by side unless told otherwise: one on the CPU, one on each GPU."""
+    """Default number of processes side by side: one on the CPU, or one on each GPU."""
     return torch.cuda.device_count() if torch.device(device).type == "cuda" else 1
 
 
 def threads_per_job(jobs: int) -> int:
-    """PyTorch threads of each process: an equal share of this process's."""
+    """PyTorch threads of each process: an equal share of the threads of this process."""
     return max(1, torch.get_num_threads() // jobs)
 
 
@@ -44,11 +44,16 @@ def train_cells(
     on_finished: Callable[[], None],
 ) -> None:
     """
-    Trains cells. What SAELens prints goes to `log.txt` in the
-    cell's folder, and why one fails to `failed.json`; the others go on. On several GPUs each
-    process sees one of them.
+    Trains cells. The output of each process goes to `log.txt` in the folder of the cell. If a
+    cell fails, the reason goes to `failed.json` there, and the others continue. On several GPUs
+    each process sees one of them.
 
     Args:
+        cells: The cells to train.
+        config: File of the comparison.
+        stream: Folder of the activations.
+        output: Folder of the comparison.
+        jobs: Processes side by side.
         on_finished: Called after each cell.
     """
     slots: queue.SimpleQueue[int] = queue.SimpleQueue()
@@ -59,37 +64,24 @@ def train_cells(
     ended = False
 
     def train(cell: Cell) -> str | None:
-        slot = slots.get()
-        try:
-            return _train(cell, slot)
-        finally:
-            slots.put(slot)
-
-    def _train(cell: Cell, slot: int) -> str | None:
+        """Returns the reason if the cell fails."""
         folder = cell_folder(output, cell.key)
         folder.mkdir(parents=True, exist_ok=True)
-        environment = KEEP_FREED_MEMORY | os.environ
-        if torch.device(cell.runner_config().device) == torch.device("cuda"):
-            environment["CUDA_VISIBLE_DEVICES"] = _gpu(slot)
-        with (folder / LOG_FILENAME).open("w") as log:
-            process = subprocess.Popen(
-                [
-                    *(
-                        sys.executable,
-                        "-m",
-                        "sae_lens_alloc.comparison.worker",
-                    ),
-                    *(str(config), str(stream), str(folder)),
-                    *("--threads", str(threads_per_job(jobs))),
-                ],
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                env=environment,
-            )
-            processes.append(process)
-            if ended:  # in the meantime
-                process.terminate()
-            process.wait()
+        slot = slots.get()
+        try:
+            with (folder / LOG_FILENAME).open("w") as log:
+                process = subprocess.Popen(
+                    _command(config, stream, folder, threads_per_job(jobs)),
+                    stdout=log,
+                    stderr=subprocess.STDOUT,
+                    env=_environment(cell, slot),
+                )
+                processes.append(process)
+                if ended:  # in the meantime
+                    process.terminate()
+                process.wait()
+        finally:
+            slots.put(slot)
         if process.returncode or not (folder / RESULT_FILENAME).exists():
             return _reason(process.returncode, folder / LOG_FILENAME)
         return None
@@ -111,14 +103,29 @@ def train_cells(
             raise
 
 
+def _command(config: Path, stream: Path, folder: Path, threads: int) -> list[str]:
+    return [
+        *(sys.executable, "-m", "sae_lens_alloc.comparison.worker"),
+        *(str(config), str(stream), str(folder)),
+        *("--threads", str(threads)),
+    ]
+
+
+def _environment(cell: Cell, slot: int) -> dict[str, str]:
+    environment = KEEP_FREED_MEMORY | os.environ
+    if torch.device(cell.runner_config().device) == torch.device("cuda"):
+        environment["CUDA_VISIBLE_DEVICES"] = _gpu(slot)
+    return environment
+
+
 def _reason(returncode: int, log: Path) -> str:
-    """Why a process failed: the last line of its log, which has the rest."""
+    """Why a process failed: the last line of its log, or the signal that ended it."""
     if returncode < 0:
         name = signal.Signals(-returncode).name
-        memory = ", perhaps for want of memory" if name == "SIGKILL" else ""
+        memory = ", perhaps because memory ran out" if name == "SIGKILL" else ""
         return f"its process was ended by {name}{memory}"
     lines = log.read_text(errors="replace").splitlines()
-    last = next((line for line in reversed(lines) if line.strip()), "it said nothing")
+    last = next((line for line in reversed(lines) if line.strip()), "its log is empty")
     return last.strip().rstrip(".")
 
 

@@ -1,4 +1,4 @@
-"""The bar that shows how far a comparison is."""
+"""The progress bar of a comparison."""
 
 from rich.console import Console
 from rich.progress import (
@@ -12,6 +12,7 @@ from rich.progress import (
 
 
 def progress_bar(console: Console) -> Progress:
+    """A bar with the number of finished items, the elapsed time and the remaining time."""
     return Progress(
         TextColumn("{task.description}"),
         BarColumn(),

@@ -1,6 +1,6 @@
-"""A comparison's report: one self-contained HTML page, from its results."""
+"""The report of a comparison: one self-contained HTML page, from its results."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,8 +35,8 @@ class Metric:
 
     Args:
         key: Its name in results.json.
-        name: Its name for the reader.
-        meaning: What it is, in a sentence.
+        name: Its name for readers.
+        meaning: What it is, in one sentence.
         form: How to write a value in a table.
         plotted: Whether a curve over L0 is drawn.
     """
@@ -60,29 +60,29 @@ LANGUAGE_MODEL = (
     Metric(
         "ce_recovered_mean",
         "CE recovered, against the mean",
-        "Share of the next-token loss that the mean activation for every token adds, and "
-        "the SAE's reconstruction wins back.",
+        "The mean activation for every token adds to the next-token loss. This is the share of "
+        "that loss that the SAE's reconstruction recovers.",
         plotted=True,
     ),
     Metric(
         "ce_recovered_zero",
         "CE recovered, against zero",
-        "The same against zero for every activation.",
+        "The same with zero for every activation.",
         plotted=True,
     ),
     Metric(
         "kl_divergence",
         "KL divergence",
-        "Of the model's next-token distribution with the SAE from its own, in nats. Lower "
-        "is better.",
+        "Divergence of the model's next-token distribution with the SAE from its own, in nats. "
+        "Lower is better.",
     ),
 )
 SYNTHETIC = (
     Metric(
         "f1",
         "F1",
-        "How well each feature of the SAE tells when the known feature nearest to it is "
-        "active, mean over features.",
+        "How well the firing of each feature of the SAE predicts when its nearest known feature "
+        "is active, mean over features.",
         plotted=True,
     ),
     Metric(
@@ -99,8 +99,8 @@ COUNTS = (
     Metric("very_rare_features", "< 1e-5", "On fewer than 1 in 100,000.", "{:,.0f}"),
     Metric("rare_features", "< 1e-4", "On fewer than 1 in 10,000.", "{:,.0f}"),
     Metric("zipf_alpha", "α", "Exponent of the fitted law.", "{:.2f}"),
-    Metric("zipf_beta", "β", "Its flat head, in ranks.", "{:.0f}"),
-    Metric("zipf_r2", "R²", "How well the law fits, in log-log.", "{:.3f}"),
+    Metric("zipf_beta", "β", "Length of its flat head, in ranks.", "{:.0f}"),
+    Metric("zipf_r2", "R²", "How well the law fits, on a log-log scale.", "{:.3f}"),
 )
 
 
@@ -143,7 +143,7 @@ def render_comparison_report(results: Mapping[str, Any]) -> str:
         undefined=StrictUndefined,
     )
     return environment.get_template("comparison/report.html.jinja").render(
-        results={"failed": {}, **results},  # which earlier results have not
+        results={"failed": {}, **results},  # earlier versions wrote no "failed"
         split=split,
         rows=rows,
         seeds=numbers_of_seeds(results["settings"]["compare"]),
@@ -154,38 +154,45 @@ def render_comparison_report(results: Mapping[str, Any]) -> str:
         cell=_cell,
         why_empty=_why_empty,
         plotly_js=Markup(get_plotlyjs()),
-        pareto=[
-            {
-                "metric": metric,
-                "html": plot_html(
-                    pareto_plot(rows, metric.key, metric.name, ".3~f"),
-                    f"pareto-{metric.key}",
-                ),
-            }
-            for metric in metrics
-            if metric.plotted
-        ],
+        pareto=_pareto_plots(rows, metrics),
         dead=plot_html(
             dead_plot(rows, middle, results["subject"]["d_sae"]), "dead-features"
         ),
         density=plot_html(density_plot(curves), "density")
         if any(curves.values())
         else None,
-        features_per_token=plot_html(
-            features_per_token_plot(
-                {
-                    row: torch.tensor(run["l0_histogram"]) if run else None
-                    for row, run in shown.items()
-                }
-            ),
-            "features-per-token",
-        )
-        if any(shown.values())
-        else None,
+        features_per_token=_features_per_token(shown),
         allocation=plot_html(allocation_plot(allocation["rules"]), "allocation", 360)
         if allocation
         else None,
     )
+
+
+def _pareto_plots(
+    rows: Mapping[str, list[Point]], metrics: Sequence[Metric]
+) -> list[dict[str, Any]]:
+    return [
+        {
+            "metric": metric,
+            "html": plot_html(
+                pareto_plot(rows, metric.key, metric.name, ".3~f"),
+                f"pareto-{metric.key}",
+            ),
+        }
+        for metric in metrics
+        if metric.plotted
+    ]
+
+
+def _features_per_token(shown: Mapping[str, dict[str, Any] | None]) -> Markup | None:
+    """The plot of features per token, None if no SAE has been measured."""
+    if not any(shown.values()):
+        return None
+    histograms = {
+        row: torch.tensor(run["l0_histogram"]) if run else None
+        for row, run in shown.items()
+    }
+    return plot_html(features_per_token_plot(histograms), "features-per-token")
 
 
 def _cell(point: Point, metric: Metric) -> Markup:
@@ -205,14 +212,14 @@ def _why_empty(point: Point) -> str:
     if whys and len(whys) == len(point["tried"]):
         return f"failed: {whys[0]}"
     if point["chosen"] is not None:
-        return "failed where it was measured"
+        return "could not be measured"
     return "no thresholds reach this L0"
 
 
 def _one_run(
     cells: Mapping[str, Any], point: Point, split: str
 ) -> dict[str, Any] | None:
-    """What one seed's SAE was found to do, one whose density curve is known if there is one."""
+    """Figures of the SAE of one seed, with its density curve if one of the seeds has a curve."""
     runs = [
         measured
         for run in point["runs"]

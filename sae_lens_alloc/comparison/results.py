@@ -29,12 +29,12 @@ VERY_RARE_DENSITY = 1e-5
 
 
 def middle_k(ks: Collection[float]) -> float:
-    """The k that pictures of a single k show."""
+    """The k of pictures that show a single k."""
     return sorted(ks)[len(ks) // 2]
 
 
 def figures_of(usage: Usage, figures: Mapping[str, Any]) -> dict[str, Any]:
-    """What is kept of one SAE on a split, from its `Subject.evaluate`."""
+    """The figures of one SAE on a split that are kept, from the return value of `Subject.evaluate`."""
     curve = usage.density_curve()
     return {
         **figures,
@@ -53,10 +53,10 @@ def figures_of(usage: Usage, figures: Mapping[str, Any]) -> dict[str, Any]:
 
 def numbers_of_seeds(compare: Mapping[str, Any]) -> str:
     """
-    How many seeds the rows of a comparison have: "3", or "1 to 2" where some have more.
+    Number of seeds of the rows of a comparison: "3", or "1 to 2" if it differs.
 
     Args:
-        compare: The `compare` part of its settings.
+        compare: The `compare` part of the settings.
     """
     numbers = [
         len(sae.get("seeds", compare["seeds"])) for sae in compare["rows"].values()
@@ -66,7 +66,7 @@ def numbers_of_seeds(compare: Mapping[str, Any]) -> str:
 
 
 def density_curve(measured: Mapping[str, Any]) -> DensityCurve:
-    """The densities in what `figures_of` gave."""
+    """The density curve in the figures of an SAE (see `figures_of`)."""
     law = measured["zipf"]
     return DensityCurve(
         **measured["density_curve"],
@@ -79,10 +79,10 @@ def density_curve(measured: Mapping[str, Any]) -> DensityCurve:
 
 def summary(runs: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, float]]:
     """
-    Mean, smallest and largest value over the seeds, of every number measured.
+    Mean, smallest and largest value over the seeds of every number measured.
 
     Args:
-        runs: What each seed's SAE was found to do, and what its training took.
+        runs: Figures of the SAE of each seed, with the cost of its training.
     """
     flat = [_numbers(run) for run in runs]
     return {
@@ -92,7 +92,7 @@ def summary(runs: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, float]]:
             "max": max(row[name] for row in flat),
         }
         for name in flat[0]
-        # a law may be missing for a seed, or a figure that is no number
+        # a seed may have no law, or a figure that is not a number
         if all(name in row for row in flat)
     }
 
@@ -113,12 +113,13 @@ def point_results(
     choice: Choice, runs: Sequence[Cell], known: Cells, split: str
 ) -> dict[str, Any]:
     """
-    One row at one k.
+    The entry of one row at one k in `results.json`.
 
     Args:
-        runs: The chosen settings' cells, one a seed.
-        known: What is known of all cells.
-        split: The split that they were measured on.
+        choice: The chosen settings.
+        runs: Their cells, one for each seed.
+        known: Results of the finished cells.
+        split: The split of the figures.
     """
     measured = [
         {
@@ -151,7 +152,7 @@ def comparison_results(
     allocation: Mapping[str, Any] | None,
     complete: bool,
 ) -> dict[str, Any]:
-    """The whole of `results.json`; `results.schema.json` describes it."""
+    """The content of `results.json`, which `results.schema.json` describes."""
     return {
         "schema_version": SCHEMA_VERSION,
         "complete": complete,
@@ -171,7 +172,7 @@ def comparison_results(
 
 
 def write_results(path: Path, results: Mapping[str, Any]) -> None:
-    """Writes `results.json`, a list of numbers on one line."""
+    """Writes `results.json`, with each list of numbers on one line."""
     text = json.dumps(finite_or_null(results), indent=1, allow_nan=False)
     text = re.sub(r"\[[\d\s.,e+-]*\]", lambda match: " ".join(match[0].split()), text)
     write_whole(path, text + "\n")

@@ -11,7 +11,12 @@ from rich.console import Console
 
 from sae_lens_alloc.comparison.allocation_picture import shown_allocation
 from sae_lens_alloc.comparison.cell import Cell
-from sae_lens_alloc.comparison.choice import choose, other_seeds, trained_runs
+from sae_lens_alloc.comparison.choice import (
+    Choice,
+    choose,
+    other_seeds,
+    trained_runs,
+)
 from sae_lens_alloc.comparison.config import ComparisonConfig, load_comparison
 from sae_lens_alloc.comparison.finished import (
     RESULTS_FILENAME,
@@ -53,25 +58,25 @@ def run_comparison(
     console: Console,
 ) -> None:
     """
-    Trains what is missing of a comparison, evaluates, and writes `results.json` and
-    `report.html`. Whatever is in `output` already is kept and not done again, and so are the
-    cells that its `results.json` tells of, wherever they were trained. A cell that fails is
-    told of in the results, and tried again by the next command.
+    Trains the missing SAEs of a comparison, evaluates all, and writes `results.json` and
+    `report.html`. Cells that have finished in `output`, or by its `results.json`, are kept and
+    not trained again. A cell that fails is listed in the results, and the next command tries it
+    again.
 
     Args:
-        config_path: See `load_comparison`.
+        config_path: The YAML file, see `load_comparison`.
         overrides: Settings that replace the file's.
         output: Folder for the activations, the SAEs, the results and the report.
-        jobs: Cells to train side by side; None for one, or one on each GPU.
-        finished: Compares what has finished so far, and trains nothing.
+        jobs: Cells to train side by side. None means one, or one on each GPU.
+        finished: Whether to train nothing, and to compare the cells that have finished.
+        console: Where the progress is shown.
 
     Raises:
         ValueError: if the config is wrong, the folder holds something else or a damaged file,
-            nothing has finished that should have, or, at the end, a cell has failed.
+            no cell has finished, or, at the end, a cell has failed.
     """
     config, settings = load_comparison(config_path, overrides)
-    device = config.stream_run().device
-    jobs = jobs or default_jobs(device)
+    jobs = jobs or default_jobs(config.stream_run().device)
     activations = SharedActivations(config, output, console)
     earlier = earlier_results(output)
     if not finished:
@@ -81,23 +86,9 @@ def run_comparison(
             stored.verify()
 
     def train(cells: Sequence[Cell], what: str, known: Cells) -> Cells:
-        missing = [cell for cell in cells if cell.key not in known]
-        if finished or not missing:
+        if finished:
             return known
-        activations.needed()
-        with progress_bar(console) as progress:
-            task = progress.add_task(
-                what, total=len(cells), completed=len(cells) - len(missing)
-            )
-            train_cells(
-                missing,
-                output / CONFIG_FILENAME,
-                activations.folder,
-                output,
-                jobs,
-                lambda: progress.advance(task),
-            )
-        return known_cells(output)
+        return _train_missing(cells, what, known, activations, output, jobs, console)
 
     at_start = known_cells(output)
     cells = config.cells()
@@ -116,29 +107,16 @@ def run_comparison(
     failures |= measure_chosen(config, choices, known, activations, output, console)
     known = known_cells(output)
 
-    split = config.measured_on
-    points = [
-        point_results(
-            choice,
-            [
-                cell
-                for cell in trained_runs(cells, choice, known)
-                if measured_at(known[cell.key], split, choice.k) is not None
-            ],
-            known,
-            split,
-        )
-        for choice in choices
-    ]
-    # without activations here, what they were is told by an earlier results.json alone
+    points = _points(config, choices, known)
+    # without activations here, only an earlier results.json says what they were
     stored = activations.needed() if earlier is None else activations.stored()
     document = comparison_results(
         _subject_facts(config, activations.subject, stored, earlier),
         settings,
-        # the one that trained, which this command may not have done
+        # the machine that trained, which may be another
         earlier["machine"]
         if earlier is not None and known.keys() == at_start.keys()
-        else _machine(device, jobs),
+        else _machine(config.stream_run().device, jobs),
         points,
         known,
         failures,
@@ -151,9 +129,58 @@ def run_comparison(
     _report_failures(cells, failures, output)
 
 
+def _train_missing(
+    cells: Sequence[Cell],
+    what: str,
+    known: Cells,
+    activations: SharedActivations,
+    output: Path,
+    jobs: int,
+    console: Console,
+) -> Cells:
+    """Trains the cells that are not in `known`, and returns all that have finished since."""
+    missing = [cell for cell in cells if cell.key not in known]
+    if not missing:
+        return known
+    activations.needed()
+    with progress_bar(console) as progress:
+        task = progress.add_task(
+            what, total=len(cells), completed=len(cells) - len(missing)
+        )
+        train_cells(
+            missing,
+            output / CONFIG_FILENAME,
+            activations.folder,
+            output,
+            jobs,
+            lambda: progress.advance(task),
+        )
+    return known_cells(output)
+
+
+def _points(
+    config: ComparisonConfig, choices: Sequence[Choice], known: Cells
+) -> list[dict[str, Any]]:
+    """The results of each row at each k, from the cells that have been measured."""
+    split, cells = config.measured_on, config.cells()
+    return [
+        point_results(
+            choice,
+            [
+                cell
+                for cell in trained_runs(cells, choice, known)
+                if measured_at(known[cell.key], split, choice.k) is not None
+            ],
+            known,
+            split,
+        )
+        for choice in choices
+    ]
+
+
 def _claim(output: Path, settings: Mapping[str, Any]) -> None:
     """
-    Makes a folder that of this comparison, with its settings in it.
+    Makes the output folder, with the settings of the comparison in it.
 
     Raises:
         ValueError: if it holds something that is not a comparison.
@@ -191,7 +218,7 @@ def _subject_facts(
     earlier: Mapping[str, Any] | None,
 ) -> dict[str, Any]:
     if stream is None:
-        # nothing was trained or measured here, so all that is known is from there
+        # nothing was trained or measured here, so the earlier results have all that is known
         assert earlier is not None
         return earlier["subject"]
     return {

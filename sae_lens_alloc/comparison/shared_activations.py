@@ -18,10 +18,10 @@ class SharedActivations:
     Args:
         config: The comparison.
         output: Its folder.
-        console: Where it is said that they are written.
+        console: Where a line says that they are being written.
 
     Attributes:
-        subject: What the activations are of.
+        subject: The source of the activations.
         folder: Where they are, or will be.
     """
 
@@ -37,7 +37,7 @@ class SharedActivations:
         return stored_stream(self.folder)
 
     def needed(self) -> StoredStream:
-        """The activations, which are written now if they have not been."""
+        """The activations. They are written now if they have not been."""
         stored = self.stored()
         if stored is None:
             self._console.print("Storing the activations that all SAEs train on")
@@ -46,7 +46,7 @@ class SharedActivations:
 
 
 def make_subject(config: ComparisonConfig) -> Subject:
-    """What a config compares SAEs on."""
+    """The source of the activations of a comparison."""
     if config.synthetic is not None:
         return SyntheticSubject(config)
     return LanguageModelSubject(config)

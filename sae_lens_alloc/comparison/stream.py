@@ -19,14 +19,14 @@ SPLITS = ("train", "validation", "test")
 
 class StoredStream:
     """
-    Activations in files of rows, one file a split, read in the order they were written. Read
-    without mapping them into memory, so that a process's memory stays its own.
+    Activations on disk, one file for each split, read in the order in which they were written.
+    The files are not mapped into memory, so the measured memory of a process is its own.
 
     Args:
-        folder: What `write_stream` wrote.
+        folder: A folder that `write_stream` wrote.
 
     Raises:
-        ValueError: if a file is missing or not of its size.
+        ValueError: if a file is missing or has the wrong size.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -49,11 +49,11 @@ class StoredStream:
 
     def verify(self) -> None:
         """
-        Reads all files, which takes a while.
+        Compares all files with their checksums, which takes a while. Streams of earlier versions
+        have no checksums, and pass.
 
         Raises:
-            ValueError: if one has changed since it was written. Streams that earlier versions
-                wrote have no checksums, and pass.
+            ValueError: if a file has changed since it was written.
         """
         for split, checksum in self.checksums.items():
             if sha256_of(self._path(split)) != checksum:
@@ -61,10 +61,10 @@ class StoredStream:
 
     def training_batches(self, batch_size: int) -> Iterator[torch.Tensor]:
         """
-        Batches of shape (batch_size, d_in) in the order on disk, over and over.
+        Endless batches of shape (batch_size, d_in), in the order on disk, again and again.
 
         Raises:
-            ValueError: if there are too few activations for one, or the file ends early.
+            ValueError: if there are too few activations for one batch, or the file ends early.
         """
         n_batches = self.counts["train"] // batch_size
         if n_batches == 0:
@@ -104,7 +104,7 @@ class StoredStream:
 
 
 def stored_stream(folder: Path) -> StoredStream | None:
-    """The stream in a folder, None where it has not been written to its end."""
+    """The stream in a folder, None if it has not been written to its end."""
     return StoredStream(folder) if (folder / MANIFEST_FILENAME).exists() else None
 
 
@@ -119,15 +119,15 @@ def write_stream(
     Writes activations to disk, once for all cells.
 
     Args:
-        folder: Where to; what an interrupted writing left there is replaced.
+        folder: Folder to write to. What an interrupted run left there is replaced.
         splits: Batches of shape (n, d_in), by split.
-        counts: How many activations of each split to keep.
-        d_in: Their dimension.
+        counts: Number of activations to keep, by split.
+        d_in: Dimension of the activations.
         dtype: "float16" or "float32".
 
     Raises:
-        ValueError: if the disk has too little room, an activation is of another dimension or
-            too large for float16, or there are too few.
+        ValueError: if the disk has too little room, an activation has another dimension or is
+            too large for the dtype, or there are too few activations.
     """
     folder.mkdir(parents=True, exist_ok=True)
     needed = sum(counts.values()) * d_in * np.dtype(dtype).itemsize
@@ -137,34 +137,40 @@ def write_stream(
             f"the activations take {needed / 1e9:.1f} GB in {str(folder)!r}, where "
             f"{free / 1e9:.1f} GB are free: lower training_tokens, or give another output."
         )
-    checksums: dict[str, str] = {}
-    for name, batches in splits.items():
-        digest = hashlib.sha256()
-        with (folder / f"{name}.bin").open("wb") as file:
-            missing = counts[name]
-            for batch in batches:
-                if batch.shape[1:] != (d_in,):
-                    raise ValueError(
-                        f"the activations are of shape {tuple(batch.shape[1:])}, but "
-                        f"sae.d_in is {d_in}."
-                    )
-                kept = batch[:missing].to("cpu", getattr(torch, dtype)).numpy()
-                if not np.isfinite(kept).all():
-                    raise ValueError(
-                        f"an activation of the {name} split is not finite in {dtype}: "
-                        "compare.stored_dtype: float32 holds larger ones."
-                    )
-                kept.tofile(file)
-                digest.update(kept.tobytes())
-                missing -= len(kept)
-                if not missing:
-                    break
-            else:
-                raise ValueError(
-                    f"{missing} activations of the {name} split are missing of the "
-                    f"{counts[name]} asked for."
-                )
-        checksums[name] = digest.hexdigest()
+    checksums = {
+        name: _write_split(folder / f"{name}.bin", batches, counts[name], d_in, dtype)
+        for name, batches in splits.items()
+    }
     manifest: dict[str, Any] = {"d_in": d_in, "dtype": dtype, "counts": counts}
     write_json(folder / MANIFEST_FILENAME, {**manifest, "sha256": checksums})
     return StoredStream(folder)
+
+
+def _write_split(
+    path: Path, batches: Iterable[torch.Tensor], count: int, d_in: int, dtype: str
+) -> str:
+    """Writes the first `count` activations of a split, and returns their checksum."""
+    digest = hashlib.sha256()
+    missing = count
+    with path.open("wb") as file:
+        for batch in batches:
+            if batch.shape[1:] != (d_in,):
+                raise ValueError(
+                    f"the activations are of shape {tuple(batch.shape[1:])}, but "
+                    f"sae.d_in is {d_in}."
+                )
+            kept = batch[:missing].to("cpu", getattr(torch, dtype)).numpy()
+            if not np.isfinite(kept).all():
+                raise ValueError(
+                    f"an activation of the {path.stem} split is not finite in {dtype}: "
+                    "compare.stored_dtype: float32 holds larger ones."
+                )
+            kept.tofile(file)
+            digest.update(kept.tobytes())
+            missing -= len(kept)
+            if not missing:
+                return digest.hexdigest()
+    raise ValueError(
+        f"{missing} activations of the {path.stem} split are missing of the {count} asked for: "
+        "give more text, or lower training_tokens."
+    )

@@ -1,4 +1,4 @@
-"""What the SAEs of a comparison are trained on and judged by."""
+"""The source of the activations of a comparison, which also evaluates SAEs."""
 
 from abc import ABC, abstractmethod
 from pathlib import Path
@@ -11,7 +11,7 @@ from sae_lens_alloc.evaluation.usage import Usage
 
 
 class Subject(ABC):
-    """A source of activations that can judge an SAE of them."""
+    """A source of activations that can evaluate an SAE of them."""
 
     @abstractmethod
     def write(self, folder: Path) -> StoredStream:
@@ -21,8 +21,8 @@ class Subject(ABC):
     def evaluate(
         self, sae: SAE[Any], stream: StoredStream, split: str
     ) -> tuple[Usage, dict[str, Any]]:
-        """Measures an SAE on a split; all figures are also in the dict, for JSON."""
+        """Measures an SAE on a split. The dict has all figures, for JSON."""
 
     @abstractmethod
     def facts(self) -> dict[str, Any]:
-        """What this is: "kind", "activations"."""
+        """A description, with the keys "kind" and "activations"."""

@@ -31,9 +31,9 @@ SAMPLES_PER_BATCH = 4096
 
 class SyntheticSubject(Subject):
     """
-    A SAELens SyntheticModel. Samples are drawn once, each split with a seed of its own; the
-    known features are compared with on further samples, also with a seed for each split, by
-    SAELens' `eval_sae_on_synthetic_data`.
+    A SAELens SyntheticModel. Samples are drawn once, each split with a seed of its own. SAELens'
+    `eval_sae_on_synthetic_data` compares an SAE with the known features on further samples, also
+    with a seed for each split.
     """
 
     def __init__(self, config: ComparisonConfig) -> None:
@@ -86,11 +86,11 @@ class SyntheticSubject(Subject):
 
     @cached_property
     def model(self) -> SyntheticModel:
-        """What the samples are drawn from."""
+        """The model that samples are drawn from."""
         return SyntheticModel(self.model_cfg, device=self.cfg.device)
 
     def _samples(self, split: int) -> Iterator[torch.Tensor]:
-        # a generator may be left half-way, so it must not hold torch's seed meanwhile
+        # a generator may never be continued, so it must not keep a seed set between batches
         batch = 0
         while True:
             with temporary_seed(self._seed(split, batch)):
@@ -99,7 +99,7 @@ class SyntheticSubject(Subject):
             batch += 1
 
     def _seed(self, split: int, batch: int = 0) -> int:
-        """A seed for each batch, of the 32 bits that torch's CPU generator looks at."""
+        """A seed for each batch, of 32 bits, since torch's CPU generator ignores further bits."""
         entropy = (self.cfg.seed, split, batch)
         return int(np.random.SeedSequence(entropy).generate_state(1)[0])
 
@@ -108,10 +108,15 @@ def known_feature_metrics(
     sae: SAE[Any], model: SyntheticModel, n_samples: int
 ) -> dict[str, Any]:
     """
-    How well the features of an SAE are the known ones, by SAELens'
-    `eval_sae_on_synthetic_data` on so many new samples.
+    How well the features of an SAE match the known ones, by SAELens'
+    `eval_sae_on_synthetic_data` on new samples.
+
+    Args:
+        sae: A saved SAE.
+        model: The model with the known features.
+        n_samples: Number of samples.
     """
-    # SAELens compares what the SAE gives with float32, and cannot with other types
+    # SAELens compares the SAE's output with float32, and fails for other dtypes
     in_float32 = copy.deepcopy(sae).to(torch.float32)
     result = eval_sae_on_synthetic_data(
         in_float32,

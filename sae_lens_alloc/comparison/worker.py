@@ -1,4 +1,4 @@
-"""Trains one cell, in a process of its own so that its memory can be told."""
+"""Trains one cell, in a process of its own so that its memory can be measured."""
 
 import argparse
 import math
@@ -8,6 +8,7 @@ import sys
 import tempfile
 import time
 import traceback
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,11 +34,15 @@ from sae_lens_alloc.training.trainer import AllocSAETrainer
 
 def train_cell(cell: Cell, stream: StoredStream, folder: Path) -> dict[str, Any]:
     """
-    Trains a cell, saves its SAE for inference at each wanted L0, and says how it went. The
-    test split is not looked at.
+    Trains a cell, and saves its SAE for inference at each wanted L0. The test split is not used.
 
     Args:
-        folder: Where the SAEs and `cell.json` go; the latter is written last.
+        cell: The cell.
+        stream: The activations.
+        folder: Folder for the SAEs and for `cell.json`, which is written last.
+
+    Returns:
+        The content of `cell.json`.
 
     Raises:
         ValueError: if the training diverges.
@@ -62,14 +67,44 @@ def train_cell(cell: Cell, stream: StoredStream, folder: Path) -> dict[str, Any]
                 "learning rate."
             )
 
-    validation = stream.split("validation").to(cfg.device)
+    natural_l0, points = _save_at_each_l0(
+        sae,
+        cell.target_l0s,
+        stream.split("validation").to(cfg.device),
+        folder,
+        cfg.device,
+    )
+    result = {
+        "row": cell.row,
+        "sparsity": {cell.sparsity_key: cell.sparsity},
+        "lr": cell.lr,
+        "seed": cell.seed,
+        "seconds": seconds,
+        "peak_memory_bytes": memory,
+        "threads": torch.get_num_threads(),
+        "l0_before_calibration": natural_l0,
+        "validation": points,
+        "settings": dict(cell.settings),
+    }
+    write_json(folder / RESULT_FILENAME, result)
+    return result
+
+
+def _save_at_each_l0(
+    sae: TrainingSAE[Any],
+    target_l0s: Sequence[float],
+    validation: torch.Tensor,
+    folder: Path,
+    device: str,
+) -> tuple[float, dict[str, Any]]:
+    """L0 as training left it, and figures on the validation split at each wanted L0."""
     points: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as trained:
         sae.save_inference_model(trained)
-        natural = measure_usage(as_user(_load(trained, cfg.device)), validation)
-        for target in cell.target_l0s:
+        natural = measure_usage(as_user(_load(trained, device)), validation)
+        for target in target_l0s:
             try:
-                calibrated = at_l0(_load(trained, cfg.device), validation, target)
+                calibrated = at_l0(_load(trained, device), validation, target)
             except ValueError as error:
                 points[f"{target:g}"] = {"unreachable": str(error)}
                 continue
@@ -84,20 +119,7 @@ def train_cell(cell: Cell, stream: StoredStream, folder: Path) -> dict[str, Any]
                 "explained_variance": usage.explained_variance,
             }
             calibrated.save_model(sae_folder(folder, target))
-    result = {
-        "row": cell.row,
-        "sparsity": {cell.sparsity_key: cell.sparsity},
-        "lr": cell.lr,
-        "seed": cell.seed,
-        "seconds": seconds,
-        "peak_memory_bytes": memory,
-        "threads": torch.get_num_threads(),
-        "l0_before_calibration": natural.l0,
-        "validation": points,
-        "settings": dict(cell.settings),
-    }
-    write_json(folder / RESULT_FILENAME, result)
-    return result
+    return natural.l0, points
 
 
 def _load(folder: str, device: str) -> SAE[Any]:
@@ -105,7 +127,7 @@ def _load(folder: str, device: str) -> SAE[Any]:
 
 
 def _peak_memory(device: str) -> int:
-    """Largest memory of this process so far: on the device if it is a GPU, else resident."""
+    """Largest memory of this process so far, in bytes: that of the GPU, or else the resident memory."""
     if torch.device(device).type == "cuda":
         return torch.cuda.max_memory_allocated()
     status = Path("/proc/self/status")
@@ -118,7 +140,7 @@ def _peak_memory(device: str) -> int:
 
 
 def main() -> None:
-    """Trains the cell of a comparison that the command line names."""
+    """Trains the cell that the command line names."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("config", type=Path)
     parser.add_argument("stream", type=Path)
@@ -131,7 +153,7 @@ def main() -> None:
         for cell in load_comparison(args.config)[0].cells()
         if cell.key == args.folder.name
     )
-    # what an interrupted or failed training left
+    # remove what an interrupted or failed training left
     for path in args.folder.glob("l0-*"):
         shutil.rmtree(path)
     for filename in (RESULT_FILENAME, FAILURE_FILENAME):
@@ -140,7 +162,7 @@ def main() -> None:
         train_cell(cell, StoredStream(args.stream), args.folder)
     except Exception as error:
         traceback.print_exc()
-        sys.exit(as_reason(error))  # the last line, which is shown
+        sys.exit(as_reason(error))  # the last line of the log, which the results show
 
 
 if __name__ == "__main__":

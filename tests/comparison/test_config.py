@@ -81,8 +81,8 @@ def test_other_activations_give_other_cells(tmp_path: Path, settings: dict[str, 
 @pytest.mark.parametrize(
     ("section", "key", "value", "sentence"),
     [
-        ((), "lr", 1e-3, "lr is not set for all rows: compare.lr gives it."),
-        (("sae",), "k", 4, "sae.k is not set for all rows: compare.k gives it."),
+        ((), "lr", 1e-3, "lr must not be set for all rows: give compare.lr."),
+        (("sae",), "k", 4, "sae.k must not be set for all rows: give compare.k."),
         (
             ("compare",),
             "kk",
@@ -110,7 +110,7 @@ def test_other_activations_give_other_cells(tmp_path: Path, settings: dict[str, 
                 "lr",
                 value,
                 "compare.rows.ours.lr must be a list of 1 learning rates, as many as "
-                "compare.lr has, or the row would have more or fewer tries; got ",
+                "compare.lr has, so that all rows have as many tries, got ",
             )
             for value in (1e-3, ["fast"], [1e-3, 1e-4])
         ),
@@ -120,7 +120,7 @@ def test_other_activations_give_other_cells(tmp_path: Path, settings: dict[str, 
                 "seeds",
                 value,
                 "compare.rows.ours.seeds must be a list of different seeds that begins "
-                "with those of compare.seeds, [0, 1], which all rows share; got ",
+                "with compare.seeds, [0, 1], which all rows share, got ",
             )
             for value in (3, ["many"], [1, 0], [0], [0, 1, 1])
         ),
