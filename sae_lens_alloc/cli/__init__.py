@@ -1,4 +1,4 @@
-"""The console script `sae-lens-alloc`: a command a file."""
+"""The console script `sae-lens-alloc`, one command in each file."""
 
 import typer
 
@@ -23,5 +23,5 @@ app.command()(compare.compare)
 
 
 def main() -> None:
-    """Runs the command line, and exits with 1 or 2 after a user's error."""
+    """Runs the command line. It exits with 1 or 2 after an error."""
     app()

@@ -1,4 +1,4 @@
-"""Arguments and options that several commands have."""
+"""Arguments and options that several commands share."""
 
 from pathlib import Path
 from typing import Annotated
@@ -26,11 +26,11 @@ OverwriteOption = Annotated[
     bool,
     typer.Option(
         "--overwrite",
-        help="Write into the output folder even if it holds something, replacing files of "
-        "the same name.",
+        help="Write into the output folder even if it is not empty, and replace files of the "
+        "same name.",
     ),
 ]
 DryRunOption = Annotated[
     bool,
-    typer.Option("--dry-run", help="Check the run, say what it would do, and stop."),
+    typer.Option("--dry-run", help="Check the run, print what it would do, and stop."),
 ]

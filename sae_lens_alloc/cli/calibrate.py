@@ -1,11 +1,12 @@
 """`sae-lens-alloc calibrate`: the thresholds of a saved SAE set to a wanted L0."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.table import Table
+from sae_lens.config import LanguageModelSAERunnerConfig
 from sae_lens.saes.jumprelu_sae import JumpReLUSAE
 from sae_lens.saes.topk_sae import TopKSAE
 
@@ -39,8 +40,8 @@ def calibrate(
             metavar="SAE",
             exists=True,
             file_okay=False,
-            help="Folder of a saved SAE: one of ours, or a stock jumprelu, batchtopk or "
-            "topk one. It is left as it is.",
+            help="Folder of a saved SAE: one of ours, or a stock jumprelu, batchtopk or topk SAE. "
+            "It is not changed.",
         ),
     ],
     output: Annotated[
@@ -50,7 +51,7 @@ def calibrate(
         float | None,
         typer.Option(
             "--l0",
-            help="Wanted features per token; by default the k that the SAE was trained with.",
+            help="Wanted features per token. Default: the k that the SAE was trained with.",
             show_default=False,
         ),
     ] = None,
@@ -58,7 +59,7 @@ def calibrate(
         bool,
         typer.Option(
             "--per-feature",
-            help="Move all densities by one factor, rather than all thresholds.",
+            help="Multiply all densities by one factor, instead of all thresholds.",
         ),
     ] = False,
     tokens: Annotated[
@@ -67,18 +68,18 @@ def calibrate(
     ] = 2 * CALIBRATION_TOKENS,
     model: Annotated[
         str | None,
-        typer.Option(help="Language model, if not the one the SAE was trained on."),
+        typer.Option(help="Language model, if not that of the SAE's training."),
     ] = None,
     dataset: Annotated[
         str | None,
-        typer.Option(help="Text, if not that which the SAE was trained on."),
+        typer.Option(help="Text, if not that of the SAE's training."),
     ] = None,
     config: Annotated[
         Path | None,
         typer.Option(
             exists=True,
             dir_okay=False,
-            help="YAML file of a run, as `train` takes, whose model and text to use.",
+            help="YAML file of a run, as for `train`. Its model and text are used.",
         ),
     ] = None,
     device: Annotated[
@@ -89,8 +90,8 @@ def calibrate(
     """
     Set the thresholds of a saved SAE to a wanted L0 on text of your choice.
 
-    The text and the language model are those that SAELens recorded in the SAE, unless told
-    otherwise. A topk SAE becomes a jumprelu one, which needs no sorting.
+    The text and the language model are those that SAELens recorded in the SAE, unless an
+    option says otherwise. A topk SAE becomes a jumprelu SAE.
     """
     with one_sentence_errors(), ends_when_interrupted():
         check_device("--device", device)
@@ -101,12 +102,7 @@ def calibrate(
             raise ValueError(
                 f"--tokens must be at least {MIN_TOKENS}, two for each half, got {tokens}."
             )
-        if config is None:
-            cfg = text_of_sae(given, model, dataset, device)
-        else:
-            cfg = load_runner_config(config, [f"device={device}"])
-            cfg.model_name = model or cfg.model_name
-            cfg.dataset_path = dataset or cfg.dataset_path
+        cfg = _text(given, model, dataset, config, device)
         check_devices(cfg)
         check_activations(cfg)
         require_other_folder(output, sae, "the SAE itself")
@@ -120,6 +116,22 @@ def calibrate(
                 report.sae.save_model(folder)
     Console().print(_calibration_table(report))
     typer.echo(f"saved in {output}")
+
+
+def _text(
+    sae: JumpReLUSAE | TopKSAE,
+    model: str | None,
+    dataset: str | None,
+    config: Path | None,
+    device: str,
+) -> LanguageModelSAERunnerConfig[Any]:
+    """A run with the language model and the text to calibrate on."""
+    if config is None:
+        return text_of_sae(sae, model, dataset, device)
+    cfg = load_runner_config(config, [f"device={device}"])
+    cfg.model_name = model or cfg.model_name
+    cfg.dataset_path = dataset or cfg.dataset_path
+    return cfg
 
 
 def _trained_l0(sae: JumpReLUSAE | TopKSAE) -> float:

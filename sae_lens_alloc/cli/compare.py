@@ -39,15 +39,15 @@ def compare(
     finished: Annotated[
         bool,
         typer.Option(
-            "--finished", help="Compare what has finished so far, and train nothing."
+            "--finished", help="Train nothing, and compare the SAEs that have finished."
         ),
     ] = False,
 ) -> None:
     """
     Train SAEs of several architectures on the same activations and compare them at equal L0.
 
-    What has finished is kept: the same command goes on where it was interrupted, and with
-    --finished, also beside it, compares what there is.
+    Finished SAEs are kept, so the same command continues after an interruption. With --finished
+    it compares the finished SAEs, also while another command trains.
     """
     from sae_lens_alloc.comparison.run import run_comparison
 

@@ -22,8 +22,8 @@ def demo(
     overwrite: OverwriteOption = False,
 ) -> None:
     """
-    Train a Mutual Choice SAE and a stock batchtopk SAE on the shipped language model,
-    compare them on held-out text, and write a report. Needs no network.
+    Train a Mutual Choice SAE and a stock batchtopk SAE on the shipped language model, compare
+    them on held-out text, and write a report. Needs no network.
     """
     from sae_lens_alloc.demo.run import run_demo
 

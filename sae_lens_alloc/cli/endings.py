@@ -1,4 +1,4 @@
-"""How a command ends: with one sentence after an error, and with exit code 130 when interrupted."""
+"""How a command ends: with one sentence after an error, or with exit code 130 when interrupted."""
 
 import os
 import shlex
@@ -16,13 +16,13 @@ from sae_lens_alloc.errors import in_one_sentence
 from sae_lens_alloc.training.checkpoint import holds_checkpoints
 from sae_lens_alloc.training.interruption import interruptible
 
-# For whoever has to mend an error that is not theirs.
+# Set in the environment, it shows the traceback of an error.
 TRACEBACK_VARIABLE = "SAE_LENS_ALLOC_TRACEBACK"
 
 
 @contextmanager
 def one_sentence_errors() -> Generator[None, None, None]:
-    """Turns an error into one sentence and exit code 1."""
+    """Prints an error as one sentence and exits with 1."""
     try:
         yield
     except (typer.Exit, click.ClickException):
@@ -42,8 +42,11 @@ def ends_when_interrupted(
     cfg: LanguageModelSAERunnerConfig[Any] | None = None,
 ) -> Generator[None, None, None]:
     """
-    Ends on SIGINT and SIGTERM with exit code 130, says where the SAE is if it is saved, and
-    otherwise the checkpoints, if there are any.
+    Exits with 130 on SIGINT and SIGTERM. Prints where the SAE is saved or, if it is not, how to
+    resume from the checkpoints.
+
+    Args:
+        cfg: The run, None if it has no checkpoints.
     """
     try:
         with interruptible():
@@ -53,7 +56,7 @@ def ends_when_interrupted(
         if cfg is not None and not how:
             folder = cfg.checkpoint_path
             how = (
-                f"to go on, start again with resume_from_checkpoint={shlex.quote(folder)}"
+                f"to continue, start again with resume_from_checkpoint={shlex.quote(folder)}"
                 if folder is not None and holds_checkpoints(Path(folder))
                 else "no checkpoint was saved"
             )

@@ -1,4 +1,4 @@
-"""`sae-lens-alloc finetune`: an SAE trained further."""
+"""`sae-lens-alloc finetune`: trains an SAE further."""
 
 from typing import Annotated
 
@@ -32,7 +32,7 @@ def finetune(
             "--from",
             metavar="PATH|RELEASE:ID",
             help="The SAE to start from: a folder with an SAE or a checkpoint, or an SAE of "
-            "SAELens' directory of pretrained ones.",
+            "SAELens' directory of pretrained SAEs.",
         ),
     ],
     overrides: OverridesArgument = None,
@@ -40,8 +40,8 @@ def finetune(
     dry_run: DryRunOption = False,
 ) -> None:
     """
-    Train an SAE that you have further, as Mutual Choice or Feature Choice, and compare it with
-    what it was.
+    Train an SAE that you have further, as Mutual Choice or Feature Choice, and compare it
+    before and after.
 
     The SAE may be of SAELens' topk, batchtopk, matryoshka_batchtopk, jumprelu, gated or
     standard architecture, or one of ours. It is not changed.
@@ -57,15 +57,15 @@ def finetune(
         require_convertible(loaded.sae, cfg.sae.architecture())
         if cfg.from_pretrained_path is not None:
             raise ValueError(
-                "from_pretrained_path has no effect here, where --from says which SAE to "
-                "start from: leave it out."
+                "from_pretrained_path has no effect in a fine-tuning, which starts from the SAE of "
+                "--from: leave it out."
             )
         require_other_folder(cfg.output_path, source, "the SAE to start from")
         check_training(cfg)
         if dry_run:
             check_output(cfg.output_path, overwrite, bool(cfg.resume_from_checkpoint))
             return
-        # held now, rather than fail to be written after a long training
+        # locked and checked now, so that saving does not fail after a long training
         claimed = claimed_folders(cfg, overwrite, only_if_empty=True)
         with claimed, ends_when_interrupted(cfg):
             result = fine_tune(cfg, loaded, sae_overrides, overwrite)

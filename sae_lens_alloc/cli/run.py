@@ -1,4 +1,4 @@
-"""`sae-lens-alloc run`: a Python module that knows our architectures."""
+"""`sae-lens-alloc run`: runs a Python module with our architectures registered."""
 
 import importlib.util
 import os
@@ -21,7 +21,7 @@ def run(
     ] = None,
 ) -> None:
     """
-    Run a Python module, as `python -m` does, with our architectures known to SAELens.
+    Run a Python module, as `python -m` does, with our architectures registered in SAELens.
 
     For example: sae-lens-alloc run -- sae_lens.llm_sae_training_runner --architecture
     mutual_choice --k 32 ...

@@ -1,4 +1,4 @@
-"""`sae-lens-alloc train`: one SAE as a YAML file says."""
+"""`sae-lens-alloc train`: trains one SAE from a YAML file."""
 
 import typer
 
@@ -24,10 +24,10 @@ def train(
     dry_run: DryRunOption = False,
 ) -> None:
     """
-    Train one SAE as a YAML file says.
+    Train one SAE from a YAML file.
 
-    The run is checked and described before any model is loaded. An output folder that holds
-    something is left alone unless --overwrite is given.
+    The run is checked and described before any model is loaded. An output folder that is not
+    empty is refused unless --overwrite is given.
     """
     with one_sentence_errors(), ends_when_interrupted():
         cfg = load_runner_config(config, overrides or [])
@@ -37,7 +37,7 @@ def train(
         if dry_run:
             check_output(cfg.output_path, overwrite, bool(cfg.resume_from_checkpoint))
             return
-        # held now, rather than fail to be written after a long training
+        # locked and checked now, so that saving does not fail after a long training
         claimed = claimed_folders(cfg, overwrite, only_if_empty=True)
         with claimed, ends_when_interrupted(cfg):
             AllocSAETrainingRunner(cfg, overwrite=overwrite).run()

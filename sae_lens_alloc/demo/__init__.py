@@ -1,1 +1,1 @@
-"""A small language model and its corpus, so that everything here runs offline."""
+"""The demo, with a small language model and its corpus, so that it runs offline."""

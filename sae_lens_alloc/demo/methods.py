@@ -1,4 +1,4 @@
-"""What the demo trains: Mutual Choice and SAELens' batchtopk, alike in everything else."""
+"""The two SAEs of the demo: Mutual Choice and SAELens' batchtopk, with the same other settings."""
 
 import time
 import warnings
@@ -35,12 +35,12 @@ class Trained:
 
     Args:
         name: Name of its architecture.
-        cfg: How it was trained.
-        folder: Where it was saved.
-        seconds: Duration of training, the language model and the calibration of the
-            thresholds included.
-        l0_before: Features per token of the SAE as SAELens' rules left its threshold, on
-            training text; None where the runner calibrated it.
+        cfg: The run that trained it.
+        folder: Folder that it was saved to.
+        seconds: Duration of the training, with the language model and the calibration of the
+            thresholds.
+        l0_before: Features per token on training text with the threshold that SAELens left.
+            None if the runner calibrated the SAE.
     """
 
     name: str
@@ -77,15 +77,19 @@ def demo_configs(output: Path, *overrides: str) -> dict[str, RunnerConfig]:
 
 def train(name: str, cfg: RunnerConfig, overwrite: bool = False) -> Trained:
     """
-    Trains one SAE and saves it, ready for use at k features per token, in place of another
-    one if `overwrite` is given.
+    Trains one SAE and saves it with thresholds for k features per token.
+
+    Args:
+        name: Name of the method.
+        cfg: The run, with an output path.
+        overwrite: Whether an SAE in the output folder may be replaced.
     """
     assert cfg.output_path is not None
     folder = Path(cfg.output_path)
     with warnings.catch_warnings():
-        # SAELens recommends to tokenize the corpus first, which would not pay here.
+        # SAELens recommends tokenizing the corpus first, which takes longer than it saves here
         warnings.filterwarnings("ignore", "Dataset is not tokenized")
-        # batchtopk does not save what it trained; _set_saved_l0 sees to it
+        # the saved batchtopk SAE differs from the trained one until _set_saved_l0
         warnings.filterwarnings("ignore", "The saved SAE, loaded with SAELens")
         runner = AllocSAETrainingRunner(cfg, overwrite=overwrite)
         start = time.perf_counter()
@@ -97,7 +101,7 @@ def train(name: str, cfg: RunnerConfig, overwrite: bool = False) -> Trained:
 
 
 def events(cfg: RunnerConfig) -> list[tuple[float, str]]:
-    """What changes during a run, as (tokens seen, what)."""
+    """Changes during a run, as (tokens seen, what changes)."""
     if not isinstance(cfg.sae, MutualChoiceTrainingSAEConfig):
         return []
     switch = (cfg.sae.feature_choice_steps or 0) * cfg.train_batch_size_tokens
@@ -106,9 +110,9 @@ def events(cfg: RunnerConfig) -> list[tuple[float, str]]:
 
 def _set_saved_l0(folder: Path, runner: AllocSAETrainingRunner) -> float:
     """
-    Gives a saved SAE the features per token it was trained for, as the runner does for our
+    Sets the threshold of a saved SAE for the k it was trained with, as the runner does for our
     architectures, so that both are compared at equal sparsity. SAELens' running threshold
-    starts at 0 and still lags behind after a short run.
+    starts at 0, and is still too low after a short run.
 
     Returns:
         Features per token before.

@@ -37,7 +37,7 @@ from sae_lens_alloc.training.output_folder import (
 from sae_lens_alloc.training.runner import METRICS_FILENAME
 from sae_lens_alloc.version import __version__
 
-# A first look: fewer tokens to learn from, and fewer to judge by.
+# For a first look: fewer tokens of training and of evaluation.
 QUICK = "training_tokens=120_000"
 QUICK_CONTEXTS = 64
 CONTEXTS = 400
@@ -50,19 +50,19 @@ DENSITIES_FILENAME = "densities.safetensors"
 
 def run_demo(output: Path, quick: bool, overwrite: bool) -> None:
     """
-    Trains a Mutual Choice SAE and a stock batchtopk SAE on the same tokens, evaluates both
-    as saved on held-out text, prints a table, and writes the SAEs, `results.json` and
+    Trains a Mutual Choice SAE and a stock batchtopk SAE on the same tokens, and evaluates the
+    saved SAEs on held-out text. Prints a table, and writes the SAEs, `results.json` and
     `report.html`. Needs no network.
 
     Args:
         output: Folder to write to.
-        quick: Train on less text and evaluate on less, for a first look.
-        overwrite: Write into the folder even if it holds something.
+        quick: Whether to train and evaluate on less text, for a first look.
+        overwrite: Whether to write into the folder even if it holds something.
 
     Raises:
         FileExistsError: if the folder holds something and `overwrite` is not given.
         ValueError: if it is in use by another run, or has no room.
-        OSError: in one sentence, if it cannot be written to.
+        OSError: if it cannot be written to.
     """
     with locked_folder(output, "--output"):
         names = (path.name for path in output.iterdir())
@@ -100,7 +100,7 @@ def _run_demo(output: Path, quick: bool, overwrite: bool) -> None:
 def evaluate(
     trained: Sequence[Trained], max_contexts: int
 ) -> tuple[list[ReportRun], list[Snippet]]:
-    """Evaluates saved SAEs on held-out text, and takes snippets of that text to show."""
+    """Evaluates saved SAEs on at most `max_contexts` held-out contexts, and takes snippets to show."""
     cfg = trained[0].cfg
     model = load_model(
         cfg.model_class_name, cfg.model_name, cfg.device, hook_names=[cfg.hook_name]
@@ -162,13 +162,13 @@ def write_results(
 
 def _intro(cfg: RunnerConfig, quick: bool) -> str:
     text = (
-        f"Two sparse autoencoders learned to describe what a small language model computes, "
-        f"with {cfg.sae.k:g} features per token on average, from the same text in the same "
-        "order. They differ in who gets those features."
+        "Two sparse autoencoders of a small language model, trained on the same text in the same "
+        f"order, with {cfg.sae.k:g} features per token on average. They differ in the rule that "
+        "allocates these features."
     )
     if quick:
         text += (
-            " This was the quick demo: with so little training, read the pictures and not "
+            " This was the quick demo. With so little training, look at the pictures and not at "
             "the figures."
         )
     return text
@@ -195,7 +195,7 @@ def _settings(run: Trained) -> dict[str, str]:
     }
     if run.l0_before is not None:
         settings["threshold"] = (
-            f"set to {cfg.sae.k:g} features per token on training text, as for the "
-            f"others; as SAELens saved it there were {run.l0_before:.1f}"
+            f"set for {cfg.sae.k:g} features per token on training text, as for the other SAE; "
+            f"with the threshold that SAELens saved there were {run.l0_before:.1f}"
         )
     return settings

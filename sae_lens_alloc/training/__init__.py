@@ -1,1 +1,1 @@
-"""Trainer and runner on top of SAELens' own."""
+"""Trainer and runner on top of SAELens' own: checkpoints, resuming, fine-tuning."""

@@ -1,4 +1,4 @@
-"""SAEs of other architectures as Mutual Choice or Feature Choice SAEs, to be fine-tuned."""
+"""Converts SAEs of other architectures to Mutual Choice or Feature Choice SAEs, for fine-tuning."""
 
 import copy
 from dataclasses import replace
@@ -26,7 +26,7 @@ STOCK_ARCHITECTURES = (
     "standard",
     "topk",
 )
-# What these mean is in the weights: another value would be another SAE.
+# The weights depend on these. Another value would make another SAE of them.
 NOT_OVERRIDABLE = (
     "d_in",
     "d_sae",
@@ -47,39 +47,42 @@ def convert_sae(
     **config_overrides: Any,
 ) -> AllocationTrainingSAE[Any]:
     """
-    A Mutual Choice or Feature Choice training SAE with the weights of another SAE: of the same
-    inputs it computes the same affinities, and from the same pairs the same reconstruction.
+    A Mutual Choice or Feature Choice training SAE with the weights of another SAE. The same
+    inputs give the same affinities, and the same pairs the same reconstruction.
 
-    A gated SAE is carried as the JumpReLU SAE that it equals, see `gate_as_thresholds`.
-    Thresholds below 0 count as 0, as they do in a JumpReLU SAE at inference, and features of
-    an infinite threshold stay silenced at the start. Of a Matryoshka
-    SAE the nesting of the losses is not carried, and hyperparameters of the source's training
-    are not either. A topk SAE has no thresholds: its evaluation mode needs `activations` or a
-    training step. A standard SAE activates all positive affinities, so at its own L0 the
-    budget leaves nothing to allocate: give a smaller k.
+    - A gated SAE is converted to the JumpReLU SAE that it equals, see `gate_as_thresholds`.
+    - Thresholds below 0 count as 0, as in a JumpReLU SAE at inference. Features with an
+      infinite threshold stay silenced at the start.
+    - A topk SAE has no thresholds, so its evaluation mode needs `activations` or a training
+      step.
+    - A standard SAE activates all positive affinities, so at its own L0 there is nothing to
+      allocate. Give a smaller k.
+    - The nested losses of a Matryoshka SAE and the training hyperparameters are not kept.
 
     Args:
         sae: An inference or training SAE of SAELens' topk, batchtopk, jumprelu, standard,
             gated or matryoshka_batchtopk architecture, with aux_zipf_loss or without, or of
             this package. Not changed.
         architecture: "mutual_choice", "feature_choice" or "matryoshka_mutual_choice".
-        activations: Activations as the converted SAE takes them, shape (T, d_in), for
-            `warm_start`, whose report goes to `cfg.metadata.conversion`. Without them
-            training starts without statistics, as from scratch (those of an SAE of this
-            package are carried).
+        activations: Inputs of the converted SAE, shape (T, d_in), for `warm_start`, whose
+            report goes to `cfg.metadata.conversion`. Without them training starts without
+            statistics, as from scratch, unless the source is an SAE of this package.
         scaling_factor: The factor with which an SAE with "expected_average_only_in" was
             trained, as SAELens' checkpoints hold it in activation_scaler.json. It is folded
-            into the weights, so that the converted SAE takes bare activations; or taken out
-            of the weights of an SAE with "none" where `normalize_activations` is overridden
-            by "expected_average_only_in".
-        config_overrides: Fields of the converted SAE's config. `k` is the source's by
-            default, or its measured L0; `rescale_acts_by_decoder_norm` the source's, or True
-            where the source does not rank features; `feature_choice_steps` is 0, since a
-            trained feature has its share; the rest as in training from scratch.
+            into the weights, so that the converted SAE takes unscaled activations. If the
+            source has "none" and `normalize_activations` is overridden by
+            "expected_average_only_in", it is taken out of the weights instead.
+        config_overrides: Fields of the converted SAE's config. By default, `k` is that of the
+            source or its measured L0. `rescale_acts_by_decoder_norm` is that of the source, or
+            True if it has none. `feature_choice_steps` is 0, since trained features have their
+            share. The rest is as in training from scratch.
+
+    Returns:
+        The converted SAE, on the device of the source's weights.
 
     Raises:
-        ValueError: if the SAE cannot be converted, a threshold is NaN, there is nothing to
-            take k from, or an override does not fit the weights.
+        ValueError: if the SAE cannot be converted, a threshold is NaN, k is not known, or an
+            override does not fit the weights.
     """
     require_convertible(sae, architecture)
     target_class, config_class = _target_classes()[architecture]
@@ -101,7 +104,7 @@ def convert_sae(
     settings: dict[str, Any] = {**_carried_settings(sae), **config_overrides}
     if issubclass(config_class, MutualChoiceTrainingSAEConfig):
         settings.setdefault("feature_choice_steps", 0)
-    # a stand-in for the k that is measured below, for which the SAE has to be there
+    # a stand-in, since measuring k needs the converted SAE
     settings["k"] = settings.get("k_start") or 1.0 if k is None else k
     converted = target_class(config_class(**settings))
     _carry_weights(sae, converted)
@@ -145,7 +148,7 @@ def _target_classes() -> dict[str, tuple[type[AllocationTrainingSAE[Any]], type[
 
 
 def _carried_settings(source: SAE[Any]) -> dict[str, Any]:
-    """The settings that say what the weights mean, but not how they were trained."""
+    """The settings that the weights depend on, without those of the training."""
     cfg: SAEConfig = source.cfg
     return {
         "d_in": cfg.d_in,
@@ -163,7 +166,7 @@ def _carried_settings(source: SAE[Any]) -> dict[str, Any]:
 
 
 def _carried_metadata(cfg: SAEConfig) -> SAEMetadata:
-    """The source's metadata, with its config and what it was trained as in `converted_from`."""
+    """The source's metadata. `converted_from` gets its config and its training architecture."""
     metadata = copy.deepcopy(cfg.metadata)
     settings = copy.deepcopy(cfg.to_dict())
     del settings["metadata"]
@@ -187,7 +190,7 @@ def _carry_weights(source: SAE[Any], converted: AllocationTrainingSAE[Any]) -> N
 
 
 def _carry_statistics(source: SAE[Any], converted: AllocationTrainingSAE[Any]) -> None:
-    """Thresholds, and of an SAE of this package in the same units everything else."""
+    """Copies the thresholds, and all statistics of an SAE of this package in the same units."""
     state = converted.allocation
     if (
         isinstance(source, AllocationTrainingSAE)
@@ -210,14 +213,14 @@ def _normalization(source: SAE[Any], scaling_factor: float | None) -> str:
 def _change_normalization(
     converted: AllocationTrainingSAE[Any], wanted: str, scaling_factor: float | None
 ) -> None:
-    """Folds the scaling factor of the activations into the weights, or takes it out of them."""
+    """Folds the scaling factor of the activations into the weights, or takes it out again."""
     given = converted.cfg.normalize_activations
     if wanted == given:
         return
     if {wanted, given} != {"none", SCALED} or scaling_factor is None:
         raise ValueError(
             f"the weights were trained on activations normalized by {given!r}: they can be "
-            f"carried to 'none' from {SCALED!r} and back, with scaling_factor given, "
+            f"converted from {SCALED!r} to 'none' and back if scaling_factor is given, "
             f"but not to {wanted!r}{'' if scaling_factor else ' without it'}."
         )
     converted.fold_activation_norm_scaling_factor(

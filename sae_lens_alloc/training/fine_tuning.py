@@ -18,16 +18,17 @@ from sae_lens_alloc.training.runner import CALIBRATION_TOKENS, AllocSAETrainingR
 from sae_lens_alloc.training.source_sae import SourceSAE
 from sae_lens_alloc.training.warm_start import ConversionReport
 
-# A file read as another architecture is off by more than this: a TopK SAE read as a ReLU one
-# has 5 to 20 times the features per token (SAELens #308, #553).
+# A file that is loaded as another architecture differs by more than this: a TopK SAE that is loaded as
+# a ReLU SAE has 5 to 20 times the features per token (SAELens #308, #553).
 MAX_L0_RATIO = 2.0
 MAX_EV_LOSS = 0.2
 
 
 class FineTuningRunner(AllocSAETrainingRunner):
     """
-    `AllocSAETrainingRunner` that starts from another SAE, converted to the architecture of
-    the config, with statistics and thresholds estimated on 65k tokens of the training text.
+    `AllocSAETrainingRunner` that starts from another SAE. The SAE is converted to the
+    architecture of the config. Its statistics and thresholds are estimated on 65k tokens of
+    the training text.
     """
 
     start: ConversionReport
@@ -43,17 +44,18 @@ class FineTuningRunner(AllocSAETrainingRunner):
     ) -> None:
         """
         Args:
-            cfg: The run; of `cfg.sae` only the architecture counts.
+            cfg: The run. Of `cfg.sae` only the architecture is used.
             source: The SAE to start from.
-            sae_overrides: Fields in which the new SAE's config differs from the source's, or
-                from the defaults where the source has no such field.
+            sae_overrides: Fields of the new SAE's config that differ from those of the source,
+                or from the defaults if the source has no such field.
             overwrite: See AllocSAETrainingRunner.
             evaluation_tokens: Tokens of the text to set aside, in `evaluation_contexts`.
 
         Raises:
-            ValueError: as AllocSAETrainingRunner, and if the output is the source's folder, the
-                source cannot be converted, or is not what it claims to be on
-                the model's activations.
+            ValueError: as AllocSAETrainingRunner, and if the output is the folder of the source,
+                or the source cannot be converted or has implausible figures on the model's
+                activations.
+            OSError: if a folder cannot be written to.
         """
         require_other_folder(cfg.output_path, source.name, "the SAE to start from")
         super().__init__(
@@ -80,8 +82,8 @@ class FineTuningRunner(AllocSAETrainingRunner):
 
 def require_plausible(source: SourceSAE, start: ConversionReport) -> None:
     """
-    Raises ValueError if an SAE does not behave on real activations as it should: it was
-    loaded as another architecture, or belongs to another model or hook.
+    Raises ValueError if the figures of an SAE on real activations are implausible, so that it
+    was loaded as another architecture, or belongs to another model or hook.
     """
     ev = start.source_ev
     found = (
@@ -105,7 +107,7 @@ def require_plausible(source: SourceSAE, start: ConversionReport) -> None:
 
 
 def inference_sae(source: SourceSAE) -> SAE[Any]:
-    """An SAE as its users would load it: of a training SAE, what its run would have saved."""
+    """The SAE for inference. For a training SAE, this is what its run would have saved."""
     if not isinstance(source.sae, TrainingSAE):
         return source.sae
     sae = copy.deepcopy(source.sae)

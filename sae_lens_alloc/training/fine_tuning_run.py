@@ -1,4 +1,4 @@
-"""A whole fine-tuning: train, compare with the SAE it started from, report."""
+"""A whole fine-tuning: training, comparison with the source, report."""
 
 import json
 import time
@@ -29,12 +29,12 @@ REPORT_FILENAME = "report.html"
 @dataclass(frozen=True, eq=False)
 class FineTuned:
     """
-    What fine-tuning changed, on text that neither of the two was fine-tuned on.
+    An SAE before and after fine-tuning, on text that fine-tuning did not use.
 
     Args:
-        before: The SAE it started from.
+        before: The source.
         after: The saved SAE.
-        start: How the converted SAE started.
+        start: Figures of the converted SAE before training.
     """
 
     before: ReportRun
@@ -43,7 +43,7 @@ class FineTuned:
 
     @property
     def revived_features(self) -> int:
-        """Number of features that were active on no token before, and on some after."""
+        """Number of features that were active on no token before, and on some token after."""
         return _newly_dead(self.after.evaluation, self.before.evaluation)
 
     @property
@@ -59,7 +59,7 @@ def fine_tune(
     overwrite: bool = False,
 ) -> FineTuned:
     """
-    Fine-tunes an SAE and compares it with what it was. The SAE, the figures of both
+    Fine-tunes an SAE and compares it before and after. The SAE, the figures
     (`fine_tuning.json`) and `report.html` go to `cfg.output_path`.
 
     Args:
@@ -70,7 +70,7 @@ def fine_tune(
 
     Raises:
         ValueError: as FineTuningRunner, and if the saved SAE cannot be compared.
-        OSError: in one sentence, if something cannot be written.
+        OSError: if something cannot be written.
     """
     assert cfg.output_path is not None
     output = Path(cfg.output_path)
@@ -146,8 +146,8 @@ def _write_results(
     write_report(
         output / REPORT_FILENAME,
         "Before and after fine-tuning",
-        "One sparse autoencoder as it was, and after it was trained further with another rule "
-        "for who gets the features.",
+        "One sparse autoencoder before and after further training, in which another rule "
+        "allocates the features.",
         runs,
         facts=facts,
     )

@@ -1,4 +1,4 @@
-"""SIGINT and SIGTERM, which end a run at a moment that loses nothing."""
+"""Handlers of SIGINT and SIGTERM that end a run without losing anything."""
 
 import signal
 import threading
@@ -11,8 +11,8 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM)
 @contextmanager
 def interruptible() -> Generator[None, None, None]:
     """
-    Within it, a signal raises KeyboardInterrupt at once. SAELens' InterruptedException is an
-    Exception, which code that survives errors survives.
+    Within it, a signal raises KeyboardInterrupt at once. SAELens' InterruptedException would not
+    do: it is an Exception, which code that continues after errors would catch.
     """
 
     def handle(*_: object) -> None:
@@ -24,7 +24,7 @@ def interruptible() -> Generator[None, None, None]:
 
 @contextmanager
 def noting(note: Callable[[], None]) -> Generator[None, None, None]:
-    """Within it, the first signal calls `note`; the second raises KeyboardInterrupt."""
+    """Within it, the first signal calls `note`, and the second raises KeyboardInterrupt."""
     noted = False
 
     def handle(*_: object) -> None:
@@ -40,7 +40,7 @@ def noting(note: Callable[[], None]) -> Generator[None, None, None]:
 
 @contextmanager
 def postponing_signals() -> Generator[None, None, None]:
-    """Signals within it take effect at its end. For what takes no time."""
+    """Within it, signals wait until its end. Only for short operations."""
     arrived: list[int] = []
     with _handled_by(lambda number, _: arrived.append(number)):
         yield

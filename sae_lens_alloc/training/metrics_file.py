@@ -1,4 +1,4 @@
-"""Metrics as JSON lines, one training step a line."""
+"""Metrics as JSON lines, one training step on each line."""
 
 import json
 import math
@@ -9,23 +9,23 @@ from typing import Any
 
 from sae_lens_alloc.training.output_folder import new_files
 
-# In a checkpoint: what tells the rows of its run from another's.
+# In a checkpoint: identifies the rows of its run.
 FINGERPRINT_FILENAME = "metrics_fingerprint.json"
 
 
 def append_row(path: Path, row: Mapping[str, float]) -> None:
     """
-    Adds a row. JSON has no NaN: what is not finite becomes null.
+    Adds a row. JSON has no NaN, so a value that is not finite becomes null.
 
     Raises:
-        OSError: if it cannot be written; the file is then as before.
+        OSError: if it cannot be written. The file is then as before.
     """
     finite = {key: v if math.isfinite(v) else None for key, v in row.items()}
     with path.open("ab", buffering=0) as file:
         before = file.tell()
         line = json.dumps(finite).encode() + b"\n"
         try:
-            while line:  # near a limit, only a part is written
+            while line:  # near a size limit, only a part is written at a time
                 line = line[file.write(line) :]
         except OSError:
             file.truncate(before)
@@ -33,7 +33,7 @@ def append_row(path: Path, row: Mapping[str, float]) -> None:
 
 
 def save_fingerprint(path: Path, checkpoint: Path) -> None:
-    """Tells in a checkpoint which rows there are so far."""
+    """Saves size and checksum of the rows so far in a checkpoint."""
     rows = path.read_bytes() if path.exists() else b""
     fingerprint = {"bytes": len(rows), "sha256": sha256(rows).hexdigest()}
     (checkpoint / FINGERPRINT_FILENAME).write_text(json.dumps(fingerprint))
@@ -41,8 +41,8 @@ def save_fingerprint(path: Path, checkpoint: Path) -> None:
 
 def is_of_checkpoint(path: Path, checkpoint: Path) -> bool:
     """
-    Whether a file begins with the rows that were there when a checkpoint was saved. So it does
-    where the checkpoint does not tell: earlier versions' did not.
+    Whether a file begins with the rows that were there when a checkpoint was saved. True if the
+    checkpoint does not say, as those of earlier versions.
     """
     told = checkpoint / FINGERPRINT_FILENAME
     if not told.exists():
@@ -55,25 +55,25 @@ def is_of_checkpoint(path: Path, checkpoint: Path) -> bool:
 
 def require_rows(path: Path) -> None:
     """
-    Raises ValueError if a line of a file is no row of metrics, apart from a last one that is
-    incomplete.
+    Raises ValueError if a line of a file is no row of metrics. An incomplete last line is
+    ignored.
     """
     for number, line in enumerate(_whole_lines(path), 1):
         if _step(line) is None:
             raise ValueError(
-                f"line {number} of {str(path)!r} is no row of metrics, so the run cannot go on "
+                f"line {number} of {str(path)!r} is no row of metrics, so the run cannot continue "
                 "with that file: repair it, or move it to another place."
             )
 
 
 def drop_rows_from(path: Path, step: int) -> None:
     """
-    Drops the rows of a training step and later ones, and a last line that is incomplete: what
-    an interrupted run wrote after the checkpoint from which it goes on.
+    Drops the rows of a training step and of later ones, and an incomplete last line. An
+    interrupted run wrote these after the checkpoint that is resumed.
 
     Raises:
-        ValueError: if a line is no row.
-        OSError: if it cannot be written; the file is then as before.
+        ValueError: if a line is no row of metrics.
+        OSError: if the file cannot be written. It is then as before.
     """
     if not path.exists():
         return
@@ -88,7 +88,7 @@ def _whole_lines(path: Path) -> list[bytes]:
 
 
 def _step(line: bytes) -> int | None:
-    """The step of a row, None of what is no row."""
+    """The step of a row, None if the line is no row."""
     try:
         row: Any = json.loads(line)
     except (ValueError, RecursionError):

@@ -17,7 +17,7 @@ from sae_lens_alloc.training.row_sparse_adam import RowSparseAdam
 
 def make_optimizer(cfg: SAETrainerConfig, sae: TrainingSAE[Any]) -> Optimizer:
     """
-    The optimizer that a training names: SAELens' Adam, fused where the device has that, or
+    The optimizer that a training names: SAELens' Adam, fused if the device can, or
     RowSparseAdam.
 
     Args:
@@ -58,7 +58,7 @@ def make_schedule(cfg: SAETrainerConfig, optimizer: Optimizer) -> LRScheduler:
 
 
 def _stay_fused(adam: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
-    """A checkpoint as this optimizer would have saved it: SAELens' Adam is not fused."""
+    """The state with `fused` as in this optimizer. Checkpoints of SAELens are of an unfused Adam."""
     fused = adam.defaults["fused"]
     groups = [{**group, "fused": fused} for group in state_dict["param_groups"]]
     return {**state_dict, "param_groups": groups}

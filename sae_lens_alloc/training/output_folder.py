@@ -1,4 +1,4 @@
-"""Folders that results are written to: by one run at a time, and whole files only."""
+"""Output folders: one run at a time writes to them, and only whole files appear in them."""
 
 import errno
 import os
@@ -15,10 +15,10 @@ from safetensors import SafetensorError
 
 from sae_lens_alloc.training.interruption import postponing_signals
 
-# What begins like this in a folder of results is ours, and nobody else's.
+# Names that begin like this in an output folder are ours.
 OWN_PREFIX = ".sae-lens-alloc-"
 LOCK_FILENAME = f"{OWN_PREFIX}lock"
-# Half-written files, and files that only have to be moved to their place.
+# Folders of half-written files, and of whole files that have yet to be moved to their place.
 PARTIAL_PREFIX = f"{OWN_PREFIX}partial-"
 READY_PREFIX = f"{OWN_PREFIX}ready-"
 
@@ -26,17 +26,17 @@ READY_PREFIX = f"{OWN_PREFIX}ready-"
 @contextmanager
 def locked_folder(folder: Path, setting: str) -> Generator[None, None, None]:
     """
-    Creates a folder, holds it against other processes, and completes what a process that was
-    killed there had almost written. At the end, folders that were created and have stayed
-    empty are removed. The same thread may hold a folder several times. The lock of a process
-    that has died counts no more.
+    Creates a folder and locks it against other processes. If a killed process left whole files
+    to be moved to their place, they are moved. At the end, created folders that are still empty
+    are removed. The same thread may lock a folder several times. The lock of a process that has
+    died does not count.
 
     Args:
         folder: The folder.
-        setting: What its user calls it.
+        setting: Name of the setting that names the folder, for messages.
 
     Raises:
-        ValueError: if another process holds it.
+        ValueError: if another process has locked it.
         OSError: if it cannot be created or written to.
     """
     folder = folder.absolute()
@@ -72,16 +72,16 @@ def locked_folder(folder: Path, setting: str) -> Generator[None, None, None]:
 @contextmanager
 def new_files(folder: Path, what: str) -> Generator[Path, None, None]:
     """
-    A new folder inside of `folder` to write files into, which at the end replace those of
-    the same name in `folder`, or, where something goes wrong, are removed. A process that is
-    killed leaves the old files or the new ones: `locked_folder` sees to the rest.
+    Gives a new folder inside of `folder` to write files into. At the end they replace the files
+    of the same name in `folder`. After an error they are removed. If the process is killed,
+    either the old files or the new ones remain, once `locked_folder` has completed the exchange.
 
     Args:
-        folder: Where the files are to be.
-        what: What they are, for the message.
+        folder: Folder of the files.
+        what: What the files are, for messages.
 
     Raises:
-        OSError: in one sentence, if there is no room or they cannot be written.
+        OSError: if there is no room or they cannot be written.
     """
     name = uuid.uuid4().hex
     partial, ready = (
@@ -106,8 +106,8 @@ def new_files(folder: Path, what: str) -> Generator[Path, None, None]:
 @contextmanager
 def named_write_errors(what: str, folder: Path) -> Generator[None, None, None]:
     """
-    Makes an OSError of one sentence of whatever torch, safetensors and Python raise where a
-    file cannot be written.
+    Turns the errors of torch, safetensors and Python for a file that cannot be written into an
+    OSError in one sentence.
     """
     try:
         yield
@@ -121,7 +121,7 @@ def named_write_errors(what: str, folder: Path) -> Generator[None, None, None]:
 
 
 class WriteError(OSError):
-    """That something cannot be written, in one sentence."""
+    """Something cannot be written. The message is one sentence."""
 
     def __str__(self) -> str:
         return self.strerror or ""
@@ -131,8 +131,8 @@ def require_empty(
     folder: Path, setting: str, overwrite: bool, expected: frozenset[str] = frozenset()
 ) -> None:
     """
-    Raises ValueError if a folder holds anything but `expected` files and what is ours, unless
-    it may be overwritten.
+    Raises ValueError if a folder holds other files than `expected` ones and our own, unless
+    `overwrite` is given.
     """
     if overwrite or not folder.exists():
         return
@@ -148,21 +148,26 @@ def require_other_folder(
     output: str | Path | None, source: str | Path, what: str
 ) -> None:
     """
-    Raises ValueError if an output folder is, by whatever name, the folder of `what` it is
-    made from, which it would overwrite.
+    Raises ValueError if an output folder is the folder `source`, under whatever name, and would
+    overwrite it.
+
+    Args:
+        output: The output folder.
+        source: The folder that the run starts from.
+        what: What that folder holds, for the message.
     """
     if output is None or not Path(output).exists() or not Path(source).exists():
         return
     if os.path.samefile(output, source):
         raise ValueError(
-            f"the output {str(output)!r} is the folder of {what}, which is left as it is: "
+            f"the output {str(output)!r} is the folder of {what}, which must not change: "
             "give another folder."
         )
 
 
 def flush(path: Path) -> None:
     """Forces a file, or the names in a folder, to the disk."""
-    if os.name == "nt":  # which opens no folders
+    if os.name == "nt":  # Windows cannot open folders
         return
     descriptor = os.open(path, os.O_RDONLY)
     try:
@@ -179,7 +184,7 @@ def _acquire(lock: BaseFileLock, folder: Path) -> None:
         if error.errno not in (errno.ENOLCK, errno.EOPNOTSUPP):
             raise
         logger.warning(
-            f"{folder} cannot be locked: see to it that no other run uses it"
+            f"{folder} cannot be locked: make sure that no other run uses it"
         )
 
 
@@ -192,7 +197,7 @@ def _complete_what_was_killed(folder: Path) -> None:
 
 def _move_to_their_place(ready: Path) -> None:
     folder = ready.parent
-    # the config goes first and comes last, so that no mixture of old and new can be loaded
+    # the config is removed first and written last, so that no mixture of old and new can be loaded
     files = sorted(ready.iterdir(), key=lambda file: file.name == SAE_CFG_FILENAME)
     if files and files[-1].name == SAE_CFG_FILENAME:
         (folder / SAE_CFG_FILENAME).unlink(missing_ok=True)
@@ -216,7 +221,7 @@ def _reason(error: Exception) -> str | None:
         return error.strerror or str(error)
     if isinstance(error, SafetensorError):
         return str(error)
-    # torch.save keeps what the system said to itself
+    # torch.save does not pass on the message of the system
     if "PytorchStreamWriter" in str(error) or "inline_container" in str(error):
-        return "the disk is full, or files may not become as large"
+        return "the disk is full, or there is a limit on the size of files"
     return None

@@ -1,4 +1,4 @@
-"""What a run needs of this machine and its files, checked before the model is loaded."""
+"""Checks of the machine and the files of a run, before the model is loaded."""
 
 import os
 from pathlib import Path
@@ -22,10 +22,11 @@ from sae_lens_alloc.typed_values import shown
 
 def check_training(cfg: LanguageModelSAERunnerConfig[Any]) -> None:
     """
-    Checks all that a training needs. Nothing is written, and no model is loaded.
+    Checks everything that a training needs. Nothing is written, and no model is loaded.
 
     Raises:
-        ValueError: in one sentence that names the setting.
+        ValueError: if something is missing or does not fit, in one sentence that names the
+            setting.
     """
     if not (cfg.output_path or "").strip():
         raise ValueError("output_path is missing: the result would be lost.")
@@ -42,10 +43,11 @@ def check_training(cfg: LanguageModelSAERunnerConfig[Any]) -> None:
 
 def check_activations(cfg: LanguageModelSAERunnerConfig[Any]) -> None:
     """
-    Checks where the activations come from: the text, the language model and its hook.
+    Checks the source of the activations: the text, the language model and its hook.
 
     Raises:
-        ValueError: in one sentence that names the setting.
+        ValueError: if something is missing or does not fit, in one sentence that names the
+            setting.
     """
     _check_dataset(cfg)
     if (
@@ -61,10 +63,10 @@ def check_activations(cfg: LanguageModelSAERunnerConfig[Any]) -> None:
 
 def check_output(path: str | None, overwrite: bool, resumed: bool) -> None:
     """
-    What the output folder will be refused for. Nothing is created.
+    Checks that the output folder may be written to. Nothing is created.
 
     Raises:
-        ValueError: if it holds something, and may not be written to.
+        ValueError: if it is not empty, and the run may not write into it.
     """
     output = Path(path or "")
     if overwrite or resumed or not output.exists():
@@ -95,11 +97,10 @@ def check_devices(cfg: LanguageModelSAERunnerConfig[Any]) -> None:
 
 def check_memory(cfg: LanguageModelSAERunnerConfig[Any]) -> None:
     """
-    Compares the estimate with the memory of each device: more than there is is refused, more
-    than is free is warned about.
+    Compares the estimated memory with that of each device. Warns if less is free now.
 
     Raises:
-        ValueError: in one sentence, if a device has less memory in all than is needed.
+        ValueError: if a device has less memory in total.
     """
     needed: dict[str, int] = {}
     for part, size in estimate_memory(cfg).items():
@@ -122,7 +123,7 @@ def check_memory(cfg: LanguageModelSAERunnerConfig[Any]) -> None:
 
 
 def _free_and_total(device: torch.device) -> tuple[int, int] | None:
-    """Bytes of memory of a device, None where that is not known."""
+    """Free and total bytes of memory of a device, None if they are not known."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)
     if device.type == "cpu":
@@ -145,7 +146,7 @@ def _check_dataset(cfg: LanguageModelSAERunnerConfig[Any]) -> None:
         )
     try:
         load_dataset_builder(name)
-    except Exception as error:  # datasets and huggingface_hub have many of their own
+    except Exception as error:  # of many kinds: datasets, huggingface_hub
         raise ValueError(
             f"dataset_path {name!r} is no folder of this machine, and cannot be had from "
             f"the Hugging Face hub: {in_one_sentence(error)}"
@@ -153,7 +154,10 @@ def _check_dataset(cfg: LanguageModelSAERunnerConfig[Any]) -> None:
 
 
 def _require_writable(key: str, path: str | None) -> None:
-    """Nothing is created: what counts is the last folder on the way that there is."""
+    """
+    Raises ValueError if a folder could not be created or written to. Nothing is created: the
+    last folder of the path that exists is checked.
+    """
     if path is None:
         return
     try:

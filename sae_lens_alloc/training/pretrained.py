@@ -1,4 +1,4 @@
-"""Starting from the weights of a training SAE: `from_pretrained_path`."""
+"""`from_pretrained_path`: training that starts from the weights of a checkpoint."""
 
 from pathlib import Path
 from typing import Any
@@ -7,7 +7,7 @@ from sae_lens.saes.sae import TrainingSAE, TrainingSAEConfig
 
 from sae_lens_alloc.saes.saved_sae import load_sae
 
-# The weights mean nothing under another of these; all other settings may change.
+# The weights depend on these. All other settings may change.
 SETTLED_KEYS = ("architecture", "d_in", "d_sae", "normalize_activations")
 
 
@@ -15,8 +15,8 @@ def load_pretrained(
     folder: str | Path, cfg: TrainingSAEConfig, device: str
 ) -> TrainingSAE[Any]:
     """
-    The SAE that `cfg` describes with the weights, thresholds and statistics of another. All
-    settings are those of `cfg`, and its schedule begins at step 0.
+    The SAE of `cfg`, with the weights, thresholds and statistics of a checkpoint. All settings
+    are those of `cfg`, and its schedule begins at step 0.
 
     Args:
         folder: A checkpoint.
@@ -24,8 +24,8 @@ def load_pretrained(
         device: Device to load it on.
 
     Raises:
-        ValueError: in one sentence, if there is no such folder, it is damaged, it holds an SAE
-            for inference, or architecture, sizes or normalization differ.
+        ValueError: if there is no such folder, it is damaged or holds an SAE for inference, or
+            architecture, sizes or normalization differ.
     """
     start = f"from_pretrained_path is {str(folder)!r}, but"
     if not Path(folder).is_dir():
@@ -36,8 +36,8 @@ def load_pretrained(
         raise ValueError(f"{start} {error}") from error
     if not isinstance(given, TrainingSAE):
         raise ValueError(
-            f"{start} that is an SAE for inference, which has lost its training state: start "
-            "from it with `sae-lens-alloc finetune --from`."
+            f"{start} that is an SAE for inference, which has no training state: start from it "
+            "with `sae-lens-alloc finetune --from`."
         )
     saved, wanted = given.cfg.to_dict(), cfg.to_dict()
     for key in SETTLED_KEYS:

@@ -1,4 +1,4 @@
-"""What one needs to know to make a run again."""
+"""Seed, versions and commit of a run, for those who want to repeat it."""
 
 import platform
 import subprocess
@@ -12,8 +12,8 @@ LIBRARIES = ("sae-lens", "transformer-lens", "torch", "transformers", "datasets"
 
 def provenance(seed: int) -> dict[str, Any]:
     """
-    Seed, versions, and the git commit of the current directory, which ends in `-dirty` where
-    files differ from it and is None outside of a repository.
+    Seed, versions, and the git commit of the current directory. The commit ends in `-dirty` if
+    files differ from it. It is None outside of a repository.
     """
     return {
         "seed": seed,

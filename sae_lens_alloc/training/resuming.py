@@ -1,4 +1,4 @@
-"""What a resumed run may change of the run that its checkpoint is of."""
+"""The settings of a resumed run, and which of them may differ from those of its checkpoint."""
 
 import json
 from dataclasses import replace
@@ -14,7 +14,8 @@ from sae_lens_alloc.config.run_checks import SAE_SCHEDULE_KEYS
 from sae_lens_alloc.training.checkpoint import find_checkpoint
 from sae_lens_alloc.typed_values import shown
 
-# How long, at which learning rate, where, and what is told of it: the rest makes another run.
+# Settings that may change: length, learning rate, machine, output and logging. With another value of
+# the rest, the run would be another one.
 FREE_KEYS = (
     "training_tokens",
     *("lr", "lr_end", "lr_scheduler_name", "lr_warm_up_steps", "lr_decay_steps"),
@@ -27,7 +28,7 @@ FREE_KEYS = (
     "cuda_graph",
     *("logger", "verbose", "n_eval_batches", "eval_batch_size_prompts"),
     *("streaming", "dataset_trust_remote_code"),
-    # SAELens writes it and reads it nowhere
+    # SAELens writes these and reads them nowhere
     *("is_dataset_tokenized", "hook_eval", "dead_feature_threshold"),
     *("sae_lens_version", "sae_lens_training_version"),
 )
@@ -43,7 +44,7 @@ FREE_SAE_KEYS = (
     "sae_lens_version",
     "sae_lens_training_version",
 )
-# All that may be a share of the training.
+# The schedule, which may be given as shares of the training.
 KEPT_SAE_KEYS = (
     *SAE_SCHEDULE_KEYS,
     *("k_start", "l1_warm_up_steps", "l0_warm_up_steps"),
@@ -54,17 +55,19 @@ def settle_resumed_run(
     cfg: LanguageModelSAERunnerConfig[Any], sae_is_known: bool = True
 ) -> None:
     """
-    Makes a run that is to be resumed the run that goes on: `cfg.resume_from_checkpoint` becomes
-    the checkpoint, and `cfg.sae` keeps the schedule that training began with where
-    `training_tokens` is another one now. Does nothing if no run is to be resumed.
+    Prepares the config of a run that resumes from a checkpoint. Does nothing for other runs.
+
+    `cfg.resume_from_checkpoint` becomes the checkpoint itself. If `training_tokens` has changed,
+    `cfg.sae` keeps the schedule that the training began with.
 
     Args:
         cfg: The run, changed in place.
-        sae_is_known: Whether `cfg.sae` is the SAE to be trained, not yet so in a fine-tuning.
+        sae_is_known: Whether `cfg.sae` is the SAE to be trained. In a fine-tuning it is not, until
+            the source is converted.
 
     Raises:
-        ValueError: in one sentence with both values, if a setting is another one that cannot
-            change on the way, or there is no whole checkpoint.
+        ValueError: if there is no whole checkpoint, or a setting has changed that must not, in one
+            sentence with both values.
     """
     folder = cfg.resume_from_checkpoint
     if folder is None:
@@ -89,21 +92,21 @@ def resumed_sae_config(
     checkpoint: Path, cfg: TrainingSAEConfig, training_tokens: int
 ) -> TrainingSAEConfig:
     """
-    The config of the SAE that goes on from a checkpoint. Where the length of the training has
-    changed, the checkpoint's schedule stays.
+    The config of the SAE that resumes from a checkpoint. If the length of the training has
+    changed, the schedule of the checkpoint is kept.
 
     Args:
         checkpoint: The checkpoint.
-        cfg: The config that is wanted.
-        training_tokens: The length of the training that is wanted.
+        cfg: The wanted config.
+        training_tokens: The wanted length of the training.
 
     Raises:
-        ValueError: in one sentence with both values, if another setting differs.
+        ValueError: if another setting differs, in one sentence with both values.
     """
     recorded: dict[str, Any] = json.loads((checkpoint / SAE_CFG_FILENAME).read_text())
     wanted = _as_json(cfg.to_dict())
     tokens = recorded_training_tokens(checkpoint)
-    # with None, which SAELens' runner leaves, Mutual Choice finds its own switch
+    # SAELens' runner leaves None, with which the switch to Mutual Choice times itself
     times_itself = recorded.get("feature_choice_steps", 0) is None
     keeps_schedule = times_itself or tokens not in (None, training_tokens)
     kept: dict[str, Any] = {}
@@ -123,26 +126,26 @@ def resumed_sae_config(
 
 
 def recorded_training_tokens(checkpoint: Path) -> int | None:
-    """`training_tokens` of the run that a checkpoint is of, None where that is not known."""
+    """`training_tokens` of the run of a checkpoint, None if not known."""
     return _recorded(checkpoint).get("training_tokens")
 
 
 def _recorded(checkpoint: Path) -> dict[str, Any]:
-    """The run that a checkpoint is of; AllocSAETrainer by itself writes none."""
+    """The settings of the run of a checkpoint. AllocSAETrainer by itself saves none."""
     path = checkpoint / RUNNER_CFG_FILENAME
     return json.loads(path.read_text()) if path.exists() else {}
 
 
 def _other(checkpoint: Path, key: str, recorded: Any, wanted: Any) -> ValueError:
     return ValueError(
-        f"The checkpoint {checkpoint} cannot be resumed from: its run has {key} "
-        f"{shown(recorded)}, and the one to be resumed {shown(wanted)}, which cannot change "
-        "on the way: give what it has, or start anew without resume_from_checkpoint."
+        f"The checkpoint {checkpoint} cannot be resumed: its run has {key} "
+        f"{shown(recorded)}, but this run has {shown(wanted)}, and that must not change: give "
+        "the value of the checkpoint, or start anew without resume_from_checkpoint."
     )
 
 
 def _as_json(settings: dict[str, Any]) -> dict[str, Any]:
-    """As they are once written and read: tuples are lists."""
+    """The settings as they are after writing and reading them: tuples become lists."""
     return json.loads(json.dumps(settings))
 
 

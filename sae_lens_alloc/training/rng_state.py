@@ -23,14 +23,14 @@ def save_rng_state(checkpoint: Path) -> None:
 
 
 def restore_rng_state(checkpoint: Path) -> None:
-    """Puts all generators where they were at a checkpoint, if it says: SAELens' do not."""
+    """Restores all generators from a checkpoint, if it has their state. SAELens' have not."""
     path = checkpoint / RNG_STATE_FILENAME
     if path.exists():
         set_rng_state(torch.load(path, map_location="cpu", weights_only=True))
 
 
 def rng_state() -> dict[str, Any]:
-    """State of all generators, of types that torch.load(weights_only=True) accepts."""
+    """State of all generators, in types that torch.load(weights_only=True) accepts."""
     name, keys, *position = np.random.get_state()
     return {
         "python": random.getstate(),
@@ -41,7 +41,7 @@ def rng_state() -> dict[str, Any]:
 
 
 def set_rng_state(state: dict[str, Any]) -> None:
-    """Puts all generators where they were when `rng_state` was called."""
+    """Restores all generators to a state that `rng_state` returned."""
     random.setstate(state["python"])
     name, keys, *position = state["numpy"]
     np.random.set_state((name, keys.numpy().astype(np.uint32), *position))

@@ -1,4 +1,4 @@
-"""Adam that leaves the features alone that a step did not select."""
+"""Adam that does not update the features that a step did not select."""
 
 from collections.abc import Callable
 from typing import Any
@@ -15,12 +15,11 @@ from sae_lens_alloc.training.gradient_norm import norm_over_ranks
 
 class RowSparseAdam(Optimizer):
     """
-    Adam whose step costs what the selected features cost: the weights and moments of all the
-    others are neither read nor written (see `ops/row_adam.py` for the formulas). b_dec is
-    updated at every step.
+    Adam that reads and writes the weights and moments of the selected features alone
+    (`ops/row_adam.py` has the formulas). b_dec is updated at every step.
 
-    The state is that of torch.optim.Adam, with the step at which each feature was last updated
-    besides. So a run can go on from a checkpoint of Adam.
+    The state is that of torch.optim.Adam, and the step at which each feature was last updated.
+    So a run can be resumed from a checkpoint of Adam.
     """
 
     def __init__(
@@ -32,8 +31,9 @@ class RowSparseAdam(Optimizer):
     ) -> None:
         """
         Args:
-            sae: What is trained, of float32 weights. From now on its backward pass gives gradients of the selected
-                features to this optimizer alone, and W_enc is stored feature by feature.
+            sae: The SAE to train, with float32 weights. From now on its backward pass gives the
+                gradients of the selected features to this optimizer alone, and its W_enc is
+                stored feature by feature.
             lr: Learning rate.
             betas: Decay of the moments.
             eps: Term in the denominator.
@@ -49,7 +49,7 @@ class RowSparseAdam(Optimizer):
         super().load_state_dict(state_dict)
         for name, weight in self._sae.named_parameters():
             state = self.state[weight]
-            if state and "last_step" not in state:  # of torch.optim.Adam
+            if state and "last_step" not in state:  # a state of torch.optim.Adam
                 fresh = _fresh_state(weight, name)
                 state["last_step"] = fresh["last_step"].fill_(float(state["step"]))
             if state and name == "W_enc":
@@ -58,7 +58,7 @@ class RowSparseAdam(Optimizer):
 
     @override
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
-        """Updates the weights by gradients whose norm, all together, is clipped to 1."""
+        """Updates the weights. The norm of all gradients together is clipped to 1."""
         del closure
         gradients = self._gradients.take()
         for name, weight in self._sae.named_parameters():
@@ -66,8 +66,8 @@ class RowSparseAdam(Optimizer):
                 continue
             if name != "b_dec":
                 raise ValueError(
-                    f"{name} has a gradient that is not of selected features alone, as hooks on "
-                    "the activations of the SAE give it: remove them, or set optimizer to adam."
+                    f"{name} has a gradient of all features, which hooks on the activations of "
+                    "the SAE give it: remove the hooks, or set optimizer to adam."
                 )
             every_row = torch.zeros(1, dtype=torch.int64, device=weight.device)
             gradients[name] = RowGradient(every_row, weight.grad[None])
@@ -98,7 +98,7 @@ class RowSparseAdam(Optimizer):
 
 
 def _rows(tensor: torch.Tensor, name: str) -> torch.Tensor:
-    """A weight, or one of its moments, as a matrix whose rows are features."""
+    """A weight, or one of its moments, as a matrix with one row for each feature."""
     if name == "W_enc":
         return tensor.T
     if name == "b_enc":
@@ -107,15 +107,15 @@ def _rows(tensor: torch.Tensor, name: str) -> torch.Tensor:
 
 
 def _by_feature(W_enc: torch.Tensor) -> torch.Tensor:
-    """A matrix of shape (d_in, F), stored so that what belongs to a feature lies together."""
+    """A matrix of shape (d_in, F), stored column by column, so that a feature is contiguous."""
     return W_enc.T.contiguous().T
 
 
 def _fresh_state(weight: torch.Tensor, name: str) -> dict[str, torch.Tensor]:
     return {
-        "step": torch.zeros(()),  # on the CPU, as torch.optim.Adam has it
+        "step": torch.zeros(()),  # on the CPU, as in torch.optim.Adam
         "exp_avg": torch.zeros_like(weight),
         "exp_avg_sq": torch.zeros_like(weight),
-        # in float32, which is what loading makes of it
+        # float32, since loading a state converts it to the dtype of the weight
         "last_step": weight.new_zeros(len(_rows(weight, name))),
     }

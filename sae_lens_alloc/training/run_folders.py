@@ -1,4 +1,4 @@
-"""The folders of a training run, checked before it starts and held while it lasts."""
+"""The folders of a training run: checked before it starts, and locked while it runs."""
 
 import json
 import os
@@ -27,7 +27,7 @@ from sae_lens_alloc.training.output_folder import (
 from sae_lens_alloc.training.summary import estimate_memory, in_bytes
 
 METRICS_FILENAME = "metrics.jsonl"
-# Those of a run that has yet to replace what another one left in its output folder.
+# Metrics of a run whose SAE has yet to replace that of another run in its output folder.
 NEW_METRICS_FILENAME = "metrics.new.jsonl"
 SAE_FILENAMES = (
     SAE_CFG_FILENAME,
@@ -36,7 +36,7 @@ SAE_FILENAMES = (
     RUNNER_CFG_FILENAME,
 )
 METRICS_FILENAMES = (METRICS_FILENAME, NEW_METRICS_FILENAME)
-# A row has about 30 figures of 20 digits with their names.
+# A row has about 30 names with figures of 20 digits.
 BYTES_PER_ROW = 2000
 
 
@@ -47,18 +47,18 @@ def claimed_folders(
     only_if_empty: bool = False,
 ) -> Generator[None, None, None]:
     """
-    Holds the output and the checkpoint folder of a run against other runs, once it is sure
-    that they can be written to, have room for what is coming, and hold nothing that would
-    be lost. Nothing in them is changed.
+    Locks the output folder and the checkpoint folder of a run against other runs. Checks that
+    they can be written to, have enough room, and hold nothing that the run would overwrite.
+    Nothing in them is changed.
 
     Args:
         cfg: The run.
         overwrite: Whether an SAE in the output folder may be replaced.
-        only_if_empty: Whether the output folder may hold nothing else either, unless
-            `overwrite` is given.
+        only_if_empty: Whether the output folder must be empty, unless `overwrite` is given.
 
     Raises:
-        ValueError: if a folder is in use, holds what would be lost or has no room.
+        ValueError: if a folder is in use, has too little room, or holds something that the run
+            would overwrite.
         OSError: if a folder cannot be written to.
     """
     for key in ("from_pretrained_path", "resume_from_checkpoint"):
@@ -69,7 +69,7 @@ def claimed_folders(
         if cfg.output_path is not None:
             output = Path(cfg.output_path)
             stack.enter_context(locked_folder(output, "output_path"))
-            # before the folder of checkpoints is made, which may be inside
+            # before the checkpoint folder is created, which may be inside
             _require_free_output(cfg, output, overwrite, only_if_empty)
         if cfg.checkpoint_path is not None:
             checkpoints = Path(cfg.checkpoint_path)
@@ -83,15 +83,15 @@ def require_free_output(
     cfg: LanguageModelSAERunnerConfig[Any], overwrite: bool
 ) -> None:
     """
-    Raises ValueError if the output folder of a run on the command line holds something that
-    the run would mix with or replace. Creates nothing.
+    Raises ValueError if the output folder of a run on the command line holds files that are not
+    of the run. Creates nothing.
     """
     if cfg.output_path is None:
         return
     output = Path(cfg.output_path)
     expected: set[str] = set()
     if cfg.resume_from_checkpoint is not None:
-        # what the run left that is to go on, be it the SAE that it saved after its last step
+        # what the resumed run left, perhaps with the SAE that it saved after its last step
         expected.update(METRICS_FILENAMES)
         if _is_same_run(output, cfg) and not _is_finished(output):
             expected.update(SAE_FILENAMES)
@@ -100,29 +100,29 @@ def require_free_output(
 
 def metrics_path(cfg: LanguageModelSAERunnerConfig[Any]) -> Path | None:
     """
-    Where a run writes its metrics until its SAE is saved: what another run has left is not
-    touched before there is something in its place.
+    Where a run writes its metrics until its SAE is saved. The metrics of another run are not
+    replaced before that. None if the run has no output folder.
     """
     if cfg.output_path is None:
         return None
     output = Path(cfg.output_path)
     path, new = output / METRICS_FILENAME, output / NEW_METRICS_FILENAME
     if cfg.resume_from_checkpoint is None:
-        new.unlink(missing_ok=True)  # of a run that saved no SAE
+        new.unlink(missing_ok=True)  # left by a run that saved no SAE
         return new if path.exists() else path
     own = _own_metrics(cfg, output)
     if own is None:
         new.unlink(missing_ok=True)
         return new if path.exists() else path
     if own == path and holds_sae(output):
-        logger.warning(f"the SAE in {output} will be replaced when this run has one")
+        logger.warning(f"the SAE in {output} will be replaced when this run saves one")
         shutil.copyfile(path, new)
         return new
     return own
 
 
 def _own_metrics(cfg: LanguageModelSAERunnerConfig[Any], output: Path) -> Path | None:
-    """The metrics of the run that is resumed, None where there are none or another run's."""
+    """The metrics of the run that is resumed, None if there are none or those of another run."""
     assert cfg.resume_from_checkpoint is not None
     for name in (NEW_METRICS_FILENAME, METRICS_FILENAME):
         path, checkpoint = output / name, Path(cfg.resume_from_checkpoint)
@@ -132,7 +132,7 @@ def _own_metrics(cfg: LanguageModelSAERunnerConfig[Any], output: Path) -> Path |
 
 
 def holds_sae(folder: Path) -> bool:
-    """Whether there is an SAE in a folder, or what is left of one."""
+    """Whether there is an SAE in a folder, or a part of one."""
     return any(
         (folder / name).exists() for name in (SAE_CFG_FILENAME, SAE_WEIGHTS_FILENAME)
     )
@@ -171,20 +171,20 @@ def _require_free_output(
 def _require_own_checkpoints(
     cfg: LanguageModelSAERunnerConfig[Any], folder: Path
 ) -> None:
-    """A run that resumed from a folder with another run's checkpoints might take those."""
+    """Raises ValueError if the folder holds checkpoints of another run, which could be mixed up."""
     resumed = cfg.resume_from_checkpoint
     if resumed is not None and folder.resolve() == folder_of_checkpoints(resumed):
         return
     if holds_checkpoints(folder):
         raise ValueError(
             f"checkpoint_path {str(folder)!r} holds the checkpoints of another run: give "
-            "another checkpoint_path or logger.wandb_id, or go on with that run by "
+            "another checkpoint_path or logger.wandb_id, or resume that run with "
             f"resume_from_checkpoint={str(folder)!r}."
         )
 
 
 def _is_same_run(output: Path, cfg: LanguageModelSAERunnerConfig[Any]) -> bool:
-    """Whether an output folder holds an SAE of the run that is to be resumed."""
+    """Whether an output folder holds an SAE of the run that is resumed."""
     if cfg.resume_from_checkpoint is None:
         return False
     recorded = _read(output / RUNNER_CFG_FILENAME)
@@ -200,13 +200,13 @@ def _is_same_run(output: Path, cfg: LanguageModelSAERunnerConfig[Any]) -> bool:
 
 
 def _is_finished(output: Path) -> bool:
-    """Whether its run came to its end: its metrics on held-out activations come last."""
+    """Whether the run of an SAE has ended: its metrics on held-out activations are written last."""
     metadata = _read(output / SAE_CFG_FILENAME).get("metadata")
     return isinstance(metadata, dict) and metadata.get("held_out") is not None
 
 
 def _read(path: Path) -> dict[str, Any]:
-    """A JSON file of a mapping; an empty one where there is none."""
+    """The mapping in a JSON file, an empty one if there is none."""
     try:
         content = json.loads(path.read_text())
     except (OSError, ValueError):
@@ -215,7 +215,7 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def _require_room(cfg: LanguageModelSAERunnerConfig[Any]) -> None:
-    """Raises ValueError if a disk has less room than the run will take on it."""
+    """Raises ValueError if a disk has too little room for what the run will write to it."""
     on_disk: dict[int, list[tuple[Path, int]]] = {}
     for folder, size in estimate_disk(cfg).items():
         on_disk.setdefault(os.stat(folder).st_dev, []).append((folder, size))
@@ -232,9 +232,11 @@ def _require_room(cfg: LanguageModelSAERunnerConfig[Any]) -> None:
 
 def estimate_disk(cfg: LanguageModelSAERunnerConfig[Any]) -> dict[Path, int]:
     """
-    Estimates the bytes that a run writes to its output and its checkpoint folder: the SAE
-    twice, since it replaces the one that was saved before its calibration, rows of metrics,
-    and for each checkpoint the SAE, Adam's two moments, and the buffer of activations.
+    Estimates the bytes that a run writes to each folder.
+
+    - Output: rows of metrics, and the SAE twice, since the calibrated SAE replaces the one
+      that was saved before calibration.
+    - Checkpoints: for each, the SAE, Adam's two moments and the buffer of activations.
     """
     memory = estimate_memory(cfg)
     sizes: dict[Path, int] = {}

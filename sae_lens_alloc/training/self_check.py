@@ -1,4 +1,4 @@
-"""Whether a saved SAE does what the SAE in memory did."""
+"""Compares a saved SAE with the SAE in memory."""
 
 import warnings
 from pathlib import Path
@@ -21,18 +21,18 @@ def check_saved_sae(
     device: str,
 ) -> None:
     """
-    Loads an SAE with stock SAELens and warns if it does not give the L0 and the explained
-    variance that are recorded in its metadata (SAELens #308, #553).
+    Loads an SAE with stock SAELens, and warns if its L0 and explained variance are not those in
+    its metadata (SAELens #308, #553).
 
     Args:
         folder: The saved SAE.
         recorded: `held_out_metrics` of the SAE in memory.
-        activations: The activations that they were measured on, shape (n_tokens, d_in).
+        activations: The activations of these metrics, shape (n_tokens, d_in).
         batch_size: Tokens to run at once.
         device: Device to load it to.
     """
     sae = SAE.load_from_disk(folder, device=device)
-    # activations come flat from the store, as in training
+    # the store gives flat activations, as in training
     sae.turn_off_forward_pass_hook_z_reshaping()
     found = held_out_metrics(sae, activations, batch_size)
     l0, ev = recorded["l0"], recorded["explained_variance"]

@@ -26,12 +26,12 @@ class SourceSAE:
     An SAE to start from.
 
     Args:
-        name: What the user calls it.
+        name: Its folder, or RELEASE:ID.
         sae: The inference or training SAE.
-        scaling_factor: Factor of the activations it was trained on, from the checkpoint of a
-            run with "expected_average_only_in", or None.
-        expected_l0: Features per token that its training or its release states, or None.
-        expected_ev: Explained variance that its release states, or None.
+        scaling_factor: Factor of the activations in training, from the checkpoint of a run
+            with "expected_average_only_in", or None.
+        expected_l0: Features per token according to its training or release, or None.
+        expected_ev: Explained variance according to its release, or None.
     """
 
     name: str
@@ -47,11 +47,11 @@ def load_source_sae(name: str, device: str) -> SourceSAE:
 
     Args:
         name: A folder with an inference SAE or a training checkpoint, or RELEASE:ID.
-        device: Where to load it.
+        device: Device to load it to.
 
     Raises:
-        ValueError: if there is no such SAE, a file of it is damaged, or it cannot be had
-            without a network.
+        ValueError: if there is no such SAE, one of its files is damaged, or it cannot be
+            downloaded.
     """
     folder = Path(name)
     if folder.is_dir():
@@ -67,8 +67,8 @@ def load_source_sae(name: str, device: str) -> SourceSAE:
 def _from_folder(folder: Path, device: str) -> SourceSAE:
     if (folder / ACTIVATION_WHITENING_FILENAME).exists():
         raise ValueError(
-            f"{str(folder)!r} is a checkpoint of a run on whitened activations, which cannot "
-            "be carried over: give the SAE that the run saved at its end."
+            f"{str(folder)!r} is a checkpoint of a run on whitened activations, which cannot be "
+            "converted: give the SAE that the run saved at its end."
         )
     sae = load_sae(folder, device)
     scaler = folder / ACTIVATION_SCALER_CFG_FILENAME

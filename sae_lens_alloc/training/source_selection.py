@@ -1,4 +1,4 @@
-"""Which pairs the source of a conversion activates, in the units of the converted SAE."""
+"""The pairs that the source of a conversion activates, in the units of the converted SAE."""
 
 from collections.abc import Callable
 from typing import Any
@@ -22,7 +22,11 @@ from sae_lens_alloc.thresholds.jumprelu_form import gate_as_thresholds
 def source_selection(
     source: SAE[Any], converted: AllocationTrainingSAE[Any]
 ) -> Callable[[Encoder, torch.Tensor], SparseActivations]:
-    """The pairs that the source would activate, with the converted SAE's affinities."""
+    """
+    A function that gives the pairs that the source would activate, with the converted SAE's
+    affinities as values. It takes the converted SAE's encoder and activations of shape
+    (B, d_in).
+    """
     thresholds = carried_thresholds(source, converted)
     if thresholds is not None:
         per_feature = thresholds.expand_as(converted.allocation.threshold)
@@ -54,8 +58,9 @@ def carried_thresholds(
     source: SAE[Any], converted: AllocationTrainingSAE[Any]
 ) -> torch.Tensor | None:
     """
-    The source's thresholds in units of the converted SAE's affinities, infinite of features
-    that are silenced, or have a decoder row of 0.
+    The source's thresholds in units of the converted SAE's affinities, of shape (F,) or (). They
+    are infinite for features that are silenced or have a decoder row of 0. None if the source
+    has no thresholds.
     """
     thresholds = _thresholds(source)
     if thresholds is None:
@@ -68,8 +73,8 @@ def carried_thresholds(
 
 def _thresholds(source: SAE[Any]) -> torch.Tensor | None:
     """
-    Thresholds of the source's affinities at inference, at least 0, scalar or of shape (F,);
-    None where it activates the best k features of each token.
+    Thresholds of the source's affinities at inference, at least 0, of shape () or (F,). None if
+    it activates the best k features of each token.
     """
     if isinstance(source, AllocationTrainingSAE):
         thresholds = source.allocation.threshold
@@ -98,7 +103,7 @@ def _thresholds(source: SAE[Any]) -> torch.Tensor | None:
 def _units(
     source: SAE[Any], converted: AllocationTrainingSAE[Any]
 ) -> torch.Tensor | float:
-    """The converted SAE's affinities divided by the source's, of shape (F,) or one number."""
+    """Ratio of the converted SAE's affinities to the source's, of shape (F,) or one number."""
     scale, source_scale = converted.encoder().scale, _affinity_scale(source, converted)
     return (1.0 if scale is None else scale) / (
         1.0 if source_scale is None else source_scale
@@ -108,7 +113,7 @@ def _units(
 def _affinity_scale(
     source: SAE[Any], converted: AllocationTrainingSAE[Any]
 ) -> torch.Tensor | None:
-    """What the source multiplies its pre-activations by to rank them, on the other's device."""
+    """The factors from the source's pre-activations to its affinities, None if they are equal."""
     if not getattr(source.cfg, "rescale_acts_by_decoder_norm", False):
         return None
     return decoder_norms(source.W_dec).to(converted.device)
@@ -119,7 +124,7 @@ def _precise(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def source_architecture(source: SAE[Any]) -> str:
-    """The source's architecture, aux_zipf_loss being a matter of its training alone."""
+    """The source's architecture, without aux_zipf_loss, which concerns its training alone."""
     cfg = source.cfg
     if isinstance(cfg, AuxZipfTrainingSAEConfig):
         return cfg.base_config_class.architecture()

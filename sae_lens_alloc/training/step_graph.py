@@ -17,20 +17,20 @@ from sae_lens_alloc.saes.allocation_sae import AllocationTrainingSAE
 from sae_lens_alloc.saes.backend_trial import settle_backend
 from sae_lens_alloc.saes.step_plan import StepPlan
 
-# Steps of the same launches before they are recorded: kernels are compiled and the guesses of
-# the selection found in these.
+# Steps with the same launches before one is recorded. In these, kernels are compiled and the guesses of
+# the selection become good.
 STEPS_BEFORE_RECORDING = 3
 
 
 class Recording(Protocol):
-    """What `torch.cuda.CUDAGraph` does, so that tests can record on a CPU."""
+    """What a step needs of `torch.cuda.CUDAGraph`, so that tests can record on a CPU."""
 
     def recording(self) -> AbstractContextManager[None]:
-        """Within it the operations on the device are recorded and not run."""
+        """Within it, operations on the device are recorded and not run."""
         ...
 
     def replay(self) -> None:
-        """Runs what was recorded, on the same tensors."""
+        """Runs the recorded operations on the same tensors."""
         ...
 
 
@@ -53,12 +53,14 @@ class CudaGraph:
 @dataclass(frozen=True)
 class RecordedStep:
     """
+    A training step that can be replayed.
+
     Args:
         recording: The forward pass, the backward pass and the clipping of the gradients.
-        sae_in: The batch that it reads, to be filled before each replay.
-        output: What it leaves.
-        gradients: Gradients that it leaves, by parameter.
-        requirements: Requirements on its tensors, with what to say.
+        sae_in: The batch that the step reads, shape (B, d_in), to be filled before each replay.
+        output: Output of the step, which each replay overwrites.
+        gradients: Gradient of each parameter, which each replay overwrites.
+        requirements: Conditions on tensors of the step, each with the message if it fails.
     """
 
     recording: Recording
@@ -70,10 +72,10 @@ class RecordedStep:
 
 class StepGraph:
     """
-    Takes the forward and backward passes of an SAE's training steps. Steps of the same plan
-    are recorded, and from then on replayed, with the same numbers. Where the plan changes from
-    step to step, as while the budget falls, and where nothing can be recorded, steps are taken
-    as ever; where it is for a reason that lasts, the log says which.
+    Runs the forward and backward passes of an SAE's training steps. If steps have the same
+    plan, one is recorded, and later ones are replayed with the same numbers. Where the plan
+    changes from step to step, as while the budget falls, steps run without a recording. If
+    nothing can be recorded at all, the log says why.
     """
 
     def __init__(
@@ -87,7 +89,7 @@ class StepGraph:
         Args:
             sae: The SAE.
             clip: Clips its gradients.
-            autocast: In which its forward pass runs.
+            autocast: Context in which its forward pass runs.
             make_recording: Makes an empty recording.
         """
         self._sae = sae
@@ -102,8 +104,8 @@ class StepGraph:
 
     def forward_and_backward(self, step_input: TrainStepInput) -> TrainStepOutput:
         """
-        Takes a step up to the clipped gradients of the parameters. What it returns is
-        overwritten by the next step.
+        Runs a step up to the clipped gradients of the parameters. The next step may overwrite
+        the output.
         """
         sae = self._sae
         settle_backend(sae, sae._training_step, step_input)
@@ -170,12 +172,12 @@ class StepGraph:
         return recorded.output
 
     def _why_not(self, sae_in: torch.Tensor) -> str | None:
-        """Why nothing can be recorded, None where something can."""
+        """Why nothing can be recorded, None if a step can be recorded."""
         hooked = [name for name, hook in self._sae.hook_dict.items() if has_hooks(hook)]
         if hooked:
             return f"{hooked[0]} has hooks, which run on the host"
         if not uses_triton(sae_in.device):
-            return "the kernels that train the SAE ask the device, and only Triton's do not"
+            return "the kernels of this backend make the host wait, and only Triton's do not"
         if self._sae.gradient_memory.rows is not None:
-            return "row_sparse_adam asks the device which features were selected"
+            return "row_sparse_adam waits for the device to say which features were selected"
         return self._failure

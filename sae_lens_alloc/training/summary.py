@@ -1,4 +1,4 @@
-"""What a run is about to do, in words, and about how much memory it needs."""
+"""A description of a run, and an estimate of its memory."""
 
 import math
 from typing import Any
@@ -23,7 +23,7 @@ BUFFER_ITEM_SIZE = 4
 
 
 def describe_run(cfg: LanguageModelSAERunnerConfig[Any]) -> str:
-    """What will be trained, on what, for how long, with how much memory, and where it goes."""
+    """SAE, schedule, data, length, memory and folders of a run, one on each line."""
     sae = cfg.sae
     steps = cfg.total_training_steps
     memory = estimate_memory(cfg)
@@ -47,25 +47,28 @@ def describe_run(cfg: LanguageModelSAERunnerConfig[Any]) -> str:
 
 def estimate_memory(cfg: LanguageModelSAERunnerConfig[Any]) -> dict[str, int]:
     """
-    Estimates the bytes that training the SAE takes, apart from the language model.
+    Estimates the bytes of memory that training the SAE takes, without the language model.
 
-    With P = 2 * d_in * d_sae + d_sae + d_in parameters of s bytes each, B tokens a step:
+    With P = 2 * d_in * d_sae + d_sae + d_in parameters of s bytes each, and B tokens a step:
 
     - parameters, gradients: P * s each; Adam: 2 * P * s;
-    - activation buffer: 2 * (buffered tokens + one batch of contexts) * d_in * 4 bytes,
-      twice because shuffling copies it, and the prefetched batches;
-    - step: for Mutual and Feature Choice, 16 matrices of B x d_in, 64 bytes for each of the
-      k * B selected pairs, of the margin's and of the auxiliary ones, 4 blocks of
-      affinities, and on a GPU the encoder's gradient once more, which is transposed; each
-      nested reconstruction adds 7 matrices and the selected pairs once more. For other
-      architectures, which work on dense matrices, 8 matrices of B x d_sae. All in float32.
+    - activation buffer: 2 * (buffered tokens + one batch of contexts) * d_in * 4 bytes, twice
+      because shuffling copies it, and the prefetched batches;
+    - step, in float32: for Mutual and Feature Choice, 16 matrices of B x d_in, 4 blocks of
+      affinities, and 64 bytes for each selected pair, each pair of the margin and each pair of
+      the auxiliary loss. On a GPU, the encoder's gradient once more, which is transposed. For
+      each nested reconstruction, 7 matrices and the selected pairs once more. For other
+      architectures, which work on dense matrices, 8 matrices of B x d_sae.
+
+    Returns:
+        Bytes by name of the part.
     """
     sae, n_tokens = cfg.sae, cfg.train_batch_size_tokens
     parameters = 2 * sae.d_in * sae.d_sae + sae.d_sae + sae.d_in
     parameters *= str_to_dtype(sae.dtype).itemsize
     tokens_per_context = len(range(cfg.context_size)[slice(*cfg.seqpos_slice)])
     buffered_contexts = contexts_in_buffer(cfg) + cfg.store_batch_size_prompts
-    # batches that a thread holds ready
+    # batches that a thread has prefetched
     waiting = int(cfg.prefetch_llm_batches) * n_tokens
     buffer = 2 * buffered_contexts * tokens_per_context + waiting
     buffer *= sae.d_in * BUFFER_ITEM_SIZE
@@ -107,12 +110,12 @@ def _sparsity(sae: TrainingSAEConfig) -> str:
 
 
 def _schedule(sae: TrainingSAEConfig, steps: int) -> str:
-    """Who allocates when, and for how long the auxiliary loss lasts."""
+    """The rules in their order, and the duration of the auxiliary loss."""
     return "; ".join(filter(None, [_rules(sae), _auxiliary_loss(sae, steps)]))
 
 
 def _rules(sae: TrainingSAEConfig) -> str:
-    """Nothing for stock architectures."""
+    """The rules in their order, an empty string for stock architectures."""
     if not isinstance(sae, AllocationTrainingSAEConfig):
         return ""
     if isinstance(sae, MutualChoiceTrainingSAEConfig) and sae.feature_choice_steps:
@@ -127,7 +130,7 @@ def _rules(sae: TrainingSAEConfig) -> str:
 
 
 def _auxiliary_loss(sae: TrainingSAEConfig, steps: int) -> str:
-    """Nothing for architectures that have another one or none."""
+    """The auxiliary loss and its end, an empty string for architectures with another loss or none."""
     if not isinstance(sae, AuxiliaryLossTrainingSAEConfig):
         return ""
     name = sae.aux_loss if isinstance(sae, AllocationTrainingSAEConfig) else "aux_zipf"

@@ -1,4 +1,4 @@
-"""How a converted SAE starts: its statistics and thresholds, measured on activations."""
+"""Statistics and thresholds of a converted SAE before training, measured on activations."""
 
 import math
 from dataclasses import asdict, dataclass
@@ -25,15 +25,15 @@ from sae_lens_alloc.training.source_selection import (
 @dataclass(frozen=True)
 class ConversionReport:
     """
-    How a converted SAE starts, on the activations it was given.
+    Figures of a converted SAE before training.
 
     Args:
-        source_l0: Features per token of the source at inference: by its thresholds, or its k
-            best features of each token.
+        source_l0: Features per token of the source at inference: by its thresholds, or k for
+            a topk SAE.
         source_ev: Explained variance of the source.
         l0: Features per token of the converted SAE by its thresholds.
         ev: Explained variance of the converted SAE by its thresholds. At the source's L0 it
-            is the source's own, except for a topk SAE, which has no thresholds.
+            is that of the source, except for a topk SAE, which has no thresholds.
         training_l0: Features per token of the allocation of the first training step.
         training_ev: Explained variance of the allocation of the first training step.
         n_tokens: Number of tokens used.
@@ -53,20 +53,21 @@ def warm_start(
     sae: AllocationTrainingSAE[Any], source: SAE[Any], activations: torch.Tensor
 ) -> ConversionReport:
     """
-    Starts a converted SAE from activations, as if they had been trained on already: running
-    cut and densities of the features, the Zipf law of the quotas, and the source's thresholds
-    times the factor that gives k features per token, or one common threshold after topk.
+    Estimates the statistics of a converted SAE from activations, as if it had been trained on
+    them: the running cut, the densities of the features, the Zipf law of the quotas, and the
+    thresholds. The thresholds are those of the source times the factor that gives k features
+    per token, or one common threshold if the source is a topk SAE.
 
     Args:
-        sae: What `convert_sae` made of the source. Its statistics are changed in place, and
-            the report is recorded in its metadata under `conversion`.
-        source: The SAE it was converted from.
-        activations: Activations as the converted SAE takes them, shape (T, d_in). Of 65k
-            tokens, features denser than 1 in 6500 tokens take part in the law.
+        sae: The converted SAE. Its statistics are changed in place, and the report is recorded
+            in its metadata under `conversion`.
+        source: The SAE that it was converted from.
+        activations: Inputs of the converted SAE, shape (T, d_in). With 65k tokens, features
+            denser than 1 in 6500 tokens take part in the fit of the law.
 
     Raises:
-        ValueError: if activations are not of the SAE's d_in or not finite, their
-            reconstruction by the source is not, or too few affinities are positive for k
+        ValueError: if the activations have another dimension than d_in, they or the source's
+            reconstruction of them are not finite, or too few affinities are positive for k
             features per token.
     """
     activations = activations.to(sae.device)
@@ -104,8 +105,17 @@ def source_quality(
     source: SAE[Any], converted: AllocationTrainingSAE[Any], activations: torch.Tensor
 ) -> tuple[float, float]:
     """
-    Features per token and explained variance of the source at inference, computed with the
-    converted weights, which spares dense activations and leaves the source alone.
+    Features per token and explained variance of the source at inference. They are computed with
+    the converted weights, which needs no dense activations and does not change the source.
+
+    Args:
+        source: The source.
+        converted: The converted SAE.
+        activations: Inputs of the converted SAE, shape (T, d_in).
+
+    Raises:
+        ValueError: if the activations have another dimension than d_in, or they or their
+            reconstruction are not finite.
     """
     require_activations(converted, activations)
     select = source_selection(source, converted)
@@ -122,7 +132,7 @@ def source_quality(
 
 
 def _was_shaped_by_quotas(source: SAE[Any]) -> bool:
-    """Whether Feature Choice trained the source last; its law would drift if fitted again."""
+    """Whether Feature Choice trained the source last. Its law would drift if it was fitted again."""
     return (
         isinstance(source, AllocationTrainingSAE)
         and source.rule_at(source.step_count.last) == "feature"

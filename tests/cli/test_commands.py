@@ -27,7 +27,7 @@ def test_no_command_writes_into_the_folder_that_it_reads(saved: Path, tmp_path: 
     link.symlink_to(out)
     before = contents(out)
     calibrated = invoke("calibrate", str(out), "--output", str(link), "--overwrite")
-    assert "which is left as it is: give another folder." in calibrated.stderr
+    assert "which must not change: give another folder." in calibrated.stderr
     trained = train(link, f"from_pretrained_path={out}", "--overwrite")
     assert "sae-lens-alloc finetune --from" in trained.stderr
     assert calibrated.exit_code == trained.exit_code == 1

@@ -46,7 +46,7 @@ def test_every_other_setting_is_refused_by_name_with_both_values(
         settle_resumed_run(cfg)
         assert cfg.resume_from_checkpoint == str(tmp_path / "512")
         return
-    with pytest.raises(ValueError, match=f"its run has {key} 'another', and the one"):
+    with pytest.raises(ValueError, match=f"its run has {key} 'another', but this run"):
         settle_resumed_run(cfg)
 
 

@@ -157,11 +157,13 @@ def test_what_makes_it_impossible_is_one_sentence(
     elif reason == "backend":
         monkeypatch.setenv(BACKEND_VARIABLE, "torch")
         sentence = (
-            "the kernels that train the SAE ask the device, and only Triton's do not"
+            "the kernels of this backend make the host wait, and only Triton's do not"
         )
     elif reason == "optimizer":
         overrides = {"optimizer": "row_sparse_adam"}
-        sentence = "row_sparse_adam asks the device which features were selected"
+        sentence = (
+            "row_sparse_adam waits for the device to say which features were selected"
+        )
     else:
         monkeypatch.setattr(
             reconstruction,
