@@ -91,7 +91,7 @@ def test_train_command_of_the_readme_is_accepted():
     )
     # nothing is wrong but that this machine may not have the text
     if result.returncode != 0:
-        assert "cannot be had from the Hugging Face hub" in result.stderr
+        assert "cannot be loaded from the Hugging Face hub" in result.stderr
     assert "k 32 falling to 16" in result.stdout
     assert "lr 0.0003" in result.stdout
 

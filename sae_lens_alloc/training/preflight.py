@@ -148,7 +148,7 @@ def _check_dataset(cfg: LanguageModelSAERunnerConfig[Any]) -> None:
         load_dataset_builder(name)
     except Exception as error:  # of many kinds: datasets, huggingface_hub
         raise ValueError(
-            f"dataset_path {name!r} is no folder of this machine, and cannot be had from "
+            f"dataset_path {name!r} is no folder of this machine, and cannot be loaded from "
             f"the Hugging Face hub: {in_one_sentence(error)}"
         ) from error
 

@@ -247,11 +247,11 @@ def test_a_second_metric_is_drawn_where_there_is_one(runs: list[ReportRun]):
 
 
 def test_a_bent_curve_is_called_one(runs: list[ReportRun], page: str):
-    assert "no power law describes it" not in page
+    assert "No power law describes it" not in page
     densities = torch.exp(-torch.arange(N_FEATURES) / 60).double()
     evaluation = dataclasses.replace(runs[0].evaluation, densities=densities)
     bent = dataclasses.replace(runs[0], evaluation=evaluation)
-    assert "no power law describes it" in render_report("t", "i", [runs[0], bent])
+    assert "No power law describes it" in render_report("t", "i", [runs[0], bent])
 
 
 def test_quantile_of_a_histogram():
