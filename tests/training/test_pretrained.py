@@ -206,4 +206,4 @@ def test_finetune_refuses_a_second_start(folder: Path, tmp_path: Path):
         *(f"output_path={tmp_path / 'output'}", f"from_pretrained_path={folder}"),
     )
     assert result.exit_code == 1
-    assert "from_pretrained_path has no effect here" in result.stderr
+    assert "from_pretrained_path has no effect in a fine-tuning" in result.stderr
