@@ -24,14 +24,13 @@ class AllocationTrainingSAEConfig(AuxiliaryLossTrainingSAEConfig):
             `k_decay_steps` steps. None starts at `k`. A YAML config may give a share of k.
         k_decay_steps (int): Steps over which the budget falls from `k_start` to `k`. A YAML
             config may give a share of the training steps.
-        selection_margin (float): Under Mutual Choice, the encoder also learns whom to select:
-            from the first pairs beyond the budget, this share of it, by what being active
-            would gain each of them. 0 turns it off.
+        selection_margin (float): Under Mutual Choice the encoder also learns from the pairs
+            that just missed the budget: from this share of the budget. Each learns by how
+            much the error would have fallen if it had been active. 0 turns this off.
         aux_loss (Literal["aux_zipf", "aux_k", "none"]): Which features learn from the
-            reconstruction error: those that fire less than the fitted Zipf curve predicts
-            and the dead ones ("aux_zipf"), the dead ones only ("aux_k", as SAELens' topk,
-            except that dead features are looked for at every tenth step, in SAELens at each),
-            or none.
+            reconstruction error. "aux_zipf": those that fire less than the fitted Zipf curve
+            predicts, and the dead ones. "aux_k": the dead ones only, as in SAELens' topk, but
+            they are looked for at every tenth step instead of at each. "none": no feature.
         aux_loss_coefficient (float): Coefficient of the auxiliary loss.
         aux_loss_decay_start (int | None): Training step at which the auxiliary loss starts to
             fade; it is gone a tenth of that many steps later. None keeps it to the end. A
