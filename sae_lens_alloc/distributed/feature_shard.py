@@ -54,7 +54,7 @@ class FeatureShard:
     def _own(self) -> torch.Tensor:
         if self.is_whole:
             return torch.arange(self.n_features)
-        return self._parts()[self.ranks.rank].sort().values
+        return self.ids_of(self.ranks.rank)
 
     def _parts(self) -> list[torch.Tensor]:
         return list(storage_order(self.n_features).split(self.largest))
@@ -62,6 +62,10 @@ class FeatureShard:
     def ids(self, device: torch.device | str = "cpu") -> torch.Tensor:
         """Numbers of the features within the SAE, ascending, int64 of shape (F_r,)."""
         return self._tensors(device)[0]
+
+    def ids_of(self, rank: int) -> torch.Tensor:
+        """Numbers of the features of any rank, ascending, int64 on the CPU."""
+        return self._parts()[rank].sort().values
 
     def n_below(self, width: int) -> int:
         """How many of the first `width` features of the SAE are here; they come first."""
@@ -87,9 +91,14 @@ class FeatureShard:
     def storage_places(self) -> torch.Tensor:
         """
         Where each own feature is in this rank's part of the storage order, int64 of shape
-        (F_r,): `part = stored[storage_places]`, and `stored = part[storage_places.argsort()]`.
+        (F_r,): `part = stored[storage_places]`.
         """
         return self._parts()[self.ranks.rank].argsort()
+
+    @cached_property
+    def stored_rows(self) -> torch.Tensor:
+        """The other way round, int64 of shape (F_r,): `stored = part[stored_rows]`."""
+        return self.storage_places.argsort()
 
     def _tensors(self, device: torch.device | str) -> tuple[torch.Tensor, torch.Tensor]:
         """The own features, and where each feature of the SAE is in what `gather` receives."""

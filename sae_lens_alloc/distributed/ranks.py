@@ -87,6 +87,19 @@ class Ranks:
         dist.all_gather_object(found, own, group=self.host_group)
         return found
 
+    def send(self, tensor: torch.Tensor) -> None:
+        """
+        Gives a tensor to the first rank, which calls `receive` for it meanwhile. It goes by way
+        of the hosts.
+        """
+        dist.send(_bytes_of(tensor.cpu()), group_dst=0, group=self.host_group)
+
+    def receive(self, like: torch.Tensor, source: int) -> torch.Tensor:
+        """What another rank sends to the first one, of the shape and dtype of `like`, on the CPU."""
+        received = torch.empty(like.shape, dtype=like.dtype)
+        dist.recv(_bytes_of(received), group_src=source, group=self.host_group)
+        return received
+
     def _reduced(self, tensor: torch.Tensor, op: Any) -> torch.Tensor:
         if self.is_alone:
             return tensor
@@ -112,6 +125,11 @@ def used_by_all(weight: torch.Tensor, ranks: Ranks) -> torch.Tensor:
     those that each rank finds.
     """
     return weight if ranks.is_alone else _UsedByAll.apply(weight, ranks)
+
+
+def _bytes_of(tensor: torch.Tensor) -> torch.Tensor:
+    """The bytes of a tensor, of which a contiguous one is a view: not all dtypes can be sent."""
+    return tensor.contiguous().view(-1).view(torch.uint8)
 
 
 class _Summed(torch.autograd.Function):

@@ -2,6 +2,7 @@
 
 from abc import abstractmethod
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -12,12 +13,14 @@ from typing_extensions import override
 from sae_lens_alloc.allocation.mutual_choice import require_no_nan_or_inf
 from sae_lens_alloc.allocation.sparse_activations import SparseActivations
 from sae_lens_alloc.distributed.feature_shard import FeatureShard
+from sae_lens_alloc.distributed.stored_tensors import holds_stored_tensors
 from sae_lens_alloc.ops.block_encoder import BlockEncoder, Encoder, KnownAffinities
 from sae_lens_alloc.ops.device_checks import DeviceChecks
 from sae_lens_alloc.ops.encode_thresholds import encode_thresholds
 from sae_lens_alloc.saes.allocation_sae_config import AllocationTrainingSAEConfig
 from sae_lens_alloc.saes.allocation_statistics import AllocationStatistics
 from sae_lens_alloc.saes.auxiliary_loss import decoder_norms
+from sae_lens_alloc.saes.checkpoint_weights import STATISTICS, load_own_weights
 from sae_lens_alloc.saes.dense_path import (
     decode_dense,
     dense_affinities,
@@ -28,8 +31,6 @@ from sae_lens_alloc.saes.reconstruction import Weights, reconstruct
 from sae_lens_alloc.saes.running_statistics import remove_statistics
 
 T_CONFIG = TypeVar("T_CONFIG", bound=AllocationTrainingSAEConfig)
-
-STATISTICS = "allocation."  # prefix of their keys in a checkpoint
 
 
 class ThresholdTrainingSAE(TrainingSAE[T_CONFIG]):
@@ -222,3 +223,12 @@ class ThresholdTrainingSAE(TrainingSAE[T_CONFIG]):
     def process_state_dict_for_loading(self, state_dict: dict[str, Any]) -> None:
         super().process_state_dict_for_loading(state_dict)
         self.allocation.read_checkpoint(state_dict, STATISTICS)
+
+    @override
+    def load_weights_from_checkpoint(self, checkpoint_path: Path | str) -> None:
+        """Loads what a checkpoint of one process, or of any number of ranks, has of the features."""
+        checkpoint = Path(checkpoint_path)
+        if self.shard.is_whole and not holds_stored_tensors(checkpoint):
+            super().load_weights_from_checkpoint(checkpoint)
+        else:
+            load_own_weights(self, checkpoint)

@@ -13,6 +13,8 @@ from sae_lens.constants import (
 )
 
 from sae_lens_alloc.checksums import sha256_of
+from sae_lens_alloc.distributed.ranks import ALONE, Ranks
+from sae_lens_alloc.distributed.together import together
 from sae_lens_alloc.training.output_folder import flush
 
 # Written last: a checkpoint is whole if it is there and agrees with the other files.
@@ -25,7 +27,9 @@ def partial_path(checkpoint: Path) -> Path:
     return checkpoint.with_name(f"{PARTIAL_PREFIX}{checkpoint.name}")
 
 
-def publish_checkpoint(checkpoint: Path, n_training_samples: int) -> None:
+def publish_checkpoint(
+    checkpoint: Path, n_training_samples: int, ranks: Ranks = ALONE
+) -> None:
     """
     Completes the checkpoint in `partial_path(checkpoint)` with the checksums of its files,
     forces it to the disk, renames it, and removes what killed runs left half-written. The
@@ -35,15 +39,27 @@ def publish_checkpoint(checkpoint: Path, n_training_samples: int) -> None:
     Args:
         checkpoint: The checkpoint's folder.
         n_training_samples: Tokens learned from so far.
+        ranks: Those that wrote its files and share the work. All of them must call it.
     """
     partial = partial_path(checkpoint)
-    files = sorted(partial.iterdir())
-    manifest = {
-        "n_training_samples": n_training_samples,
-        "sha256": {file.name: sha256_of(file) for file in files},
-    }
-    for file in files:
-        flush(file)
+    # each is sure to see what it wrote itself
+    listed = together(ranks, lambda: {file.name for file in partial.iterdir()})
+    names = sorted(set().union(*listed))
+    own = names[ranks.rank :: ranks.size]
+    parts = together(ranks, lambda: {name: _flushed(partial / name) for name in own})
+    checksums = {name: part[name] for part in parts for name in part}
+    manifest = {"n_training_samples": n_training_samples, "sha256": checksums}
+    together(ranks, lambda: None if ranks.rank else _publish(checkpoint, manifest))
+
+
+def _flushed(file: Path) -> str:
+    """The checksum of a file that is forced to the disk."""
+    flush(file)
+    return sha256_of(file)
+
+
+def _publish(checkpoint: Path, manifest: dict[str, Any]) -> None:
+    partial = partial_path(checkpoint)
     (partial / MANIFEST_FILENAME).write_text(json.dumps(manifest))
     flush(partial / MANIFEST_FILENAME)
     flush(partial)
@@ -56,11 +72,15 @@ def publish_checkpoint(checkpoint: Path, n_training_samples: int) -> None:
             shutil.rmtree(leftover)
 
 
-def find_checkpoint(path: str | Path) -> Path:
+def find_checkpoint(path: str | Path, ranks: Ranks = ALONE) -> Path:
     """
     The checkpoint to resume from: `path` itself if it is one, or the last whole one in it.
     Damaged and half-written ones on the way are reported and skipped. So are those that
     SAELens calls `final_...`: the normalization is folded into their weights.
+
+    Args:
+        path: A folder.
+        ranks: Those that look for it and share the work. All of them must call it.
 
     Raises:
         ValueError: if `path` is a damaged checkpoint, or there is no whole one in it.
@@ -69,7 +89,7 @@ def find_checkpoint(path: str | Path) -> Path:
     if not path.is_dir():
         raise ValueError(f"There is no folder {path} to resume from.")
     if _is_checkpoint(path):
-        reason = _damage(path)
+        reason = _damage(path, ranks)
         if reason is not None:
             raise ValueError(
                 f"The checkpoint {path} cannot be resumed from: {reason}. Give its parent "
@@ -79,7 +99,7 @@ def find_checkpoint(path: str | Path) -> Path:
     folders = [folder for folder in path.iterdir() if folder.is_dir()]
     folders = [folder for folder in folders if not _is_final(folder)]
     for folder in sorted(folders, key=_progress, reverse=True):
-        reason = _damage(folder)
+        reason = _damage(folder, ranks)
         if reason is None:
             return folder
         logger.warning(f"Skipping the checkpoint {folder}: {reason}.")
@@ -114,8 +134,14 @@ def _is_final(checkpoint: Path) -> bool:
     return checkpoint.name.removeprefix(PARTIAL_PREFIX).startswith("final_")
 
 
-def _damage(checkpoint: Path) -> str | None:
-    """What is wrong with a checkpoint, or None if it is whole."""
+def _damage(checkpoint: Path, ranks: Ranks) -> str | None:
+    """What is wrong with a checkpoint, or None if it is whole: the same on all ranks."""
+    reasons = together(ranks, lambda: _own_damage(checkpoint, ranks))
+    return next((reason for reason in reasons if reason is not None), None)
+
+
+def _own_damage(checkpoint: Path, ranks: Ranks) -> str | None:
+    """What is wrong with a checkpoint as far as this rank looks at its files."""
     manifest = _read_manifest(checkpoint)
     if manifest is None:
         if (checkpoint / MANIFEST_FILENAME).exists():
@@ -127,7 +153,7 @@ def _damage(checkpoint: Path) -> str | None:
             and _read_json(checkpoint / RUNNER_CFG_FILENAME) is not None
         )
         return None if by_sae_lens else "it was not written to the end"
-    for name, checksum in manifest["sha256"].items():
+    for name, checksum in list(manifest["sha256"].items())[ranks.rank :: ranks.size]:
         file = checkpoint / name
         if not file.exists():
             return f"{name} is missing"

@@ -14,8 +14,11 @@ from torch.optim.lr_scheduler import ConstantLR
 from typing_extensions import override
 
 from sae_lens_alloc.compat import InterruptedException, StepwiseTrainer
+from sae_lens_alloc.distributed.ranks import ALONE, Ranks
+from sae_lens_alloc.distributed.stored_tensors import holds_stored_tensors
 from sae_lens_alloc.training.checkpoint import partial_path, publish_checkpoint
 from sae_lens_alloc.training.output_folder import named_write_errors
+from sae_lens_alloc.training.sharded_checkpoint import read_trainer_state
 
 
 class CheckpointingTrainer(StepwiseTrainer[T_TRAINING_SAE, T_TRAINING_SAE_CONFIG]):
@@ -28,6 +31,11 @@ class CheckpointingTrainer(StepwiseTrainer[T_TRAINING_SAE, T_TRAINING_SAE_CONFIG
 
     optimizer: Optimizer
     interrupted: bool = False
+
+    @property
+    def ranks(self) -> Ranks:
+        """Those that train together, and save together."""
+        return ALONE
 
     @override
     def fit(self) -> T_TRAINING_SAE:
@@ -46,7 +54,7 @@ class CheckpointingTrainer(StepwiseTrainer[T_TRAINING_SAE, T_TRAINING_SAE_CONFIG
         # SAELens would put the state of one schedule into another, or fail to
         schedule, rates = self.lr_scheduler, self._learning_rates()
         self.lr_scheduler = ConstantLR(SGD([torch.zeros(1)]))
-        super().load_trainer_state(checkpoint_path)
+        self.read_trainer_state(Path(checkpoint_path))
         n_steps, self.lr_scheduler = self.lr_scheduler.last_epoch, schedule
         for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
             group.update(rate)
@@ -55,6 +63,13 @@ class CheckpointingTrainer(StepwiseTrainer[T_TRAINING_SAE, T_TRAINING_SAE_CONFIG
             warnings.filterwarnings("ignore", "Detected call of `lr_scheduler.step")
             for _ in range(n_steps):
                 schedule.step()
+
+    def read_trainer_state(self, checkpoint: Path) -> None:
+        """Puts the trainer where a checkpoint is, and its schedule where that of the checkpoint."""
+        if holds_stored_tensors(checkpoint):
+            read_trainer_state(self, checkpoint)
+        else:
+            super().load_trainer_state(checkpoint)
 
     def _learning_rates(self) -> list[dict[str, float]]:
         keys = ("lr", "initial_lr")
@@ -107,11 +122,11 @@ class CheckpointingTrainer(StepwiseTrainer[T_TRAINING_SAE, T_TRAINING_SAE_CONFIG
     ) -> None:
         base = self.cfg.checkpoint_path if base_path is None else base_path
         if base is None:
-            super().save_checkpoint(checkpoint_name, None, wandb_aliases)
+            self.write_checkpoint(checkpoint_name, None, wandb_aliases)
             return
         checkpoint = Path(base) / checkpoint_name
         partial = partial_path(checkpoint)
-        shutil.rmtree(partial, ignore_errors=True)
+        self._remove(partial)
         provider = self.data_provider
         try:
             # so that the store's state does not change while it is saved
@@ -121,8 +136,18 @@ class CheckpointingTrainer(StepwiseTrainer[T_TRAINING_SAE, T_TRAINING_SAE_CONFIG
                 if isinstance(provider, PrefetchingIterator)
                 else nullcontext(),
             ):
-                super().save_checkpoint(partial.name, base, wandb_aliases)
-                publish_checkpoint(checkpoint, self.n_training_samples)
+                self.write_checkpoint(partial.name, base, wandb_aliases)
+                publish_checkpoint(checkpoint, self.n_training_samples, self.ranks)
         except OSError:
-            shutil.rmtree(partial, ignore_errors=True)
+            self._remove(partial)
             raise
+
+    def write_checkpoint(
+        self, name: str, base_path: Path | str | None, wandb_aliases: list[str] | None
+    ) -> None:
+        """Writes the files of a checkpoint, as SAELens' `save_checkpoint` does."""
+        super().save_checkpoint(name, base_path, wandb_aliases)
+
+    def _remove(self, partial: Path) -> None:
+        if self.ranks.rank == 0:
+            shutil.rmtree(partial, ignore_errors=True)

@@ -11,6 +11,7 @@ from sae_lens.constants import RUNNER_CFG_FILENAME, SAE_CFG_FILENAME
 from sae_lens.saes.sae import TrainingSAEConfig
 
 from sae_lens_alloc.config.run_checks import SAE_SCHEDULE_KEYS
+from sae_lens_alloc.distributed.ranks import ALONE, Ranks
 from sae_lens_alloc.training.checkpoint import find_checkpoint
 from sae_lens_alloc.typed_values import shown
 
@@ -52,7 +53,9 @@ KEPT_SAE_KEYS = (
 
 
 def settle_resumed_run(
-    cfg: LanguageModelSAERunnerConfig[Any], sae_is_known: bool = True
+    cfg: LanguageModelSAERunnerConfig[Any],
+    sae_is_known: bool = True,
+    ranks: Ranks = ALONE,
 ) -> None:
     """
     Prepares the config of a run that resumes from a checkpoint. Does nothing for other runs.
@@ -64,6 +67,7 @@ def settle_resumed_run(
         cfg: The run, changed in place.
         sae_is_known: Whether `cfg.sae` is the SAE to be trained. In a fine-tuning it is not, until
             the source is converted.
+        ranks: Those that resume it, which share the reading. All of them must call it.
 
     Raises:
         ValueError: if there is no whole checkpoint, or a setting has changed that must not, in one
@@ -76,7 +80,7 @@ def settle_resumed_run(
         raise ValueError(
             f"resume_from_checkpoint is {folder!r}, but there is no such folder."
         )
-    checkpoint = find_checkpoint(folder)
+    checkpoint = find_checkpoint(folder, ranks)
     cfg.resume_from_checkpoint = str(checkpoint)
     recorded = _recorded(checkpoint)
     wanted = _as_json(cfg.to_dict())

@@ -1,5 +1,6 @@
 """A trainer of an SAE whose features are shared by ranks."""
 
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,7 +12,13 @@ from typing_extensions import override
 
 from sae_lens_alloc.config.run_config import uses_cuda_graph
 from sae_lens_alloc.distributed.feature_shard import FeatureShard
+from sae_lens_alloc.distributed.ranks import Ranks
+from sae_lens_alloc.distributed.together import together
 from sae_lens_alloc.saes.allocation_sae import AllocationTrainingSAE
+from sae_lens_alloc.training.sharded_checkpoint import (
+    read_trainer_state,
+    write_sharded_checkpoint,
+)
 from sae_lens_alloc.training.trainer import AllocSAETrainer
 
 
@@ -54,6 +61,29 @@ class ShardedSAETrainer(AllocSAETrainer[AllocationTrainingSAE[Any], Any]):
     def shard(self) -> FeatureShard:
         """The features of this rank."""
         return self.sae.allocation.shard
+
+    @property
+    @override
+    def ranks(self) -> Ranks:
+        return self.shard.ranks
+
+    @override
+    def write_checkpoint(
+        self, name: str, base_path: Path | str | None, wandb_aliases: list[str] | None
+    ) -> None:
+        if self.ranks.is_alone:
+            super().write_checkpoint(name, base_path, wandb_aliases)
+        elif base_path is not None:
+            write_sharded_checkpoint(self, Path(base_path) / name)
+        elif self.save_checkpoint_fn is not None:
+            self.save_checkpoint_fn(checkpoint_path=None)
+
+    @override
+    def read_trainer_state(self, checkpoint: Path) -> None:
+        if self.ranks.is_alone:
+            super().read_trainer_state(checkpoint)
+        else:
+            together(self.ranks, lambda: read_trainer_state(self, checkpoint))
 
     def _zeros(self) -> torch.Tensor:
         return torch.zeros(len(self.shard), device=self.cfg.device)
