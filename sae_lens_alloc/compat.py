@@ -7,8 +7,9 @@ runs the host itself against each of them, and `make test-newest` does so with t
 releases. Whatever the host offers in public is used directly and is not listed here.
 """
 
+import pickle
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any, TypeVar
+from typing import IO, Any, TypeVar
 
 import torch
 from sae_lens.saes.sae import T_TRAINING_SAE, T_TRAINING_SAE_CONFIG
@@ -29,6 +30,7 @@ __all__ = [
     "ModuleOfKeptDtypes",
     "StepwiseTrainer",
     "compile_modes",
+    "read_checkpoint_metadata",
     "has_hooks",
     "require_methods",
     "stored_entries",
@@ -167,3 +169,45 @@ def compile_modes() -> list[str]:
     If it changes: an AttributeError where a run is to be compiled.
     """
     return list(torch._inductor.list_mode_options())
+
+
+# What torch.distributed.checkpoint pickles, by module, beside torch's dtypes.
+METADATA_NAMES = {
+    "torch": ["Size"],
+    "torch.serialization": ["_get_layout"],
+    "torch.distributed.checkpoint.filesystem": ["_StorageInfo"],
+    "torch.distributed.checkpoint.metadata": [
+        *("Metadata", "MetadataIndex", "StorageMeta", "TensorStorageMetadata"),
+        *("ChunkStorageMetadata", "TensorProperties", "_MEM_FORMAT_ENCODING"),
+    ],
+    **{m: ["PosixPath", "WindowsPath"] for m in ("pathlib", "pathlib._local")},
+}
+
+
+def read_checkpoint_metadata(file: IO[bytes]) -> Any:
+    """
+    What torch.distributed.checkpoint says about the tensors in its files. Nothing in the file is
+    executed.
+
+    torch: pickles it in `.metadata`, and unpickles whatever is there, so that a checkpoint from
+    elsewhere could execute anything.
+    No public way: `torch.load(weights_only=True)` reads its own files only.
+    If it changes: no checkpoint of ranks can be read, with the name that is missing above.
+
+    Raises:
+        ValueError: if it refers to anything else.
+    """
+    return _MetadataUnpickler(file).load()
+
+
+class _MetadataUnpickler(pickle.Unpickler):
+    @override
+    def find_class(self, module_name: str, global_name: str, /) -> Any:
+        is_dtype = module_name == "torch" and isinstance(
+            getattr(torch, global_name, None), torch.dtype
+        )
+        if is_dtype or global_name in METADATA_NAMES.get(module_name, ()):
+            return super().find_class(module_name, global_name)
+        raise ValueError(
+            f"it refers to {module_name}.{global_name}, which has no place there."
+        )

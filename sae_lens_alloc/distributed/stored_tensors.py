@@ -32,8 +32,10 @@ from torch.distributed.checkpoint.planner_helpers import (
 )
 from typing_extensions import override
 
+from sae_lens_alloc.compat import read_checkpoint_metadata
 from sae_lens_alloc.distributed.feature_shard import FeatureShard
 from sae_lens_alloc.distributed.ranks import Ranks
+from sae_lens_alloc.errors import as_reason
 
 # Where torch.distributed.checkpoint says what is in its files.
 METADATA_FILENAME = ".metadata"
@@ -134,10 +136,32 @@ def read_stored_tensors(folder: Path, tensors: Mapping[str, Stored]) -> None:
     with _plain_errors():
         dcp.load(
             dict(tensors),
-            storage_reader=dcp.FileSystemReader(folder),
+            storage_reader=_Reader(folder),
             planner=_Reading(folder),
             no_dist=True,
         )
+
+
+class _Reader(dcp.FileSystemReader):
+    """Reads what a metadata file says, and executes nothing of what is in it."""
+
+    def __init__(self, folder: Path) -> None:
+        """Raises ValueError if the metadata are damaged."""
+        super().__init__(folder)
+        path = folder / METADATA_FILENAME
+        try:
+            with path.open("rb") as file:
+                self._metadata: Metadata = read_checkpoint_metadata(file)
+        except OSError:
+            raise
+        except Exception as error:  # whatever a damaged file makes pickle do
+            raise ValueError(
+                f"{str(path)!r} is damaged: {as_reason(error)}."
+            ) from error
+
+    @override
+    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
+        return self._metadata
 
 
 class _Writing(dcp.DefaultSavePlanner):

@@ -80,6 +80,27 @@ def load_own_weights(sae: TrainingSAE[Any], checkpoint: Path) -> None:
     sae.load_state_dict(state)
 
 
+def weights_as_saved(
+    sae: TrainingSAE[Any], checkpoint: Path
+) -> dict[str, torch.Tensor]:
+    """
+    What a checkpoint of ranks would hold if one process had written it.
+
+    Args:
+        sae: An SAE of its config without memory. It is given that of the tensors.
+        checkpoint: The checkpoint.
+
+    Raises:
+        ValueError: if it is of an SAE of other sizes.
+        OSError: if it cannot be read.
+    """
+    sae.to_empty(device="cpu")
+    load_own_weights(sae, checkpoint)
+    state = sae.state_dict()
+    sae.process_state_dict_for_saving(state)
+    return state
+
+
 def _own(name: str, tensor: torch.Tensor, shard: FeatureShard) -> torch.Tensor:
     if not is_by_feature(name):
         return tensor

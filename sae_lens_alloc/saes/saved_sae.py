@@ -18,8 +18,11 @@ from sae_lens.saes.sae import SAE, SAEConfig, TrainingSAE
 from sae_lens.util import str_to_dtype
 from safetensors import safe_open
 
+from sae_lens_alloc.distributed.stored_tensors import METADATA_FILENAME
 from sae_lens_alloc.errors import as_reason
 from sae_lens_alloc.saes.checkpoint_for_inference import CheckpointForInference
+from sae_lens_alloc.saes.checkpoint_weights import weights_as_saved
+from sae_lens_alloc.saes.split_weights import INDEX_FILENAME, read_split_weights
 from sae_lens_alloc.typed_values import convert, in_words, shown
 
 # Every training config has this field and no inference config does, while some names, such as
@@ -31,10 +34,11 @@ LARGEST_SIZE = 2**31
 
 def load_sae(folder: str | Path, device: str = "cpu") -> SAE[Any]:
     """
-    Loads an SAE, an inference SAE or a training checkpoint, whatever SAELens saved.
+    Loads an SAE, an inference SAE or a training checkpoint, whatever SAELens saved, and what
+    ranks that share an SAE saved: checkpoints, and SAEs in several files.
 
     Args:
-        folder: The folder of cfg.json and sae_weights.safetensors. Not changed.
+        folder: The folder of cfg.json and the weights. Not changed.
         device: Where to load it.
 
     Raises:
@@ -45,7 +49,8 @@ def load_sae(folder: str | Path, device: str = "cpu") -> SAE[Any]:
     folder = Path(folder)
     if not folder.is_dir():
         raise ValueError(f"{str(folder)!r} is no folder.")
-    for filename in (SAE_CFG_FILENAME, SAE_WEIGHTS_FILENAME):
+    weights = _weights_filename(folder)
+    for filename in (SAE_CFG_FILENAME, weights):
         if not (folder / filename).is_file():
             raise ValueError(
                 f"{str(folder)!r} holds no SAE of SAELens: {filename} is missing."
@@ -57,8 +62,9 @@ def load_sae(folder: str | Path, device: str = "cpu") -> SAE[Any]:
         path: str | Path, device: str, cfg_overrides: dict[str, Any] | None
     ) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
         settings = {**cfg, "device": device, **(cfg_overrides or {})}
-        weights = Path(path) / SAE_WEIGHTS_FILENAME
-        return settings, _checked_weights(weights, settings, config, device)
+        return settings, _checked_weights(
+            Path(path) / weights, settings, config, device
+        )
 
     try:
         return kind.load_from_disk(folder, device, converter=read)
@@ -105,6 +111,14 @@ def read_json_mapping(path: Path) -> dict[str, Any]:
             f"{str(path)!r} is damaged: it must hold a mapping, not {shown(content)}."
         )
     return content
+
+
+def _weights_filename(folder: Path) -> str:
+    """The file to begin with: of one file, of an SAE in several, or of a checkpoint of ranks."""
+    for filename in (METADATA_FILENAME, INDEX_FILENAME):
+        if (folder / filename).is_file():
+            return filename
+    return SAE_WEIGHTS_FILENAME
 
 
 def _is_training(cfg: Mapping[str, Any]) -> bool:
@@ -180,9 +194,7 @@ def _checked_weights(
     """The tensors of an SAE: those of its architecture, of their shapes, and finite."""
     wrong = f"{str(path)!r} does not hold the weights of the {cfg['architecture']} SAE"
     try:
-        with safe_open(path, framework="pt") as file:
-            dtypes = {name: file.get_slice(name).get_dtype() for name in file.keys()}  # noqa: SIM118
-        _, weights = read_sae_components_from_disk(cfg, path, device)
+        dtypes, weights = _read_weights(path, cfg, device)
     except torch.OutOfMemoryError:
         raise
     except (
@@ -218,6 +230,21 @@ def _checked_weights(
                 f"{int((~allowed).sum()):,} values that are NaN or infinite."
             )
     return weights
+
+
+def _read_weights(
+    path: Path, cfg: dict[str, Any], device: str
+) -> tuple[dict[str, str], dict[str, torch.Tensor]]:
+    """What safetensors calls the types of the tensors, as far as it has them, and the tensors."""
+    if path.name == METADATA_FILENAME:
+        trained = TrainingSAE.from_dict({**cfg, "device": "meta"})
+        return {}, weights_as_saved(trained, path.parent)
+    if path.name == INDEX_FILENAME:
+        return read_split_weights(path.parent, str_to_dtype(cfg["dtype"]), device)
+    with safe_open(path, framework="pt") as file:
+        dtypes = {name: file.get_slice(name).get_dtype() for name in file.keys()}  # noqa: SIM118
+    _, weights = read_sae_components_from_disk(cfg, path, device)
+    return dtypes, weights
 
 
 def _expected_weights(

@@ -4,18 +4,33 @@ import json
 import shlex
 import shutil
 import tempfile
+from collections.abc import Generator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 import wandb
 from sae_lens.config import LanguageModelSAERunnerConfig
-from sae_lens.constants import RUNNER_CFG_FILENAME, SPARSITY_FILENAME
+from sae_lens.constants import (
+    RUNNER_CFG_FILENAME,
+    SAE_CFG_FILENAME,
+    SAE_WEIGHTS_FILENAME,
+    SPARSITY_FILENAME,
+)
 from sae_lens.saes.sae import TrainingSAE
 from safetensors.torch import save_file
 
+from sae_lens_alloc.distributed.ranks import ALONE, Ranks
+from sae_lens_alloc.distributed.together import together
 from sae_lens_alloc.saes.allocation_sae import AllocationTrainingSAE
-from sae_lens_alloc.training.output_folder import WriteError, new_files
+from sae_lens_alloc.saes.split_weights import split_weight_files
+from sae_lens_alloc.training.gathered_weights import write_gathered_weights
+from sae_lens_alloc.training.output_folder import (
+    WriteError,
+    named_write_errors,
+    new_files,
+)
 from sae_lens_alloc.training.run_folders import METRICS_FILENAME, NEW_METRICS_FILENAME
 
 
@@ -27,26 +42,41 @@ def write_sae(
 ) -> None:
     """
     Writes the files that SAELens' runner writes, an SAE for inference among them, and moves
-    the metrics of the run to their place.
+    the metrics of the run to their place. Of ranks that share an SAE all must call it: the
+    first one writes what one process would write, and only there are files touched.
 
     Args:
-        sae: The SAE.
+        sae: The SAE, of the features of this rank if ranks share it.
         cfg: Its run.
         output: Folder to write to, where files of the same name are replaced.
         log_feature_sparsity: As SAELens saves it, shape (d_sae,), or None.
 
     Raises:
-        OSError: in one sentence, if it cannot be written; what was there is then as before.
+        OSError: in one sentence and on all ranks, if it cannot be written; what was there is
+            then as before.
     """
+    ranks = _ranks_of(sae)
     new_metrics = output / NEW_METRICS_FILENAME
-    with new_files(output, "the SAE") as folder:
-        sae.save_inference_model(folder)
+
+    def write_rest(folder: Path) -> None:
+        if not ranks.is_alone:
+            settings = sae.cfg.get_inference_sae_cfg_dict()
+            (folder / SAE_CFG_FILENAME).write_text(json.dumps(settings))
         if log_feature_sparsity is not None:
             save_file({"sparsity": log_feature_sparsity}, folder / SPARSITY_FILENAME)
         (folder / RUNNER_CFG_FILENAME).write_text(json.dumps(cfg.to_dict()))
         if new_metrics.exists():
             shutil.copyfile(new_metrics, folder / METRICS_FILENAME)
-    new_metrics.unlink(missing_ok=True)
+        _remove_other_weights(output, folder)
+
+    with _new_files_of_first(output, ranks) as folder:
+        if isinstance(sae, AllocationTrainingSAE) and not ranks.is_alone:
+            write_gathered_weights(sae, folder)
+        elif folder is not None:
+            sae.save_inference_model(folder)
+        together(ranks, lambda: None if folder is None else write_rest(folder))
+    if ranks.rank == 0:
+        new_metrics.unlink(missing_ok=True)
 
 
 def write_sae_somewhere(
@@ -59,14 +89,21 @@ def write_sae_somewhere(
     As `write_sae`, but if the SAE cannot be written there, writes it to a new temporary folder
     of the system, which the OSError names.
     """
+    ranks = _ranks_of(sae)
     try:
         write_sae(sae, cfg, output, log_feature_sparsity)
     except OSError as error:
-        elsewhere = Path(tempfile.mkdtemp(prefix="sae-lens-alloc-"))
+        is_first = ranks.rank == 0
+        (made, *_) = together(
+            ranks,
+            lambda: tempfile.mkdtemp(prefix="sae-lens-alloc-") if is_first else "",
+        )
+        elsewhere = Path(made)
         try:
             write_sae(sae, cfg, elsewhere, log_feature_sparsity)
         except OSError:
-            shutil.rmtree(elsewhere, ignore_errors=True)
+            if is_first:
+                shutil.rmtree(elsewhere, ignore_errors=True)
             raise error from None
         raise WriteError(
             error.errno,
@@ -96,3 +133,36 @@ def require_artifact_names(sae: TrainingSAE[Any]) -> None:
                 f"({str(error).rstrip('.')}): give model_name as a path with other "
                 "characters, or logger.log_to_wandb=false."
             ) from error
+
+
+def _ranks_of(sae: TrainingSAE[Any]) -> Ranks:
+    return sae.shard.ranks if isinstance(sae, AllocationTrainingSAE) else ALONE
+
+
+def _remove_other_weights(output: Path, folder: Path) -> None:
+    """Removes the weights that would be left beside new ones in another number of files."""
+    for old in (output / SAE_WEIGHTS_FILENAME, *split_weight_files(output)):
+        if not (folder / old.name).exists():
+            old.unlink(missing_ok=True)
+
+
+@contextmanager
+def _new_files_of_first(
+    output: Path, ranks: Ranks
+) -> Generator[Path | None, None, None]:
+    """
+    `new_files` of the first rank, None on the others. If it fails there, it fails on all ranks.
+    """
+    stack = ExitStack()
+
+    def begin() -> Path | None:
+        if ranks.rank > 0:
+            return None
+        return stack.enter_context(new_files(output, "the SAE"))
+
+    folder = together(ranks, begin)[ranks.rank]
+    with named_write_errors("the SAE", output):
+        with stack:
+            yield folder
+            closing = stack.pop_all()
+        together(ranks, closing.close)

@@ -17,6 +17,7 @@ from sae_lens.constants import (
     SPARSITY_FILENAME,
 )
 
+from sae_lens_alloc.saes.split_weights import split_weight_files
 from sae_lens_alloc.training.checkpoint import folder_of_checkpoints, holds_checkpoints
 from sae_lens_alloc.training.metrics_file import is_of_checkpoint, require_rows
 from sae_lens_alloc.training.output_folder import (
@@ -95,6 +96,7 @@ def require_free_output(
         expected.update(METRICS_FILENAMES)
         if _is_same_run(output, cfg) and not _is_finished(output):
             expected.update(SAE_FILENAMES)
+            expected.update(path.name for path in split_weight_files(output))
     require_empty(output, "output_path", overwrite, frozenset(expected))
 
 

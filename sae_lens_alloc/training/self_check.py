@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from sae_lens.saes.sae import SAE
 
+from sae_lens_alloc.saes.split_weights import INDEX_FILENAME
 from sae_lens_alloc.training.held_out import held_out_metrics
 
 L0_TOLERANCE = 0.01  # of the recorded L0
@@ -22,7 +23,8 @@ def check_saved_sae(
 ) -> None:
     """
     Loads an SAE with stock SAELens, and warns if its L0 and explained variance are not those in
-    its metadata (SAELens #308, #553).
+    its metadata (SAELens #308, #553). It does nothing for
+    an SAE in several files, which stock SAELens does not load.
 
     Args:
         folder: The saved SAE.
@@ -31,6 +33,8 @@ def check_saved_sae(
         batch_size: Tokens to run at once.
         device: Device to load it to.
     """
+    if (folder / INDEX_FILENAME).is_file():
+        return
     sae = SAE.load_from_disk(folder, device=device)
     # the store gives flat activations, as in training
     sae.turn_off_forward_pass_hook_z_reshaping()

@@ -25,7 +25,6 @@ from sae_lens_alloc.distributed.stored_tensors import (
     write_stored_tensors,
 )
 from sae_lens_alloc.distributed.together import together
-from sae_lens_alloc.saes.allocation_sae import AllocationTrainingSAE
 from sae_lens_alloc.saes.checkpoint_weights import (
     as_stored,
     feature_rows,
@@ -43,7 +42,8 @@ COUNTS = (
     "started_fine_tuning",
 )
 
-ShardedTrainer = SAETrainer[AllocationTrainingSAE[Any], Any]
+# Of an SAE that allocates.
+ShardedTrainer = SAETrainer[Any, Any]
 
 
 def write_sharded_checkpoint(trainer: ShardedTrainer, folder: Path) -> None:
