@@ -33,7 +33,8 @@ def new_shard(
     W_dec = _drawn_decoder(cfg, sae.dtype, shard).to(cfg.device)
     _put_weights(
         sae,
-        W_enc=W_dec.T.clone(),
+        # stored by rows, as SAELens has it: gradients in another order are summed otherwise
+        W_enc=W_dec.T.clone(memory_format=torch.contiguous_format),
         W_dec=W_dec,
         b_enc=torch.zeros(len(shard), dtype=sae.dtype, device=cfg.device),
         b_dec=torch.zeros(cfg.d_in, dtype=sae.dtype, device=cfg.device),
