@@ -7,6 +7,8 @@ raise the bound in pyproject.toml and in sae_lens_alloc/host_release.py.
 import ast
 import importlib
 import inspect
+import io
+import pickle
 import pkgutil
 import subprocess
 import sys
@@ -17,6 +19,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 from hypothesis import given
 from hypothesis import strategies as st
 from sae_lens import TopKTrainingSAE, TopKTrainingSAEConfig, llm_sae_training_runner
@@ -38,6 +41,7 @@ from sae_lens_alloc.compat import (
     ModuleOfKeptDtypes,
     compile_modes,
     has_hooks,
+    read_checkpoint_metadata,
     require_methods,
     stored_entries,
 )
@@ -378,3 +382,20 @@ def test_another_sae_lens_is_one_sentence(tmp_path: Path):
     assert last.startswith(f"ImportError: sae-lens-alloc works with {SUPPORTED}, not")
     assert "cannot import name" in last
     assert last.endswith(f"run `pip install '{SUPPORTED}'`.")
+
+
+def test_metadata_of_a_distributed_checkpoint_are_read_without_executing_anything(
+    tmp_path: Path,
+):
+    tensors = {"weights": torch.ones(3, 2).bfloat16(), "flags": torch.ones(4).bool()}
+    with pytest.warns(UserWarning, match="torch.distributed is disabled"):
+        dcp.save(tensors, checkpoint_id=tmp_path)
+    with (tmp_path / ".metadata").open("rb") as file:
+        found = read_checkpoint_metadata(file).state_dict_metadata
+    assert {name: tuple(tensor.size) for name, tensor in found.items()} == {
+        "weights": (3, 2),
+        "flags": (4,),
+    }
+    forbidden = pickle.dumps(subprocess.Popen)
+    with pytest.raises(ValueError, match="it refers to subprocess.Popen"):
+        read_checkpoint_metadata(io.BytesIO(forbidden))

@@ -24,7 +24,7 @@ from sae_lens_alloc.saes.split_weights import part_filename, part_name, write_in
 
 # Bytes of the weights that a rank sends at a time.
 BLOCK_BYTES = 2**26
-# An SAE of more bytes than the machine has memory is saved in several files, of so many bytes.
+# An SAE of more bytes than the machine has memory is saved in several files, of so many bytes each.
 LARGEST_FILE = psutil.virtual_memory().total
 PART_BYTES = 2**34
 
@@ -107,7 +107,7 @@ def _files(of_no_feature: dict[str, torch.Tensor], shard: FeatureShard) -> list[
     n_features = shard.n_features
     whole = tensors_of(n_features, True)
     n_bytes = sum(tensor.nbytes for tensor in whole.values())
-    if n_bytes <= LARGEST_FILE:
+    if n_bytes <= max(LARGEST_FILE, PART_BYTES):
         names = {name: name for name in whole}
         return [_File(SAE_WEIGHTS_FILENAME, 0, n_features, whole, names)]
     n_each = -(-n_features // -(-n_bytes // PART_BYTES))
