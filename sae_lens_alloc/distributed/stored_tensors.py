@@ -3,9 +3,7 @@ Tensors whose rows are features, in the files of `torch.distributed.checkpoint`.
 them, and any number of ranks, or one process without any, reads them.
 """
 
-import warnings
-from collections.abc import Generator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -111,13 +109,16 @@ def write_stored_tensors(
         for name, tensor in tensors.items()
         if isinstance(tensor, FeatureRows) or ranks.rank == 0
     }
-    with _plain_errors():
+    try:
         dcp.save(
             own,  # pyright: ignore[reportArgumentType]
             storage_writer=dcp.FileSystemWriter(folder),
             planner=_Writing(),
             process_group=ranks.host_group,
         )
+    except dcp.CheckpointException as error:
+        _, (reason, _) = min(error.failures.items())
+        raise reason from None
 
 
 def read_stored_tensors(folder: Path, tensors: Mapping[str, Stored]) -> None:
@@ -133,35 +134,24 @@ def read_stored_tensors(folder: Path, tensors: Mapping[str, Stored]) -> None:
         ValueError: if one is missing there, or of another shape.
         OSError: if the files cannot be read.
     """
-    with _plain_errors():
-        dcp.load(
-            dict(tensors),
-            storage_reader=_Reader(folder),
-            planner=_Reading(folder),
-            no_dist=True,
-        )
+    metadata = _metadata(folder)
+    reader = dcp.FileSystemReader(folder)
+    reader.set_up_storage_reader(metadata, is_coordinator=False)
+    # without dcp.load, which all ranks would have to call
+    reading = _Reading(folder, tensors, metadata)
+    reader.read_data(reading.create_local_plan(), reading).wait()
 
 
-class _Reader(dcp.FileSystemReader):
-    """Reads what a metadata file says, and executes nothing of what is in it."""
-
-    def __init__(self, folder: Path) -> None:
-        """Raises ValueError if the metadata are damaged."""
-        super().__init__(folder)
-        path = folder / METADATA_FILENAME
-        try:
-            with path.open("rb") as file:
-                self._metadata: Metadata = read_checkpoint_metadata(file)
-        except OSError:
-            raise
-        except Exception as error:  # whatever a damaged file makes pickle do
-            raise ValueError(
-                f"{str(path)!r} is damaged: {as_reason(error)}."
-            ) from error
-
-    @override
-    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
-        return self._metadata
+def _metadata(folder: Path) -> Metadata:
+    """What the files in a folder hold. Nothing of what is in them is executed."""
+    path = folder / METADATA_FILENAME
+    try:
+        with path.open("rb") as file:
+            return read_checkpoint_metadata(file)
+    except OSError:
+        raise
+    except Exception as error:  # whatever a damaged file makes pickle do
+        raise ValueError(f"{str(path)!r} is damaged: {as_reason(error)}.") from error
 
 
 class _Writing(dcp.DefaultSavePlanner):
@@ -195,10 +185,12 @@ class _Writing(dcp.DefaultSavePlanner):
 class _Reading(dcp.LoadPlanner):
     """Reads the blocks that own rows are in, and puts the rows to their places."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(
+        self, folder: Path, tensors: Mapping[str, Stored], metadata: Metadata
+    ) -> None:
         self._folder = folder
-        self._tensors: Mapping[str, Stored] = {}
-        self._stored: Mapping[str, Any] = {}
+        self._tensors = tensors
+        self._stored = metadata.state_dict_metadata
 
     @override
     def set_up_planner(
@@ -207,8 +199,7 @@ class _Reading(dcp.LoadPlanner):
         metadata: Metadata | None = None,
         is_coordinator: bool = False,
     ) -> None:
-        assert metadata is not None
-        self._tensors, self._stored = state_dict, metadata.state_dict_metadata
+        raise NotImplementedError("it is set up already")
 
     @override
     def create_local_plan(self) -> LoadPlan:
@@ -287,16 +278,3 @@ def _write_item(name: str, tensor: Stored, block: ChunkStorageMetadata) -> Write
             size=_whole_shape(tensor),
         ),
     )
-
-
-@contextmanager
-def _plain_errors() -> Generator[None, None, None]:
-    """Raises what went wrong on the first rank where it did, on all ranks the same."""
-    with warnings.catch_warnings():
-        # which is what one process that reads by itself wants
-        warnings.filterwarnings("ignore", "torch.distributed is disabled")
-        try:
-            yield
-        except dcp.CheckpointException as error:
-            _, (reason, _) = min(error.failures.items())
-            raise reason from None

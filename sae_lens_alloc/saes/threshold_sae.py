@@ -14,6 +14,7 @@ from sae_lens_alloc.allocation.mutual_choice import require_no_nan_or_inf
 from sae_lens_alloc.allocation.sparse_activations import SparseActivations
 from sae_lens_alloc.distributed.feature_shard import FeatureShard
 from sae_lens_alloc.distributed.stored_tensors import holds_stored_tensors
+from sae_lens_alloc.distributed.together import together
 from sae_lens_alloc.ops.block_encoder import BlockEncoder, Encoder, KnownAffinities
 from sae_lens_alloc.ops.device_checks import DeviceChecks
 from sae_lens_alloc.ops.encode_thresholds import encode_thresholds
@@ -231,4 +232,4 @@ class ThresholdTrainingSAE(TrainingSAE[T_CONFIG]):
         if self.shard.is_whole and not holds_stored_tensors(checkpoint):
             super().load_weights_from_checkpoint(checkpoint)
         else:
-            load_own_weights(self, checkpoint)
+            together(self.shard.ranks, lambda: load_own_weights(self, checkpoint))

@@ -9,10 +9,11 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 from sae_lens.constants import TRAINER_STATE_FILENAME
 
 from sae_lens_alloc.distributed import stored_tensors
-from sae_lens_alloc.distributed.feature_shard import FeatureShard
+from sae_lens_alloc.distributed.feature_shard import FeatureShard, storage_order
 from sae_lens_alloc.distributed.ranks import ALONE, Ranks
 from sae_lens_alloc.distributed.stored_tensors import (
     METADATA_FILENAME,
@@ -211,6 +212,42 @@ def test_ranks_skip_a_checkpoint_of_which_one_file_is_damaged(tmp_path: Path):
     assert find_checkpoint(tmp_path).name == "1"
 
 
+def test_a_world_of_one_process_saves_as_one_process(tmp_path: Path):
+    run = Run("recipe", optimizer="row_sparse_adam")
+    trainer = ShardedSAETrainer(
+        trainer_config(run), new_sae("recipe", ALONE), batches()
+    )
+    wanted = step_to(trainer, 2)
+    save(trainer, tmp_path / "2")
+    assert not (tmp_path / "2" / METADATA_FILENAME).exists()
+    resumed = ShardedSAETrainer(
+        trainer_config(run), new_sae("recipe", ALONE), batches()
+    )
+    resumed.load_trainer_state(tmp_path / "2")
+    resumed.sae.load_weights_from_checkpoint(tmp_path / "2")
+    found = everything(resumed)
+    assert [key for key in wanted if not torch.equal(found[key], wanted[key])] == []
+
+
+def fail_to_load(ranks: Ranks, folder: Path) -> list[str]:
+    """What is said of a checkpoint of which one rank does not see a file."""
+    trainer = new_trainer(ranks, RUNS[0], 0)
+    own = folder if ranks.rank == 0 else folder / "nowhere"
+    said: list[str] = []
+    for load in (trainer.load_trainer_state, trainer.sae.load_weights_from_checkpoint):
+        with pytest.raises(FileNotFoundError) as caught:
+            load(own)
+        said.append(str(caught.value))
+    return said
+
+
+def test_what_one_rank_cannot_read_is_an_error_of_all(tmp_path: Path):
+    save_after(ALONE, tmp_path, 1)
+    first, second = on_ranks(2, fail_to_load, tmp_path / "1")
+    assert first == second
+    assert all("nowhere" in said for said in first)
+
+
 def test_sae_lens_saves_of_a_trainer_what_ranks_save(tmp_path: Path):
     # if this fails, SAELens has changed what a trainer goes on from: sharded_checkpoint.py
     save_after(ALONE, tmp_path, 1)
@@ -264,6 +301,11 @@ def test_any_number_of_ranks_reads_what_another_number_wrote(
     on_ranks(n_writing, write_cases, tmp_path, numbers)
     for number in numbers:
         tensors = tensors_of_case(number)
+        in_order = {"matrix": torch.empty_like(tensors["matrix"])}
+        with pytest.warns(UserWarning, match="torch.distributed is disabled"):
+            dcp.load(in_order, checkpoint_id=tmp_path / str(number))
+        order = storage_order(len(tensors["matrix"]))
+        assert torch.equal(in_order["matrix"], tensors["matrix"][order])
         for n_reading in (1, 2, 3, 4):
             for rank in range(n_reading):
                 ranks = RankOf(n_reading, rank)
