@@ -96,9 +96,9 @@ def find_checkpoint(path: str | Path, ranks: Ranks = ALONE) -> Path:
                 "folder to resume from the last whole one."
             )
         return path
-    folders = [folder for folder in path.iterdir() if folder.is_dir()]
-    folders = [folder for folder in folders if not _is_final(folder)]
-    for folder in sorted(folders, key=_progress, reverse=True):
+    # which a shared folder may show to each rank in another order
+    folders, *_ = together(ranks, lambda: _last_first(path))
+    for folder in folders:
         reason = _damage(folder, ranks)
         if reason is None:
             return folder
@@ -107,6 +107,13 @@ def find_checkpoint(path: str | Path, ranks: Ranks = ALONE) -> Path:
         f"There is no whole checkpoint in {path}, so there is nothing to resume from; "
         "leave resume_from_checkpoint out to start anew."
     )
+
+
+def _last_first(path: Path) -> list[Path]:
+    """The folders in a folder that may be checkpoints to resume from."""
+    folders = [folder for folder in path.iterdir() if folder.is_dir()]
+    folders = [folder for folder in folders if not _is_final(folder)]
+    return sorted(folders, key=_progress, reverse=True)
 
 
 def holds_checkpoints(folder: Path) -> bool:

@@ -23,8 +23,8 @@ def check_saved_sae(
 ) -> None:
     """
     Loads an SAE with stock SAELens, and warns if its L0 and explained variance are not those in
-    its metadata (SAELens #308, #553). It does nothing for
-    an SAE in several files, which stock SAELens does not load.
+    its metadata (SAELens #308, #553). Does nothing for an SAE in several files, which stock
+    SAELens does not load.
 
     Args:
         folder: The saved SAE.
