@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from sae_lens_alloc.distributed.ranks import Ranks
+from sae_lens_alloc.distributed.together import together
 from sae_lens_alloc.training.checkpoint import find_checkpoint, partial_path
 from sae_lens_alloc.training.final_sae import write_sae
 from sae_lens_alloc.training.sharded_trainer import ShardedSAETrainer
@@ -92,11 +93,23 @@ def errors_of(ranks: Ranks, folder: Path) -> list[str]:
         trainer.save_checkpoint("2", folder)
     said.append(str(refused.value))
     trainer.save_checkpoint("final_3", folder)  # a warning
+
+    class OddError(Exception):
+        """One that cannot be sent."""
+
+    def be_odd() -> None:
+        if ranks.rank == 1:
+            raise OddError("it is odd")
+
+    with pytest.raises(RuntimeError) as odd:
+        together(ranks, be_odd)
+    said.append(str(odd.value))
     return said
 
 
 def test_what_one_rank_cannot_do_is_an_error_of_all(tmp_path: Path):
-    for not_shared, refused in on_ranks(2, errors_of, tmp_path):
+    for not_shared, refused, odd in on_ranks(2, errors_of, tmp_path):
+        assert odd == "OddError: it is odd"
         assert "does not see the folder that another one has made there" in not_shared
         assert refused == "the store cannot be saved."
     assert partial_path(tmp_path / "2").is_dir()
