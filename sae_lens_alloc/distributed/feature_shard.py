@@ -54,7 +54,7 @@ class FeatureShard:
     def _own(self) -> torch.Tensor:
         if self.is_whole:
             return torch.arange(self.n_features)
-        return self.ids_of(self.ranks.rank)
+        return self._parts()[self.ranks.rank].sort().values
 
     def _parts(self) -> list[torch.Tensor]:
         return list(storage_order(self.n_features).split(self.largest))
@@ -63,9 +63,9 @@ class FeatureShard:
         """Numbers of the features within the SAE, ascending, int64 of shape (F_r,)."""
         return self._tensors(device)[0]
 
-    def ids_of(self, rank: int) -> torch.Tensor:
-        """Numbers of the features of any rank, ascending, int64 on the CPU."""
-        return self._parts()[rank].sort().values
+    def ids_by_rank(self) -> list[torch.Tensor]:
+        """Numbers of the features of each rank, ascending, int64 on the CPU."""
+        return [part.sort().values for part in self._parts()]
 
     def n_below(self, width: int) -> int:
         """How many of the first `width` features of the SAE are here; they come first."""

@@ -78,25 +78,35 @@ def write_gathered_weights(
     made: list[InferenceBlocks] = []
     together(ranks, lambda: made.append(InferenceBlocks(sae)))
     (blocks,) = made
-    files = _files(blocks.of(slice(0, 0)), shard)
-    ids = [shard.ids_of(r) for r in range(ranks.size)] if folder is not None else []
+    # machines may differ
+    largest_file, *_ = ranks.objects(LARGEST_FILE)
+    files = _files(blocks.of(slice(0, 0)), shard, largest_file)
+    ids = [] if folder is None else shard.ids_by_rank()
     for file in files:
         mapped: dict[str, torch.Tensor] = {}
         together(ranks, lambda: mapped.update(_new_file(folder, file)))
         for first, stop in _ranges(file, shard):
             _fill(mapped, file.first, first, stop, shard, blocks, ids)
-    if folder is not None and len(files) > 1:
-        in_files = {name: file.name for file in files for name in file.names.values()}
-        total = sum(t.nbytes for file in files for t in file.tensors.values())
-        write_index(folder, in_files, total)
-        logger.warning(
-            f"The SAE is larger than the memory of this machine, so it is saved in "
-            f"{len(files)} files: load it, where there is room for it, with "
-            "sae_lens_alloc.saes.saved_sae.load_sae(folder)."
-        )
+    if len(files) > 1:
+        together(ranks, lambda: _write_index(folder, files))
 
 
-def _files(of_no_feature: dict[str, torch.Tensor], shard: FeatureShard) -> list[_File]:
+def _write_index(folder: Path | None, files: list[_File]) -> None:
+    if folder is None:
+        return
+    in_files = {name: file.name for file in files for name in file.names.values()}
+    total = sum(t.nbytes for file in files for t in file.tensors.values())
+    write_index(folder, in_files, total)
+    logger.warning(
+        f"The SAE is larger than the memory of this machine, so it is saved in {len(files)} "
+        "files: load it, where there is room for it, with "
+        "sae_lens_alloc.saes.saved_sae.load_sae(folder)."
+    )
+
+
+def _files(
+    of_no_feature: dict[str, torch.Tensor], shard: FeatureShard, largest_file: int
+) -> list[_File]:
     def tensors_of(n_features: int, with_others: bool) -> dict[str, torch.Tensor]:
         return {
             name: _whole(name, tensor, n_features)
@@ -107,7 +117,7 @@ def _files(of_no_feature: dict[str, torch.Tensor], shard: FeatureShard) -> list[
     n_features = shard.n_features
     whole = tensors_of(n_features, True)
     n_bytes = sum(tensor.nbytes for tensor in whole.values())
-    if n_bytes <= max(LARGEST_FILE, PART_BYTES):
+    if n_bytes <= max(largest_file, PART_BYTES):
         names = {name: name for name in whole}
         return [_File(SAE_WEIGHTS_FILENAME, 0, n_features, whole, names)]
     n_each = -(-n_features // -(-n_bytes // PART_BYTES))
