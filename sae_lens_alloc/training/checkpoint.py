@@ -86,9 +86,8 @@ def find_checkpoint(path: str | Path, ranks: Ranks = ALONE) -> Path:
         ValueError: if `path` is a damaged checkpoint, or there is no whole one in it.
     """
     path = Path(path)
-    if not path.is_dir():
-        raise ValueError(f"There is no folder {path} to resume from.")
-    if _is_checkpoint(path):
+    is_one, *_ = together(ranks, lambda: _is_existing_checkpoint(path))
+    if is_one:
         reason = _damage(path, ranks)
         if reason is not None:
             raise ValueError(
@@ -129,6 +128,13 @@ def folder_of_checkpoints(path: str | Path) -> Path:
     """The folder, with all links resolved, that holds a checkpoint, if it is not `path` itself."""
     path = Path(path).resolve()
     return path.parent if _is_checkpoint(path) else path
+
+
+def _is_existing_checkpoint(path: Path) -> bool:
+    """Whether a folder is a checkpoint. Raises ValueError if there is no such folder."""
+    if not path.is_dir():
+        raise ValueError(f"There is no folder {path} to resume from.")
+    return _is_checkpoint(path)
 
 
 def _is_checkpoint(path: Path) -> bool:

@@ -75,8 +75,7 @@ def write_sae(
         elif folder is not None:
             sae.save_inference_model(folder)
         together(ranks, lambda: None if folder is None else write_rest(folder))
-    if ranks.rank == 0:
-        new_metrics.unlink(missing_ok=True)
+    together(ranks, lambda: None if ranks.rank else new_metrics.unlink(missing_ok=True))
 
 
 def write_sae_somewhere(

@@ -12,6 +12,7 @@ from sae_lens.saes.sae import TrainingSAEConfig
 
 from sae_lens_alloc.config.run_checks import SAE_SCHEDULE_KEYS
 from sae_lens_alloc.distributed.ranks import ALONE, Ranks
+from sae_lens_alloc.distributed.together import together
 from sae_lens_alloc.training.checkpoint import find_checkpoint
 from sae_lens_alloc.typed_values import shown
 
@@ -76,10 +77,7 @@ def settle_resumed_run(
     folder = cfg.resume_from_checkpoint
     if folder is None:
         return
-    if not Path(folder).is_dir():
-        raise ValueError(
-            f"resume_from_checkpoint is {folder!r}, but there is no such folder."
-        )
+    together(ranks, lambda: _require_folder(folder))
     checkpoint = find_checkpoint(folder, ranks)
     cfg.resume_from_checkpoint = str(checkpoint)
     recorded = _recorded(checkpoint)
@@ -90,6 +88,13 @@ def settle_resumed_run(
             raise _other(checkpoint, key, recorded[key], wanted[key])
     if sae_is_known:
         cfg.sae = resumed_sae_config(checkpoint, cfg.sae, cfg.training_tokens)
+
+
+def _require_folder(folder: str) -> None:
+    if not Path(folder).is_dir():
+        raise ValueError(
+            f"resume_from_checkpoint is {folder!r}, but there is no such folder."
+        )
 
 
 def resumed_sae_config(

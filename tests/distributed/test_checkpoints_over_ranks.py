@@ -200,6 +200,8 @@ class _Malicious:
 
 
 def found(ranks: Ranks, folder: Path) -> str:
+    with pytest.raises(ValueError, match="no folder .* to resume from"):
+        find_checkpoint(folder / "nowhere" if ranks.rank else folder, ranks)
     return find_checkpoint(folder, ranks).name
 
 
