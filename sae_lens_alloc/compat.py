@@ -9,6 +9,7 @@ releases. Whatever the host offers in public is used directly and is not listed 
 
 import pickle
 from collections.abc import Callable, Iterable, Iterator
+from functools import partialmethod
 from typing import IO, Any, TypeVar
 
 import torch
@@ -20,6 +21,8 @@ from sae_lens.training._interruption import InterruptedException
 from sae_lens.training.activations_store import ActivationsStore
 from sae_lens.training.sae_trainer import SAETrainer
 from torch import nn
+from tqdm.auto import tqdm as tqdm_auto
+from tqdm.std import tqdm as tqdm_std
 from typing_extensions import override
 
 T_MODULE = TypeVar("T_MODULE", bound="ModuleOfKeptDtypes")
@@ -34,6 +37,7 @@ __all__ = [
     "has_hooks",
     "require_methods",
     "stored_entries",
+    "without_progress_bars",
 ]
 
 
@@ -211,3 +215,13 @@ class _MetadataUnpickler(pickle.Unpickler):
         raise ValueError(
             f"it refers to {module_name}.{global_name}, which has no place there."
         )
+def without_progress_bars() -> None:
+    """
+    Lets this process show no progress bar from now on.
+
+    tqdm: reads TQDM_DISABLE when it is imported, which SAELens does before anything of ours runs.
+    No public way: SAELens' trainer makes its bar itself, without a setting for it.
+    If it changes: each process of a training shows a bar.
+    """
+    for bar in {tqdm_std, tqdm_auto}:
+        setattr(bar, "__init__", partialmethod(bar.__init__, disable=True))  # noqa: B010

@@ -12,7 +12,7 @@ from sae_lens.saes.topk_sae import TopKSAE
 
 from sae_lens_alloc.activations.on_text import gather_activations, text_of_sae
 from sae_lens_alloc.cli.arguments import OverwriteOption
-from sae_lens_alloc.cli.endings import ends_when_interrupted, one_sentence_errors
+from sae_lens_alloc.cli.endings import by_one_process, ends_when_interrupted
 from sae_lens_alloc.config.run_checks import check_device
 from sae_lens_alloc.config.run_file import load_runner_config
 from sae_lens_alloc.saes.saved_sae import trained_k
@@ -93,7 +93,7 @@ def calibrate(
     The text and the language model are those that SAELens recorded in the SAE, unless an
     option says otherwise. A topk SAE becomes a jumprelu SAE.
     """
-    with one_sentence_errors(), ends_when_interrupted():
+    with by_one_process("calibrate"), ends_when_interrupted():
         check_device("--device", device)
         given = load_saved_sae(sae)
         target_l0 = _trained_l0(given) if l0 is None else l0

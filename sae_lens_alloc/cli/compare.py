@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from sae_lens_alloc.cli.endings import ends_when_interrupted, one_sentence_errors
+from sae_lens_alloc.cli.endings import by_one_process, ends_when_interrupted
 
 
 def compare(
@@ -51,5 +51,5 @@ def compare(
     """
     from sae_lens_alloc.comparison.run import run_comparison
 
-    with one_sentence_errors(), ends_when_interrupted():
+    with by_one_process("compare"), ends_when_interrupted():
         run_comparison(config, overrides or [], output, jobs, finished, Console())

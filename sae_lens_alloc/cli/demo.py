@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from sae_lens_alloc.cli.arguments import OverwriteOption
-from sae_lens_alloc.cli.endings import ends_when_interrupted, one_sentence_errors
+from sae_lens_alloc.cli.endings import by_one_process, ends_when_interrupted
 
 
 def demo(
@@ -27,5 +27,5 @@ def demo(
     """
     from sae_lens_alloc.demo.run import run_demo
 
-    with one_sentence_errors(), ends_when_interrupted():
+    with by_one_process("demo"), ends_when_interrupted():
         run_demo(output, quick, overwrite)

@@ -12,17 +12,23 @@ import typer
 from sae_lens.config import LanguageModelSAERunnerConfig
 
 from sae_lens_alloc.compat import InterruptedException
+from sae_lens_alloc.distributed.launch import is_launched
+from sae_lens_alloc.distributed.speaking import is_first_to_end, is_lost_peer
 from sae_lens_alloc.errors import in_one_sentence
 from sae_lens_alloc.training.checkpoint import holds_checkpoints
 from sae_lens_alloc.training.interruption import interruptible
 
 # Set in the environment, it shows the traceback of an error.
 TRACEBACK_VARIABLE = "SAE_LENS_ALLOC_TRACEBACK"
+LOST_PEER = (
+    "another process of the training has ended unexpectedly, killed or out of memory, and the "
+    "others end, too"
+)
 
 
 @contextmanager
 def one_sentence_errors() -> Generator[None, None, None]:
-    """Prints an error as one sentence and exits with 1."""
+    """Prints an error as one sentence and exits with 1. Of several processes, one prints it."""
     try:
         yield
     except (typer.Exit, click.ClickException):
@@ -30,11 +36,28 @@ def one_sentence_errors() -> Generator[None, None, None]:
     except Exception as error:
         if TRACEBACK_VARIABLE in os.environ:
             raise
-        hint = ""
-        if not isinstance(error, ValueError | OSError):
-            hint = f" (set {TRACEBACK_VARIABLE}=1 to see where)"
-        typer.echo(f"error: {in_one_sentence(error)}{hint}", err=True)
+        if is_first_to_end():
+            typer.echo(f"error: {_sentence(error)}", err=True)
         raise typer.Exit(1) from None
+
+
+def _sentence(error: Exception) -> str:
+    if is_launched() and is_lost_peer(error):
+        return LOST_PEER
+    if isinstance(error, ValueError | OSError):
+        return in_one_sentence(error)
+    return f"{in_one_sentence(error)} (set {TRACEBACK_VARIABLE}=1 to see where)"
+
+
+@contextmanager
+def by_one_process(command: str) -> Generator[None, None, None]:
+    """`one_sentence_errors` of a command that several processes cannot share."""
+    with one_sentence_errors():
+        if is_launched():
+            raise ValueError(
+                f"`sae-lens-alloc {command}` is for one process: start it without torchrun."
+            )
+        yield
 
 
 @contextmanager
@@ -60,5 +83,6 @@ def ends_when_interrupted(
                 if folder is not None and holds_checkpoints(Path(folder))
                 else "no checkpoint was saved"
             )
-        typer.echo(f"interrupted; {how}" if how else "interrupted", err=True)
+        if is_first_to_end():
+            typer.echo(f"interrupted; {how}" if how else "interrupted", err=True)
         raise typer.Exit(130) from None

@@ -13,6 +13,8 @@ from sae_lens_alloc.cli.arguments import (
 )
 from sae_lens_alloc.cli.endings import ends_when_interrupted, one_sentence_errors
 from sae_lens_alloc.config.run_file import load_fine_tuning_config
+from sae_lens_alloc.distributed.agreement import together
+from sae_lens_alloc.distributed.launch import leave
 from sae_lens_alloc.evaluation.results_table import results_table
 from sae_lens_alloc.training.conversion import require_convertible
 from sae_lens_alloc.training.fine_tuning_run import fine_tune
@@ -20,6 +22,7 @@ from sae_lens_alloc.training.output_folder import require_other_folder
 from sae_lens_alloc.training.preflight import check_output, check_training
 from sae_lens_alloc.training.resuming import settle_resumed_run
 from sae_lens_alloc.training.run_folders import claimed_folders
+from sae_lens_alloc.training.run_on_ranks import ranks_of_run, settle_on_ranks
 from sae_lens_alloc.training.source_sae import load_source_sae
 from sae_lens_alloc.training.summary import describe_run
 
@@ -47,28 +50,39 @@ def finetune(
     standard architecture, or one of ours. It is not changed.
     """
     with one_sentence_errors(), ends_when_interrupted():
-        loaded = load_source_sae(source, "cpu")
-        cfg, sae_overrides = load_fine_tuning_config(
-            config, overrides or [], loaded.sae.cfg
-        )
-        settle_resumed_run(cfg, sae_is_known=False)
-        typer.echo(describe_run(cfg))
-        typer.echo(f"{'from':<12}{loaded.sae.cfg.architecture()}, {source}")
-        require_convertible(loaded.sae, cfg.sae.architecture())
-        if cfg.from_pretrained_path is not None:
-            raise ValueError(
-                "from_pretrained_path has no effect in a fine-tuning, which starts from the SAE of "
-                "--from: leave it out."
+        ranks = ranks_of_run()
+        with together(ranks):
+            loaded = load_source_sae(source, "cpu")
+            cfg, sae_overrides = load_fine_tuning_config(
+                config, overrides or [], loaded.sae.cfg
             )
-        require_other_folder(cfg.output_path, source, "the SAE to start from")
-        check_training(cfg)
+        settle_on_ranks(cfg, ranks)
+        with together(ranks):
+            settle_resumed_run(cfg, sae_is_known=False)
+            if ranks.rank == 0:
+                typer.echo(describe_run(cfg, ranks.size))
+                typer.echo(f"{'from':<12}{loaded.sae.cfg.architecture()}, {source}")
+            require_convertible(loaded.sae, cfg.sae.architecture())
+            if cfg.from_pretrained_path is not None:
+                raise ValueError(
+                    "from_pretrained_path has no effect in a fine-tuning, which starts from "
+                    "the SAE of --from: leave it out."
+                )
+            require_other_folder(cfg.output_path, source, "the SAE to start from")
+            check_training(cfg, ranks.size)
+            if dry_run:
+                resumed = cfg.resume_from_checkpoint is not None
+                check_output(cfg.output_path, overwrite, resumed)
         if dry_run:
-            check_output(cfg.output_path, overwrite, bool(cfg.resume_from_checkpoint))
+            leave()
             return
         # locked and checked now, so that saving does not fail after a long training
-        claimed = claimed_folders(cfg, overwrite, only_if_empty=True)
+        claimed = claimed_folders(cfg, overwrite, only_if_empty=True, ranks=ranks)
         with claimed, ends_when_interrupted(cfg):
             result = fine_tune(cfg, loaded, sae_overrides, overwrite)
+        leave()
+    if result is None:  # rank 0 has it
+        return
     Console().print(results_table([result.before, result.after]))
     typer.echo(
         f"{result.revived_features:,} features revived, {result.died_features:,} died; "

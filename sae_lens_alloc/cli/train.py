@@ -10,9 +10,12 @@ from sae_lens_alloc.cli.arguments import (
 )
 from sae_lens_alloc.cli.endings import ends_when_interrupted, one_sentence_errors
 from sae_lens_alloc.config.run_file import load_runner_config
+from sae_lens_alloc.distributed.agreement import together
+from sae_lens_alloc.distributed.launch import leave
 from sae_lens_alloc.training.preflight import check_output, check_training
 from sae_lens_alloc.training.resuming import settle_resumed_run
 from sae_lens_alloc.training.run_folders import claimed_folders
+from sae_lens_alloc.training.run_on_ranks import ranks_of_run, settle_on_ranks
 from sae_lens_alloc.training.runner import AllocSAETrainingRunner
 from sae_lens_alloc.training.summary import describe_run
 
@@ -27,18 +30,29 @@ def train(
     Train one SAE from a YAML file.
 
     The run is checked and described before any model is loaded. An output folder that is not
-    empty is refused unless --overwrite is given.
+    empty is refused unless --overwrite is given. Where torchrun starts several processes, they
+    train the SAE together.
     """
     with one_sentence_errors(), ends_when_interrupted():
-        cfg = load_runner_config(config, overrides or [])
-        settle_resumed_run(cfg)
-        typer.echo(describe_run(cfg))
-        check_training(cfg)
+        ranks = ranks_of_run()
+        with together(ranks):
+            cfg = load_runner_config(config, overrides or [])
+        settle_on_ranks(cfg, ranks)
+        with together(ranks):
+            settle_resumed_run(cfg)
+            if ranks.rank == 0:
+                typer.echo(describe_run(cfg, ranks.size))
+            check_training(cfg, ranks.size)
+            if dry_run:
+                resumed = cfg.resume_from_checkpoint is not None
+                check_output(cfg.output_path, overwrite, resumed)
         if dry_run:
-            check_output(cfg.output_path, overwrite, bool(cfg.resume_from_checkpoint))
+            leave()
             return
         # locked and checked now, so that saving does not fail after a long training
-        claimed = claimed_folders(cfg, overwrite, only_if_empty=True)
+        claimed = claimed_folders(cfg, overwrite, only_if_empty=True, ranks=ranks)
         with claimed, ends_when_interrupted(cfg):
             AllocSAETrainingRunner(cfg, overwrite=overwrite).run()
-    typer.echo(f"saved in {cfg.output_path}")
+        leave()
+    if ranks.rank == 0:
+        typer.echo(f"saved in {cfg.output_path}")

@@ -10,6 +10,8 @@ from sae_lens import logger
 from sae_lens.config import LanguageModelSAERunnerConfig
 from sae_lens.saes.sae import TrainingSAE
 
+from sae_lens_alloc.distributed.ranks import ALONE, Ranks
+from sae_lens_alloc.distributed.speaking import is_lost_peer
 from sae_lens_alloc.saes.allocation_sae import AllocationTrainingSAE
 from sae_lens_alloc.thresholds.calibration import calibrate_thresholds
 from sae_lens_alloc.training.final_sae import (
@@ -22,28 +24,43 @@ from sae_lens_alloc.training.self_check import check_saved_sae
 
 
 class AfterTraining:
-    """Saves, calibrates, measures and checks the SAE of a run, and knows how far that is."""
+    """
+    Saves, calibrates, measures and checks the SAE of a run, and knows how far that is. All ranks of
+    several call it; rank 0 checks the saved SAE alone.
+    """
 
     saved_in: Path | None = None  # where the SAE has been saved so far
 
     def __init__(
-        self, cfg: LanguageModelSAERunnerConfig[Any], held_out: torch.Tensor
+        self,
+        cfg: LanguageModelSAERunnerConfig[Any],
+        held_out: torch.Tensor,
+        ranks: Ranks = ALONE,
     ) -> None:
         """
         Args:
             cfg: The run.
             held_out: Activations that are not trained on, shape (n_tokens, d_in).
+            ranks: The ranks that share the features of the SAE.
         """
         self.cfg = cfg
         self.held_out = held_out
+        self.ranks = ranks
         self.what_there_is = "the SAE is trained"
 
     @contextmanager
-    def survived(self, missing: str) -> Generator[None, None, None]:
-        """Within it, an error is a warning that says what there is and what is missing."""
+    def survived(
+        self, missing: str, together: bool = True
+    ) -> Generator[None, None, None]:
+        """
+        Within it, an error is a warning that says what there is and what is missing. What ranks do
+        together is survived only where all of them have the error.
+        """
         try:
             yield
         except Exception as error:
+            if together and not self.ranks.is_alone and not _is_of_all(error):
+                raise
             reason = str(error).rstrip(".") or type(error).__name__
             logger.warning(f"{self.what_there_is}, but {missing}: {reason}.")
 
@@ -112,9 +129,9 @@ class AfterTraining:
             }
 
     def _check(self, output: Path, recorded: dict[str, Any] | None) -> None:
-        if recorded is None:
+        if recorded is None or self.ranks.rank > 0:
             return
-        with self.survived("it could not be checked"):
+        with self.survived("it could not be checked", together=False):
             check_saved_sae(
                 output,
                 recorded,
@@ -131,3 +148,11 @@ class AfterTraining:
                 " with the thresholds of training, which "
                 f"`{how_to_calibrate(sae, output)}` calibrates"
             )
+
+
+def _is_of_all(error: Exception) -> bool:
+    """
+    Whether all ranks have an error: they compute the same from the same, and agree on what cannot
+    be read or written. A device may fail on one alone, for which the others would wait.
+    """
+    return isinstance(error, ValueError | OSError) and not is_lost_peer(error)

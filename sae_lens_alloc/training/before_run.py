@@ -10,12 +10,19 @@ from sae_lens import logger
 from sae_lens.config import HfDataset, LanguageModelSAERunnerConfig
 from sae_lens.saes.sae import TrainingSAE
 
+from sae_lens_alloc.config.rank_checks import require_no_hooks
 from sae_lens_alloc.config.run_checks import check_run
+from sae_lens_alloc.distributed.agreement import together
+from sae_lens_alloc.distributed.feature_shard import FeatureShard
+from sae_lens_alloc.distributed.ranks import ALONE, Ranks
+from sae_lens_alloc.saes.allocation_sae import AllocationTrainingSAE
 from sae_lens_alloc.saes.mutual_choice_sae import with_schedule
+from sae_lens_alloc.saes.sharding import keep_own_features, new_shard
 from sae_lens_alloc.training.preflight import check_devices, check_memory
 from sae_lens_alloc.training.pretrained import load_pretrained
 from sae_lens_alloc.training.resuming import settle_resumed_run
 from sae_lens_alloc.training.run_folders import claimed_folders
+from sae_lens_alloc.training.run_on_ranks import settle_on_ranks
 
 
 def settled_run(
@@ -23,6 +30,7 @@ def settled_run(
     override_sae: TrainingSAE[Any] | None,
     overwrite: bool,
     sae_is_known: bool,
+    ranks: Ranks = ALONE,
 ) -> LanguageModelSAERunnerConfig[Any]:
     """
     A run's config with its schedule, and with its checkpoint and the schedule of that if it is
@@ -33,24 +41,29 @@ def settled_run(
         override_sae: The SAE to train if it is not `cfg.sae`'s; it gets the schedule, too.
         overwrite: Whether an SAE in the output folder may be replaced.
         sae_is_known: Whether `cfg.sae` says already which SAE is trained.
+        ranks: The hosts that train together, which all must call it.
 
     Raises:
-        ValueError: if the run cannot work, would lose something in its folders or has no room
-            there, or cannot be resumed.
+        ValueError: if the ranks have different runs, or the run cannot work, would lose something
+            in its folders, has no room there or cannot be resumed.
         OSError: if its folders cannot be written to.
     """
     cfg = copy.copy(cfg)
     # what is checked and recorded is the SAE that is trained
-    cfg.sae = with_schedule(
-        cfg.sae if override_sae is None else override_sae.cfg, cfg.total_training_steps
-    )
+    if override_sae is not None:
+        cfg.sae = override_sae.cfg
+    settle_on_ranks(cfg, ranks)
+    cfg.sae = with_schedule(cfg.sae, cfg.total_training_steps)
     if override_sae is not None:
         override_sae.cfg = cfg.sae
-    check_run(cfg)
-    check_devices(cfg)
-    check_memory(cfg)
-    settle_resumed_run(cfg, sae_is_known)
-    with claimed_folders(cfg, overwrite):
+    with together(ranks):
+        if override_sae is not None:
+            require_no_hooks(override_sae, ranks)
+        check_run(cfg)
+        check_devices(cfg)
+        check_memory(cfg, ranks.size)
+        settle_resumed_run(cfg, sae_is_known)
+    with claimed_folders(cfg, overwrite, ranks=ranks):
         pass  # so that a run that cannot be saved is found before the model is loaded
     return cfg
 
@@ -67,6 +80,27 @@ def pretrained_sae(
     if cfg.resume_from_checkpoint is not None:  # whose weights it gets
         return TrainingSAE.from_dict(cfg.sae.to_dict())
     return load_pretrained(cfg.from_pretrained_path, cfg.sae, cfg.device)
+
+
+def shard_of_run(
+    cfg: LanguageModelSAERunnerConfig[Any], sae: TrainingSAE[Any] | None, ranks: Ranks
+) -> TrainingSAE[Any] | None:
+    """
+    The SAE of this rank, of its own features; that of one process as it is.
+
+    Args:
+        cfg: The run.
+        sae: The whole SAE that it starts from, changed in place, or None for random weights.
+        ranks: The ranks.
+    """
+    if ranks.is_alone:
+        return sae
+    shard = FeatureShard(cfg.sae.d_sae, ranks)
+    if sae is None:
+        return new_shard(cfg.sae, shard)
+    assert isinstance(sae, AllocationTrainingSAE)
+    keep_own_features(sae.to(cfg.device), shard)
+    return sae
 
 
 def require_rows(dataset: HfDataset | None) -> None:

@@ -10,7 +10,9 @@ from sae_lens import SAE
 from sae_lens.config import LanguageModelSAERunnerConfig
 from sae_lens.saes.sae import TrainingSAE
 
-from sae_lens_alloc.activations.on_text import take_tokens
+from sae_lens_alloc.activations.gathered import GatheredBatches
+from sae_lens_alloc.distributed.feature_shard import FeatureShard
+from sae_lens_alloc.saes.sharding import keep_own_features
 from sae_lens_alloc.training.conversion import convert_sae
 from sae_lens_alloc.training.output_folder import require_other_folder
 from sae_lens_alloc.training.resuming import resumed_sae_config
@@ -28,7 +30,8 @@ class FineTuningRunner(AllocSAETrainingRunner):
     """
     `AllocSAETrainingRunner` that starts from another SAE. The SAE is converted to the
     architecture of the config. Its statistics and thresholds are estimated on 65k tokens of
-    the training text.
+    the training text. Each of several processes converts the whole SAE and then keeps its own
+    features.
     """
 
     start: ConversionReport
@@ -63,19 +66,23 @@ class FineTuningRunner(AllocSAETrainingRunner):
             overwrite=overwrite,
             n_evaluation_contexts=math.ceil(evaluation_tokens / cfg.context_size),
         )
-        activations = take_tokens(self.activations_store, CALIBRATION_TOKENS)
+        batches = GatheredBatches(self.activations_store, self.ranks, self.cfg.device)
+        # which a config may name for the SAE by itself
+        own_device = {} if self.ranks.is_alone else {"device": self.cfg.device}
         sae = convert_sae(
             source.sae,
             cfg.sae.architecture(),
-            activations=activations.to(cfg.device),
+            activations=batches.take(CALIBRATION_TOKENS),
             scaling_factor=source.scaling_factor,
-            **{"device": cfg.device, **sae_overrides},
+            **{"device": self.cfg.device, **sae_overrides, **own_device},
         )
         self.start = ConversionReport(**sae.cfg.metadata.conversion)
         require_plausible(source, self.start)
         if self.cfg.resume_from_checkpoint is not None:
             checkpoint = Path(self.cfg.resume_from_checkpoint)
             sae.cfg = resumed_sae_config(checkpoint, sae.cfg, cfg.training_tokens)
+        if not self.ranks.is_alone:
+            keep_own_features(sae, FeatureShard(sae.cfg.d_sae, self.ranks))
         self.sae = sae
         self.cfg.sae = sae.cfg
 

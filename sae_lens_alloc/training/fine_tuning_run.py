@@ -57,10 +57,11 @@ def fine_tune(
     source: SourceSAE,
     sae_overrides: dict[str, Any],
     overwrite: bool = False,
-) -> FineTuned:
+) -> FineTuned | None:
     """
     Fine-tunes an SAE and compares it before and after. The SAE, the figures
-    (`fine_tuning.json`) and `report.html` go to `cfg.output_path`.
+    (`fine_tuning.json`) and `report.html` go to `cfg.output_path`. Of several processes, rank 0
+    compares, and the others return None.
 
     Args:
         cfg: The run, with an output path.
@@ -78,6 +79,9 @@ def fine_tune(
     tokens = runner.evaluation_contexts
     excluded = runner.activations_store.exclude_special_tokens
     special = [] if excluded is None else excluded.tolist()
+    if runner.ranks.rank > 0:
+        runner.run()
+        return None
     baseline = measure_baseline(runner.model, tokens, cfg.hook_name, special)
 
     def evaluate(sae: SAE[Any]) -> Evaluation:

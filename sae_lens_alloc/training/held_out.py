@@ -9,6 +9,7 @@ from sae_lens.config import LanguageModelSAERunnerConfig
 from sae_lens.saes.sae import SAE
 
 from sae_lens_alloc.activations.store import saved_held_out_contexts
+from sae_lens_alloc.distributed.ranks import ALONE, Ranks
 from sae_lens_alloc.evaluation.usage import (
     Autoencode,
     as_user,
@@ -23,20 +24,23 @@ HELD_OUT_TOKENS = 16_384
 
 
 def held_out_tokens(
-    cfg: LanguageModelSAERunnerConfig[Any], tokens_per_context: int
+    cfg: LanguageModelSAERunnerConfig[Any],
+    tokens_per_context: int,
+    ranks: Ranks = ALONE,
 ) -> int:
     """
-    How many tokens a run holds out for metrics: if it is resumed, as many as before, since it
-    has trained on the next ones.
+    How many tokens a run holds out for metrics, each rank of several its share of its own part: if
+    it is resumed, as many as before, since it has trained on the next ones.
     """
     training_tokens = cfg.training_tokens
     if cfg.resume_from_checkpoint is not None:
         checkpoint = Path(cfg.resume_from_checkpoint)
-        n_contexts = saved_held_out_contexts(checkpoint)
+        n_contexts = saved_held_out_contexts(checkpoint, ranks)
         if n_contexts is not None:
             return n_contexts * tokens_per_context
         training_tokens = recorded_training_tokens(checkpoint) or training_tokens
-    return min(HELD_OUT_TOKENS, math.ceil(training_tokens / 100))
+    wanted = min(HELD_OUT_TOKENS, math.ceil(training_tokens / 100))
+    return math.ceil(wanted / ranks.size)
 
 
 @torch.no_grad()

@@ -18,6 +18,8 @@ from sae_lens_alloc.training.interruption import postponing_signals
 # Names that begin like this in an output folder are ours.
 OWN_PREFIX = ".sae-lens-alloc-"
 LOCK_FILENAME = f"{OWN_PREFIX}lock"
+# Which launch of several processes writes to a folder: torchrun may start them again.
+LAUNCH_FILENAME = f"{OWN_PREFIX}launch"
 # Folders of half-written files, and of whole files that have yet to be moved to their place.
 PARTIAL_PREFIX = f"{OWN_PREFIX}partial-"
 READY_PREFIX = f"{OWN_PREFIX}ready-"
@@ -142,6 +144,24 @@ def require_empty(
             f"{setting} {str(folder)!r} is not empty: give --overwrite to write into it, "
             f"or another {setting}."
         )
+
+
+def is_of_launch(folder: Path, launch: str | None) -> bool:
+    """Whether the processes of a launch have held a folder before, by `mark_launch`."""
+    mark = folder / LAUNCH_FILENAME
+    return launch is not None and mark.exists() and mark.read_text() == launch
+
+
+@contextmanager
+def mark_launch(folder: Path, launch: str) -> Generator[None, None, None]:
+    """Within it, and afterwards unless the folder has stayed empty, a folder is of a launch."""
+    mark = folder / LAUNCH_FILENAME
+    mark.write_text(launch)
+    try:
+        yield
+    finally:
+        if {path.name for path in folder.iterdir()} <= {LOCK_FILENAME, LAUNCH_FILENAME}:
+            mark.unlink(missing_ok=True)
 
 
 def require_other_folder(

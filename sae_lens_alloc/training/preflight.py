@@ -14,15 +14,20 @@ from sae_lens.config import LanguageModelSAERunnerConfig
 from sae_lens_alloc.activations.buffer_setting import buffer_setting
 from sae_lens_alloc.activations.language_model import find_language_model
 from sae_lens_alloc.activations.local_dataset import check_local_dataset
+from sae_lens_alloc.distributed.launch import ranks_on_this_machine
 from sae_lens_alloc.errors import in_one_sentence
 from sae_lens_alloc.training.pretrained import load_pretrained
 from sae_lens_alloc.training.summary import estimate_memory, in_bytes
 from sae_lens_alloc.typed_values import shown
 
 
-def check_training(cfg: LanguageModelSAERunnerConfig[Any]) -> None:
+def check_training(cfg: LanguageModelSAERunnerConfig[Any], n_ranks: int = 1) -> None:
     """
     Checks everything that a training needs. Nothing is written, and no model is loaded.
+
+    Args:
+        cfg: The run.
+        n_ranks: Number of processes that train together.
 
     Raises:
         ValueError: if something is missing or does not fit, in one sentence that names the
@@ -33,7 +38,7 @@ def check_training(cfg: LanguageModelSAERunnerConfig[Any]) -> None:
     for key in ("output_path", "checkpoint_path"):
         _require_writable(key, getattr(cfg, key))
     check_devices(cfg)
-    check_memory(cfg)
+    check_memory(cfg, n_ranks)
     if cfg.logger.log_to_wandb:
         _require_wandb()
     if cfg.resume_from_checkpoint is None and cfg.from_pretrained_path is not None:
@@ -95,15 +100,20 @@ def check_devices(cfg: LanguageModelSAERunnerConfig[Any]) -> None:
             ) from error
 
 
-def check_memory(cfg: LanguageModelSAERunnerConfig[Any]) -> None:
+def check_memory(cfg: LanguageModelSAERunnerConfig[Any], n_ranks: int = 1) -> None:
     """
-    Compares the estimated memory with that of each device. Warns if less is free now.
+    Compares the estimated memory with that of each device. Warns if less is free now. The
+    processes of a machine share its memory, and each has its own GPU.
+
+    Args:
+        cfg: The run.
+        n_ranks: Number of processes that train together.
 
     Raises:
         ValueError: if a device has less memory in total.
     """
     needed: dict[str, int] = {}
-    for part, size in estimate_memory(cfg).items():
+    for part, size in estimate_memory(cfg, n_ranks).items():
         buffered = part == "activation buffer"
         name = str(cfg.act_store_device if buffered else cfg.device)
         needed[name] = needed.get(name, 0) + size
@@ -112,6 +122,8 @@ def check_memory(cfg: LanguageModelSAERunnerConfig[Any]) -> None:
         if memory is None:
             continue
         free, total = memory
+        if torch.device(name).type == "cpu":
+            size *= min(ranks_on_this_machine(), n_ranks)
         have = f"the training needs about {in_bytes(size)} on {name}, which has"
         if size > total:
             raise ValueError(

@@ -7,6 +7,9 @@ from typing import Any
 import numpy as np
 import torch
 
+from sae_lens_alloc.distributed.rank_files import file_of_rank, files_of_ranks
+from sae_lens_alloc.distributed.ranks import ALONE, Ranks
+
 RNG_STATE_FILENAME = "rng_state.pt"
 
 
@@ -17,16 +20,28 @@ def seed_all(seed: int) -> None:
     torch.manual_seed(seed)
 
 
-def save_rng_state(checkpoint: Path) -> None:
-    """Saves the state of all generators in a checkpoint."""
-    torch.save(rng_state(), checkpoint / RNG_STATE_FILENAME)
+def seed_of_rank(seed: int, ranks: Ranks) -> int:
+    """The seed of what a rank does by itself, that of the run for one process alone."""
+    if ranks.is_alone:
+        return seed
+    mixed = np.random.SeedSequence([seed % 2**64, ranks.rank])
+    return int(mixed.generate_state(1, np.uint64)[0] >> 1)
 
 
-def restore_rng_state(checkpoint: Path) -> None:
-    """Restores all generators from a checkpoint, if it has their state. SAELens' have not."""
+def save_rng_state(checkpoint: Path, ranks: Ranks = ALONE) -> None:
+    """Saves the state of all generators of this rank in a checkpoint."""
+    torch.save(rng_state(), file_of_rank(checkpoint / RNG_STATE_FILENAME, ranks))
+
+
+def restore_rng_state(checkpoint: Path, ranks: Ranks = ALONE) -> None:
+    """
+    Restores all generators from a checkpoint, if it has their state. SAELens' have not, nor have
+    those of another number of ranks.
+    """
     path = checkpoint / RNG_STATE_FILENAME
-    if path.exists():
-        set_rng_state(torch.load(path, map_location="cpu", weights_only=True))
+    own = file_of_rank(path, ranks)
+    if own.exists() and len(files_of_ranks(path)) == ranks.size:
+        set_rng_state(torch.load(own, map_location="cpu", weights_only=True))
 
 
 def rng_state() -> dict[str, Any]:

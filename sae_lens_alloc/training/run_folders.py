@@ -17,11 +17,16 @@ from sae_lens.constants import (
     SPARSITY_FILENAME,
 )
 
+from sae_lens_alloc.distributed.agreement import together
+from sae_lens_alloc.distributed.launch import launch_id
+from sae_lens_alloc.distributed.ranks import ALONE, Ranks
 from sae_lens_alloc.saes.split_weights import split_weight_files
 from sae_lens_alloc.training.checkpoint import folder_of_checkpoints, holds_checkpoints
 from sae_lens_alloc.training.metrics_file import is_of_checkpoint, require_rows
 from sae_lens_alloc.training.output_folder import (
+    is_of_launch,
     locked_folder,
+    mark_launch,
     require_empty,
     require_other_folder,
 )
@@ -46,6 +51,7 @@ def claimed_folders(
     cfg: LanguageModelSAERunnerConfig[Any],
     overwrite: bool = False,
     only_if_empty: bool = False,
+    ranks: Ranks = ALONE,
 ) -> Generator[None, None, None]:
     """
     Locks the output folder and the checkpoint folder of a run against other runs. Checks that
@@ -56,12 +62,31 @@ def claimed_folders(
         cfg: The run.
         overwrite: Whether an SAE in the output folder may be replaced.
         only_if_empty: Whether the output folder must be empty, unless `overwrite` is given.
+        ranks: The ranks, of which rank 0 holds the folders for all. What these processes wrote
+            before torchrun started them again may be replaced.
 
     Raises:
         ValueError: if a folder is in use, has too little room, or holds something that the run
             would overwrite.
         OSError: if a folder cannot be written to.
     """
+    with ExitStack() as stack:
+        with together(ranks):
+            if ranks.rank == 0:
+                launch = None if ranks.is_alone else launch_id()
+                claimed = _claimed(cfg, overwrite, only_if_empty, launch, ranks.size)
+                stack.enter_context(claimed)
+        yield
+
+
+@contextmanager
+def _claimed(
+    cfg: LanguageModelSAERunnerConfig[Any],
+    overwrite: bool,
+    only_if_empty: bool,
+    launch: str | None,
+    n_ranks: int,
+) -> Generator[None, None, None]:
     for key in ("from_pretrained_path", "resume_from_checkpoint"):
         source = getattr(cfg, key)
         if source is not None:
@@ -70,13 +95,17 @@ def claimed_folders(
         if cfg.output_path is not None:
             output = Path(cfg.output_path)
             stack.enter_context(locked_folder(output, "output_path"))
+            overwrite = overwrite or is_of_launch(output, launch)
             # before the checkpoint folder is created, which may be inside
             _require_free_output(cfg, output, overwrite, only_if_empty)
         if cfg.checkpoint_path is not None:
             checkpoints = Path(cfg.checkpoint_path)
             stack.enter_context(locked_folder(checkpoints, "checkpoint_path"))
             _require_own_checkpoints(cfg, checkpoints)
-        _require_room(cfg)
+        _require_room(cfg, n_ranks)
+        for folder in (cfg.output_path, cfg.checkpoint_path):
+            if launch is not None and folder is not None:
+                stack.enter_context(mark_launch(Path(folder), launch))
         yield
 
 
@@ -216,10 +245,10 @@ def _read(path: Path) -> dict[str, Any]:
     return content if isinstance(content, dict) else {}
 
 
-def _require_room(cfg: LanguageModelSAERunnerConfig[Any]) -> None:
+def _require_room(cfg: LanguageModelSAERunnerConfig[Any], n_ranks: int) -> None:
     """Raises ValueError if a disk has too little room for what the run will write to it."""
     on_disk: dict[int, list[tuple[Path, int]]] = {}
-    for folder, size in estimate_disk(cfg).items():
+    for folder, size in estimate_disk(cfg, n_ranks).items():
         on_disk.setdefault(os.stat(folder).st_dev, []).append((folder, size))
     for parts in on_disk.values():
         needed = sum(size for _, size in parts)
@@ -232,13 +261,15 @@ def _require_room(cfg: LanguageModelSAERunnerConfig[Any]) -> None:
             )
 
 
-def estimate_disk(cfg: LanguageModelSAERunnerConfig[Any]) -> dict[Path, int]:
+def estimate_disk(
+    cfg: LanguageModelSAERunnerConfig[Any], n_ranks: int = 1
+) -> dict[Path, int]:
     """
     Estimates the bytes that a run writes to each folder.
 
     - Output: rows of metrics, and the SAE twice, since the calibrated SAE replaces the one
       that was saved before calibration.
-    - Checkpoints: for each, the SAE, Adam's two moments and the buffer of activations.
+    - Checkpoints: for each, the SAE, Adam's two moments and the buffers of activations.
     """
     memory = estimate_memory(cfg)
     sizes: dict[Path, int] = {}
@@ -251,6 +282,7 @@ def estimate_disk(cfg: LanguageModelSAERunnerConfig[Any]) -> dict[Path, int]:
         # at most one a step
         n = min(cfg.n_checkpoints, cfg.total_training_steps)
         n = max(n - saved, 0) + cfg.save_final_checkpoint
-        each = memory["parameters"] + memory["Adam"] + memory["activation buffer"] // 2
+        buffers = n_ranks * memory["activation buffer"] // 2
+        each = memory["parameters"] + memory["Adam"] + buffers
         sizes[folder] = sizes.get(folder, 0) + n * each
     return sizes

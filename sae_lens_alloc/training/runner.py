@@ -4,8 +4,6 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-import wandb
-from sae_lens import logger
 from sae_lens.config import HfDataset, LanguageModelSAERunnerConfig
 from sae_lens.constants import (
     SAE_CFG_FILENAME,
@@ -15,40 +13,47 @@ from sae_lens.constants import (
 from sae_lens.llm_sae_training_runner import LanguageModelSAETrainingRunner
 from sae_lens.saes.sae import TrainingSAE
 from sae_lens.training.sae_trainer import SAETrainer
+from sae_lens.training.types import DataProvider
 from transformer_lens.HookedTransformer import HookedRootModule
 from typing_extensions import override
 
+from sae_lens_alloc.activations.gathered import paused, take_activations
 from sae_lens_alloc.activations.language_model import (
     check_language_model,
     load_language_model,
 )
 from sae_lens_alloc.activations.local_dataset import override_for_local_dataset
-from sae_lens_alloc.activations.on_text import take_tokens
-from sae_lens_alloc.activations.store import ResumableActivationsStore
 from sae_lens_alloc.compat import InterruptedException
+from sae_lens_alloc.config.rank_checks import require_no_hooks
+from sae_lens_alloc.distributed.agreement import together
+from sae_lens_alloc.distributed.launch import on_device
 from sae_lens_alloc.training.after_training import AfterTraining
 from sae_lens_alloc.training.before_run import (
     no_warning_of_overrides,
     pretrained_sae,
     require_rows,
     settled_run,
+    shard_of_run,
 )
 from sae_lens_alloc.training.final_sae import require_artifact_names
-from sae_lens_alloc.training.held_out import held_out_tokens
 from sae_lens_alloc.training.interruption import interruptible, noting
-from sae_lens_alloc.training.metrics_file import drop_rows_from, save_fingerprint
-from sae_lens_alloc.training.provenance import provenance
+from sae_lens_alloc.training.metrics_file import save_fingerprint
 from sae_lens_alloc.training.rng_state import (
     restore_rng_state,
     save_rng_state,
     seed_all,
+    seed_of_rank,
 )
-from sae_lens_alloc.training.run_folders import (
-    METRICS_FILENAME,
-    claimed_folders,
-    metrics_path,
+from sae_lens_alloc.training.run_activations import open_activations
+from sae_lens_alloc.training.run_folders import METRICS_FILENAME, claimed_folders
+from sae_lens_alloc.training.run_on_ranks import ranks_of_run
+from sae_lens_alloc.training.run_trainer import (
+    begin_metadata,
+    give_firings,
+    open_metrics,
+    resume,
+    trainer_of_run,
 )
-from sae_lens_alloc.training.trainer import AllocSAETrainer
 
 __all__ = ["CALIBRATION_TOKENS", "METRICS_FILENAME", "AllocSAETrainingRunner"]
 
@@ -75,7 +80,11 @@ class AllocSAETrainingRunner(LanguageModelSAETrainingRunner):
       are in use by another run. What is in the folder stays until the SAE is saved;
     - returns the SAE in evaluation mode, records its metrics on held-out activations, seed,
       versions and git commit in its metadata, and warns if the saved SAE does not give the
-      same when SAELens loads it.
+      same when SAELens loads it;
+    - trains one SAE by all processes where torchrun has started several: each runs the language
+      model on its own part of the dataset and holds some of the features (docs/distributed.md).
+      `run` then returns on each of them an SAE of its own features alone, and the saved SAE has
+      all of them.
     """
 
     held_out: torch.Tensor  # activations that are not trained on, (n_tokens, d_in)
@@ -85,6 +94,7 @@ class AllocSAETrainingRunner(LanguageModelSAETrainingRunner):
 
     _resumed_from: str | None = None
     _metrics_path: Path | None = None
+    _batches: DataProvider | None = None
 
     def __init__(
         self,
@@ -109,7 +119,9 @@ class AllocSAETrainingRunner(LanguageModelSAETrainingRunner):
                 cannot be resumed, or the text is too short.
             OSError: if its folders cannot be written to.
         """
-        cfg = settled_run(cfg, override_sae, overwrite, self.sae_is_known)
+        hosts = ranks_of_run()
+        cfg = settled_run(cfg, override_sae, overwrite, self.sae_is_known, hosts)
+        self.ranks = on_device(hosts, cfg.device)
         self.overwrite = overwrite
         # SAELens seeds nothing, so the weights of two runs would differ
         seed_all(cfg.seed)
@@ -125,19 +137,18 @@ class AllocSAETrainingRunner(LanguageModelSAETrainingRunner):
                 if override_dataset is None
                 else override_dataset,
                 load_language_model(cfg) if override_model is None else override_model,
-                override_sae,
+                shard_of_run(cfg, override_sae, self.ranks),
             )
         check_language_model(self.model, cfg)
-        store = ResumableActivationsStore.in_place_of(self.activations_store, cfg)
-        self.activations_store = self.evaluator.activations_store = store
-        n_tokens = held_out_tokens(cfg, store.training_context_size)
-        n_evaluation_tokens = n_evaluation_contexts * store.training_context_size
-        store.require_text(store.tokens_in_batches(n_tokens) + n_evaluation_tokens)
-        self.held_out = store.hold_out(n_tokens)
-        if n_evaluation_contexts:
-            contexts = store.hold_out_contexts(n_evaluation_contexts)
-            self.evaluation_contexts = contexts.to(str(cfg.llm_device))
-        self._after = AfterTraining(cfg, self.held_out)
+        if not self.ranks.is_alone:  # each shuffles on its own
+            seed_all(seed_of_rank(cfg.seed, self.ranks))
+        activations = open_activations(
+            self.activations_store, cfg, self.ranks, n_evaluation_contexts
+        )
+        self.activations_store = self.evaluator.activations_store = activations.store
+        self.held_out = activations.held_out
+        self.evaluation_contexts = activations.evaluation_contexts
+        self._after = AfterTraining(cfg, self.held_out, self.ranks)
 
     @property
     def saved_in(self) -> Path | None:
@@ -146,15 +157,18 @@ class AllocSAETrainingRunner(LanguageModelSAETrainingRunner):
 
     @override
     def run(self) -> TrainingSAE[Any]:
-        self._after = AfterTraining(self.cfg, self.held_out)
-        with claimed_folders(self.cfg, self.overwrite), interruptible():
+        self._after = AfterTraining(self.cfg, self.held_out, self.ranks)
+        require_no_hooks(self.sae, self.ranks)
+        claimed = claimed_folders(self.cfg, self.overwrite, ranks=self.ranks)
+        with claimed, interruptible():
             # again, so that it does not matter what was drawn since the runner was made
-            seed_all(self.cfg.seed)
+            seed_all(seed_of_rank(self.cfg.seed, self.ranks))
             if self.cfg.resume_from_checkpoint is not None:
                 # SAELens does so with prefetch_llm_batches only when a thread reads the store
-                self.activations_store.load_from_checkpoint(
-                    self.cfg.resume_from_checkpoint
-                )
+                with together(self.ranks):
+                    self.activations_store.load_from_checkpoint(
+                        self.cfg.resume_from_checkpoint
+                    )
             # SAELens' run() would load it with its own trainer, into the schedule of another
             # training where that has changed; ours loads it below
             self._resumed_from = self.cfg.resume_from_checkpoint
@@ -173,51 +187,41 @@ class AllocSAETrainingRunner(LanguageModelSAETrainingRunner):
         self, trainer: SAETrainer[Any, Any]
     ) -> TrainingSAE[Any]:
         # SAELens' run() makes its trainer itself, and asks it for the sparsity afterwards
-        host, trainer = trainer, AllocSAETrainer.in_place_of(trainer)
+        host, trainer = trainer, trainer_of_run(trainer, self.ranks)
         if self._resumed_from is not None:
-            self._load(trainer, self._resumed_from)
-        metadata = trainer.sae.cfg.metadata
+            self.cfg.resume_from_checkpoint = self._resumed_from
+            resume(trainer, self._resumed_from)
         if self.cfg.logger.log_to_wandb:
             require_artifact_names(trainer.sae)
-        metadata.provenance = provenance(self.cfg.seed)
-        # of the SAE that it starts from, perhaps
-        for key in ("calibration", "held_out"):
-            metadata.__dict__.pop(key, None)
+        begin_metadata(trainer.sae, self.cfg, self.ranks)
         trainer.held_out = self.held_out
-        self._metrics_path = trainer.metrics_path = metrics_path(self.cfg)
-        if trainer.metrics_path is not None:
-            drop_rows_from(trainer.metrics_path, trainer.n_training_steps)
+        self._metrics_path = open_metrics(trainer, self.cfg, self.ranks)
+        self._batches = trainer.data_provider
         if self.cfg.resume_from_checkpoint is not None:
-            restore_rng_state(Path(self.cfg.resume_from_checkpoint))
+            restore_rng_state(Path(self.cfg.resume_from_checkpoint), self.ranks)
         with noting(trainer.interrupt):
             sae: TrainingSAE[Any] = trainer.fit()
             self._after.save_first(sae, trainer.log_feature_sparsity)
-        if trainer.interrupted:
+        if self.ranks.any(trainer.interrupted):
             raise InterruptedException()
         self._after.calibrate(sae, lambda: self._calibration_activations(trainer))
         sae.eval()
         self._after.record_held_out(sae)
-        host.act_freq_scores = trainer.act_freq_scores
-        host.n_frac_active_samples = trainer.n_frac_active_samples
+        give_firings(trainer, host)
         return sae
-
-    def _load(self, trainer: AllocSAETrainer[Any, Any], checkpoint: str) -> None:
-        logger.info(f"Resuming from checkpoint: {checkpoint}")
-        self.cfg.resume_from_checkpoint = checkpoint
-        if self.cfg.logger.log_to_wandb:
-            wandb.config.update(
-                {"resume_from_checkpoint": checkpoint}, allow_val_change=True
-            )
-        trainer.load_trainer_state(checkpoint)
-        self.sae.load_weights_from_checkpoint(checkpoint)
 
     @override
     def save_checkpoint(self, checkpoint_path: Path | None) -> None:
-        super().save_checkpoint(checkpoint_path)
-        if checkpoint_path is not None:
-            if self._metrics_path is not None:
-                save_fingerprint(self._metrics_path, checkpoint_path)
-            save_rng_state(checkpoint_path)
+        if checkpoint_path is None:
+            return
+        with paused(self._batches):
+            if self.ranks.rank == 0:
+                super().save_checkpoint(checkpoint_path)
+            else:  # each has a state of its own, and the config is rank 0's
+                self.activations_store.save_to_checkpoint(checkpoint_path)
+        if self._metrics_path is not None:
+            save_fingerprint(self._metrics_path, checkpoint_path)
+        save_rng_state(checkpoint_path, self.ranks)
 
     @override
     def save_final_sae(
@@ -236,8 +240,8 @@ class AllocSAETrainingRunner(LanguageModelSAETrainingRunner):
         """
         output = Path(output_path)
         self._after.save(sae, output, log_feature_sparsity)
-        if self.cfg.logger.log_to_wandb:
-            with self._after.survived("it was not uploaded to W&B"):
+        if self.cfg.logger.log_to_wandb and self.ranks.rank == 0:
+            with self._after.survived("it was not uploaded to W&B", together=False):
                 self.cfg.logger.log(
                     self,
                     output / SAE_WEIGHTS_FILENAME,
@@ -249,5 +253,5 @@ class AllocSAETrainingRunner(LanguageModelSAETrainingRunner):
                 )
 
     def _calibration_activations(self, trainer: SAETrainer[Any, Any]) -> torch.Tensor:
-        taken = take_tokens(trainer.data_provider, CALIBRATION_TOKENS)
-        return taken.to(self.cfg.device)
+        batches = trainer.data_provider
+        return take_activations(batches, CALIBRATION_TOKENS, self.cfg.device)

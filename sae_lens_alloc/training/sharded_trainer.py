@@ -6,9 +6,9 @@ from typing import Any
 import torch
 from sae_lens.config import SAETrainerConfig
 from sae_lens.saes.sae import TrainStepOutput
-from sae_lens.training.sae_trainer import SaveCheckpointFn
+from sae_lens.training.sae_trainer import SAETrainer, SaveCheckpointFn
 from sae_lens.training.types import DataProvider
-from typing_extensions import override
+from typing_extensions import Self, override
 
 from sae_lens_alloc.config.run_config import uses_cuda_graph
 from sae_lens_alloc.distributed.feature_shard import FeatureShard
@@ -56,6 +56,22 @@ class ShardedSAETrainer(AllocSAETrainer[AllocationTrainingSAE[Any], Any]):
         super().__init__(cfg, sae, data_provider, None, save_checkpoint_fn)
         self.n_forward_passes_since_fired = self._zeros()
         self.act_freq_scores = self._zeros()
+
+    @override
+    @classmethod
+    def in_place_of(cls, trainer: SAETrainer[Any, Any]) -> Self:
+        settled = trainer.sae.cfg
+        ours = cls(
+            trainer.cfg, trainer.sae, trainer.data_provider, trainer.save_checkpoint_fn
+        )
+        ours.sae.cfg = settled
+        return ours
+
+    @override
+    def between_steps(self) -> None:
+        # a signal reaches them at different times, and all must stop behind the same step
+        self.interrupted = self.shard.ranks.any(self.interrupted)
+        super().between_steps()
 
     @property
     def shard(self) -> FeatureShard:

@@ -9,6 +9,7 @@ from sae_lens.saes.sae import TrainingSAEConfig
 from sae_lens.util import str_to_dtype
 
 from sae_lens_alloc.activations.buffer_setting import contexts_in_buffer
+from sae_lens_alloc.distributed.cost import Step, bytes_per_step
 from sae_lens_alloc.ops.block_encoder import block_width
 from sae_lens_alloc.saes.allocation_sae_config import AllocationTrainingSAEConfig
 from sae_lens_alloc.saes.auxiliary_loss import AuxiliaryLossTrainingSAEConfig
@@ -22,15 +23,22 @@ from sae_lens_alloc.saes.mutual_choice_sae import MutualChoiceTrainingSAEConfig
 BUFFER_ITEM_SIZE = 4
 
 
-def describe_run(cfg: LanguageModelSAERunnerConfig[Any]) -> str:
-    """SAE, schedule, data, length, memory and folders of a run, one on each line."""
+def describe_run(cfg: LanguageModelSAERunnerConfig[Any], n_ranks: int = 1) -> str:
+    """
+    SAE, schedule, data, length, memory and folders of a run, one on each line.
+
+    Args:
+        cfg: The run.
+        n_ranks: Number of processes that train together.
+    """
     sae = cfg.sae
     steps = cfg.total_training_steps
-    memory = estimate_memory(cfg)
+    memory = estimate_memory(cfg, n_ranks)
     parts = ", ".join(f"{name} {in_bytes(size)}" for name, size in memory.items())
     lines = {
         "SAE": f"{sae.architecture()}, {sae.d_in} -> {sae.d_sae} features "
         f"({sae.d_sae / sae.d_in:g}x){_sparsity(sae)}, {sae.dtype} on {cfg.device}",
+        "processes": _processes(cfg, n_ranks),
         "schedule": _schedule(sae, steps),
         "model": f"{cfg.model_name} at {cfg.hook_name}, contexts of {cfg.context_size} "
         f"tokens, on {cfg.llm_device}",
@@ -38,16 +46,52 @@ def describe_run(cfg: LanguageModelSAERunnerConfig[Any]) -> str:
         "training": f"{cfg.training_tokens:,} tokens = {steps:,} steps of "
         f"{cfg.train_batch_size_tokens:,}; {_learning_rate(cfg)}",
         "memory": f"about {in_bytes(sum(memory.values()))} ({parts}) "
-        "beside the language model",
+        f"{'' if n_ranks == 1 else 'in each process '}beside the language model",
         "output": cfg.output_path or "not saved",
         "checkpoints": _checkpoints(cfg),
     }
     return "\n".join(f"{name:<12}{text}" for name, text in lines.items() if text)
 
 
-def estimate_memory(cfg: LanguageModelSAERunnerConfig[Any]) -> dict[str, int]:
+def _processes(cfg: LanguageModelSAERunnerConfig[Any], n_ranks: int) -> str:
+    """Nothing for one."""
+    if n_ranks == 1:
+        return ""
+    sent = bytes_per_step(_costliest_step(cfg), n_ranks)
+    return (
+        f"{n_ranks}, each with {features_of_rank(cfg.sae.d_sae, n_ranks):,} features and "
+        f"{cfg.train_batch_size_tokens // n_ranks:,} tokens of a batch, from its own part of the "
+        f"dataset; each sends about {in_bytes(sent)} a step"
+    )
+
+
+def _costliest_step(cfg: LanguageModelSAERunnerConfig[Any]) -> Step:
+    """The step of a run in which ranks send most, but for those that renew flags."""
+    sae = cfg.sae
+    assert isinstance(sae, AllocationTrainingSAEConfig)
+    return Step(
+        cfg.train_batch_size_tokens,
+        sae.d_in,
+        sae.d_sae,
+        "feature" if isinstance(sae, FeatureChoiceTrainingSAEConfig) else "mutual",
+        has_margin=sae.selection_margin > 0,
+        k_aux=0 if sae.aux_loss == "none" else sae.features_per_token_in_aux_loss(),
+        n_inner_levels=_n_nested(sae),
+        subtracts_b_dec=sae.apply_b_dec_to_input,
+    )
+
+
+def features_of_rank(d_sae: int, n_ranks: int) -> int:
+    """The most features that one of several processes has."""
+    return math.ceil(d_sae / n_ranks)
+
+
+def estimate_memory(
+    cfg: LanguageModelSAERunnerConfig[Any], n_ranks: int = 1
+) -> dict[str, int]:
     """
-    Estimates the bytes of memory that training the SAE takes, without the language model.
+    Estimates the bytes of memory that training the SAE takes in each process, without the
+    language model.
 
     With P = 2 * d_in * d_sae + d_sae + d_in parameters of s bytes each, and B tokens a step:
 
@@ -60,16 +104,21 @@ def estimate_memory(cfg: LanguageModelSAERunnerConfig[Any]) -> dict[str, int]:
       each nested reconstruction, 7 matrices and the selected pairs once more. For other
       architectures, which work on dense matrices, 8 matrices of B x d_sae.
 
+    Each of S processes has d_sae / S features, and its own buffer, from which it gives B / S
+    tokens a step. It has places for all pairs, though it fills only its share.
+
     Returns:
         Bytes by name of the part.
     """
-    sae, n_tokens = cfg.sae, cfg.train_batch_size_tokens
-    parameters = 2 * sae.d_in * sae.d_sae + sae.d_sae + sae.d_in
+    n_tokens = cfg.train_batch_size_tokens
+    sae = cfg.sae
+    d_sae = features_of_rank(sae.d_sae, n_ranks)
+    parameters = 2 * sae.d_in * d_sae + d_sae + sae.d_in
     parameters *= str_to_dtype(sae.dtype).itemsize
     tokens_per_context = len(range(cfg.context_size)[slice(*cfg.seqpos_slice)])
     buffered_contexts = contexts_in_buffer(cfg) + cfg.store_batch_size_prompts
     # batches that a thread has prefetched
-    waiting = int(cfg.prefetch_llm_batches) * n_tokens
+    waiting = int(cfg.prefetch_llm_batches) * n_tokens // n_ranks
     buffer = 2 * buffered_contexts * tokens_per_context + waiting
     buffer *= sae.d_in * BUFFER_ITEM_SIZE
     return {
@@ -77,28 +126,33 @@ def estimate_memory(cfg: LanguageModelSAERunnerConfig[Any]) -> dict[str, int]:
         "gradients": parameters,
         "Adam": 2 * parameters,
         "activation buffer": buffer,
-        "step": _step_bytes(sae, n_tokens, torch.device(cfg.device)),
+        "step": _step_bytes(sae, n_tokens, torch.device(cfg.device), n_ranks),
     }
 
 
-def _step_bytes(sae: TrainingSAEConfig, n_tokens: int, device: torch.device) -> int:
+def _step_bytes(
+    sae: TrainingSAEConfig, n_tokens: int, device: torch.device, n_ranks: int
+) -> int:
+    d_sae = features_of_rank(sae.d_sae, n_ranks)
     if not isinstance(sae, AllocationTrainingSAEConfig):
-        return 8 * n_tokens * sae.d_sae * 4
+        return 8 * n_tokens * d_sae * 4
     k = sae.k if sae.k_start is None else sae.k_start
-    n_nested = (
-        len(sae.inner_widths())
-        if isinstance(sae, MatryoshkaMutualChoiceTrainingSAEConfig)
-        else 0
-    )
+    n_nested = _n_nested(sae)
     k *= 1 + n_nested
     k += sae.selection_margin * sae.k
     k_aux = 0 if sae.aux_loss == "none" else sae.features_per_token_in_aux_loss()
     pairs = n_tokens * (k + k_aux)
-    block = n_tokens * min(block_width(n_tokens, device), sae.d_sae)
+    block = n_tokens * min(block_width(n_tokens, device), d_sae)
     elements = (16 + 7 * n_nested) * n_tokens * sae.d_in + 4 * block
     if device.type != "cpu":
-        elements += sae.d_in * sae.d_sae
+        elements += sae.d_in * d_sae
     return 4 * elements + 64 * math.ceil(pairs)
+
+
+def _n_nested(sae: TrainingSAEConfig) -> int:
+    """Number of nested reconstructions beside that of all features."""
+    nested = isinstance(sae, MatryoshkaMutualChoiceTrainingSAEConfig)
+    return len(sae.inner_widths()) if nested else 0
 
 
 def _sparsity(sae: TrainingSAEConfig) -> str:
@@ -160,7 +214,7 @@ def _checkpoints(cfg: LanguageModelSAERunnerConfig[Any]) -> str:
     return f"{cfg.checkpoint_path}, {cfg.n_checkpoints} on the way"
 
 
-def in_bytes(size: int) -> str:
+def in_bytes(size: float) -> str:
     """A number of bytes in words, such as "3.1 MB"."""
     if size >= 1e9:
         return f"{size / 1e9:.1f} GB"

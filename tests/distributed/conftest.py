@@ -1,0 +1,3 @@
+from tests.training.conftest import demo_model
+
+__all__ = ["demo_model"]
