@@ -42,12 +42,12 @@ def require_same(what: str, settings: Mapping[str, Any], ranks: Ranks) -> None:
 
     Args:
         what: What the settings are, in front of the key.
-        settings: Settings of this rank, of plain types.
+        settings: Settings of this rank, of plain types; what follows from others comes last.
         ranks: The ranks.
     """
     first, *others = ranks.objects(dict(settings))
     for rank, other in enumerate(others, 1):
-        for key in sorted(first.keys() | other.keys()):
+        for key in {**first, **other}:
             ours, theirs = first.get(key), other.get(key)
             if ours != theirs:
                 raise ValueError(

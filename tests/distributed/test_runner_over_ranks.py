@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from datasets import Dataset
 from sae_lens import SAE, logger
 from sae_lens.config import LoggingConfig
 from safetensors.torch import load_file
@@ -26,7 +25,7 @@ from tests.training.conftest import (
     short_documents,
 )
 
-N_STEPS, D_SAE = 12, 71
+N_STEPS, BATCH, D_SAE = 12, 252, 71
 
 
 class Messages(logging.Handler):
@@ -42,7 +41,8 @@ class Messages(logging.Handler):
 
 def config(folder: Path, **overrides: Any) -> Any:
     settings: dict[str, Any] = {
-        "training_tokens": N_STEPS * 256,
+        "training_tokens": N_STEPS * BATCH,
+        "train_batch_size_tokens": BATCH,
         "checkpoint_path": str(folder / "checkpoints"),
         "n_checkpoints": 2,
         "save_final_checkpoint": True,
@@ -96,7 +96,6 @@ def train(folder: str, **overrides: Any) -> dict[str, Any]:
             "own": len(sae.shard),
             "metadata": dict(sae.cfg.metadata.__dict__),
             "said": messages.said,
-            "llm_batch": cfg.train_batch_size_tokens,
         }
     finally:
         logger.removeHandler(messages)
@@ -122,7 +121,7 @@ def scenario(ranks: Ranks, folder: str) -> dict[str, Any]:
 
 REFUSED: dict[str, dict[str, Any]] = {
     "compile_sae": {"compile_sae": True},
-    "train_batch_size_tokens": {"train_batch_size_tokens": 257},
+    "train_batch_size_tokens": {"train_batch_size_tokens": 253},
 }
 
 
@@ -170,12 +169,9 @@ def test_the_same_run_twice_is_the_same_bit_for_bit(
         assert first == second
 
 
-def test_a_resumed_run_goes_on_bit_for_bit(
-    by_rank: list[dict[str, Any]], folder: Path
-):
+def test_a_resumed_run_goes_on_bit_for_bit(by_rank: list[dict[str, Any]], folder: Path):
     for rank in by_rank:
         assert equal(rank["resumed"]["end"], rank["first"]["end"])
-        assert any("Resuming from checkpoint" in said for said in by_rank[0]["resumed"]["said"])
 
 
 def test_what_is_saved_is_one_stock_sae_with_one_file_of_metrics(
@@ -187,10 +183,12 @@ def test_what_is_saved_is_one_stock_sae_with_one_file_of_metrics(
     assert [rank["first"]["own"] for rank in by_rank] == [36, 35]
     rows = [
         json.loads(line)
-        for line in (folder / "first" / "sae" / "metrics.jsonl").read_text().splitlines()
+        for line in (folder / "first" / "sae" / "metrics.jsonl")
+        .read_text()
+        .splitlines()
     ]
     assert [row["step"] for row in rows] == [1, 3, 5, 7, 9, 11]
-    assert rows[-1]["details/n_training_samples"] == N_STEPS * 256
+    assert rows[-1]["details/n_training_samples"] == N_STEPS * BATCH
     assert {"held_out/l0", "held_out/dead_features"} <= rows[1].keys()
     metadata = by_rank[0]["first"]["metadata"]
     assert by_rank[1]["first"]["metadata"] == metadata
@@ -214,8 +212,8 @@ def test_rank_0_alone_speaks_and_holds_the_folders(by_rank: list[dict[str, Any]]
             "compile_sae is for one process, not for 2: give compile_sae=false."
         )
         assert batch == (
-            "train_batch_size_tokens (257) must be a multiple of the 2 processes, which give "
-            "equal parts of each batch: give 256."
+            "train_batch_size_tokens (253) must be a multiple of the 2 processes, which give "
+            "equal parts of each batch: give 252."
         )
         assert rank["different"] == (
             "the processes differ in lr: rank 0 has 0.001, and rank 1 has 0.002: start them all "
@@ -257,10 +255,3 @@ def test_another_number_of_processes_goes_on_at_about_the_same_place(
         assert len(files) == n
     rows = (tmp_path / "three" / "sae" / "metrics.jsonl").read_text().splitlines()
     assert json.loads(rows[-1])["step"] == N_STEPS - 1
-
-
-def test_text_of_one_rank_alone_may_be_short(tmp_path: Path):
-    """Six documents for two ranks, of which one has hardly any: it begins anew more often."""
-    texts = short_documents(6)["text"]
-    longer = Dataset.from_dict({"text": [text[:700] for text in texts[:3]] + texts[3:]})
-    assert len(longer) == 6
