@@ -55,17 +55,20 @@ RESULTS = (
 )
 
 
-def start(folder: Path, n_ranks: int) -> subprocess.Popen[bytes]:
-    """Starts torchrun, whose output goes to `log.txt`."""
+def start(
+    folder: Path, n_ranks: int, n_restarts: int = MAX_RESTARTS, **overrides: Any
+) -> subprocess.Popen[bytes]:
+    """Starts torchrun with a run to a new folder, where its output goes to `log.txt`."""
     folder.mkdir(parents=True)
     settings = {
         **SETTINGS,
         "output_path": folder / "sae",
         "checkpoint_path": folder / "checkpoints",
+        **overrides,
     }
     command = [
         *(sys.executable, "-m", "torch.distributed.run"),
-        *("--nproc-per-node", str(n_ranks), "--max-restarts", str(MAX_RESTARTS)),
+        *("--nproc-per-node", str(n_ranks), "--max-restarts", str(n_restarts)),
         *("-m", "sae_lens_alloc", "train", str(DEMO / "mutual_choice.yaml")),
         *(f"{key}={value}" for key, value in settings.items()),
     ]
