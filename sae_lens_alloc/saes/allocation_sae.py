@@ -3,6 +3,7 @@
 from typing import Any
 
 import torch
+from numpy.typing import NDArray
 from sae_lens.saes.sae import TrainCoefficientConfig, TrainStepInput, TrainStepOutput
 from typing_extensions import override
 
@@ -25,6 +26,13 @@ class AllocationTrainingSAE(SparseStepTrainingSAE[T_CONFIG]):
     evaluation mode (`sae.eval()`) each feature has a threshold, so that the output for a
     token does not depend on the batch it came in. It is saved as a stock JumpReLU SAE.
     """
+
+    @override
+    @torch.no_grad()
+    def log_histograms(self) -> dict[str, NDArray[Any]]:
+        """As SAELens', of all features. Of ranks that share them, all must call it."""
+        norms = self.shard.gather(self.W_dec.float().norm(dim=1))
+        return {**super().log_histograms(), "weights/W_dec_norms": norms.cpu().numpy()}
 
     @override
     def preview(self, encoder: BlockEncoder, x: torch.Tensor) -> SparseActivations:

@@ -23,12 +23,23 @@ def interruptible() -> Generator[None, None, None]:
 
 
 @contextmanager
-def noting(note: Callable[[], None]) -> Generator[None, None, None]:
-    """Within it, the first signal calls `note`, and the second raises KeyboardInterrupt."""
+def noting(
+    note: Callable[[], None], only_once: bool = False
+) -> Generator[None, None, None]:
+    """
+    Within it, the first signal calls `note`, and the second raises KeyboardInterrupt.
+
+    Args:
+        note: What the first signal calls.
+        only_once: Whether further signals do nothing. Several processes may get the same one from
+            torchrun and from the scheduler of their machine, and torchrun kills what does not end.
+    """
     noted = False
 
     def handle(*_: object) -> None:
         nonlocal noted
+        if noted and only_once:
+            return
         if noted:
             raise KeyboardInterrupt
         noted = True

@@ -199,7 +199,7 @@ class AllocSAETrainingRunner(LanguageModelSAETrainingRunner):
         self._batches = trainer.data_provider
         if self.cfg.resume_from_checkpoint is not None:
             restore_rng_state(Path(self.cfg.resume_from_checkpoint), self.ranks)
-        with noting(trainer.interrupt):
+        with noting(trainer.interrupt, only_once=not self.ranks.is_alone):
             sae: TrainingSAE[Any] = trainer.fit()
             self._after.save_first(sae, trainer.log_feature_sparsity)
         if self.ranks.any(trainer.interrupted):
