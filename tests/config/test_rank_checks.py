@@ -80,7 +80,7 @@ def test_what_does_not_is_one_sentence(cfg: Any, sentence: str):
 def test_hooks_on_the_sae_are_for_one_process():
     sae = TrainingSAE.from_dict(mutual_choice().to_dict())
     require_no_hooks(sae, THREE)
-    sae.add_hook("hook_sae_acts_post", lambda acts, hook: acts)
+    sae.add_hook("hook_sae_acts_post", lambda acts, **_: acts)
     require_no_hooks(sae, ALONE)
     with pytest.raises(
         ValueError, match="hooks on hook_sae_acts_post, but each of the 3"

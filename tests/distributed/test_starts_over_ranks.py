@@ -92,7 +92,7 @@ def fine_tune(folder: Path, source: str) -> Any:
 
 def hooked() -> str:
     sae = new_sae(2)
-    sae.add_hook("hook_sae_acts_post", lambda acts, hook: acts)
+    sae.add_hook("hook_sae_acts_post", lambda acts, **_: acts)
     with pytest.raises(ValueError) as error:
         train(lm_config(sae.cfg), override_sae=sae)
     return str(error.value)
