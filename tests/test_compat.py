@@ -5,6 +5,7 @@ raise the bound in pyproject.toml and in sae_lens_alloc/host_release.py.
 """
 
 import ast
+import contextlib
 import importlib
 import inspect
 import io
@@ -23,6 +24,7 @@ import torch.distributed.checkpoint as dcp
 from hypothesis import given
 from hypothesis import strategies as st
 from sae_lens import TopKTrainingSAE, TopKTrainingSAEConfig, llm_sae_training_runner
+from sae_lens.training import sae_trainer
 from sae_lens.training.activations_store import ActivationsStore
 from sae_lens.training.mixing_buffer import mixing_buffer
 from sae_lens.training.sae_trainer import SAETrainer
@@ -44,9 +46,12 @@ from sae_lens_alloc.compat import (
     read_checkpoint_metadata,
     require_methods,
     stored_entries,
+    without_progress_bars,
 )
+from sae_lens_alloc.distributed.ranks import Ranks
 from sae_lens_alloc.host_release import SUPPORTED, explained
 from sae_lens_alloc.training import trainer as trainer_module
+from tests.distributed.processes import on_ranks
 from tests.saes.conftest import changed, state_of
 from tests.training.conftest import (
     D_MODEL,
@@ -348,6 +353,23 @@ def test_nothing_private_of_the_host_is_overridden_elsewhere():
                 if private(name) and callable(vars(cls)[name])
             ]
     assert overridden == []
+
+
+def bars(_: Ranks) -> tuple[str, str]:
+    """What the bar of SAELens' trainer writes before and after it is switched off."""
+    written = io.StringIO(), io.StringIO()
+    for text in written:
+        with contextlib.redirect_stderr(text):
+            for _ in sae_trainer.tqdm(range(3), desc="Training SAE"):
+                pass
+        without_progress_bars()
+    return written[0].getvalue(), written[1].getvalue()
+
+
+def test_the_bar_of_saelens_can_be_switched_off():
+    ((before, after),) = on_ranks(1, bars)
+    assert "Training SAE" in before
+    assert after == ""
 
 
 def test_a_method_that_the_host_lacks_is_reported_when_we_are_imported():

@@ -60,3 +60,26 @@ def test_the_demo_ends_on_a_signal_and_shares_its_folder_with_nobody(
     result = invoke("demo", "--output", str(output))
     assert result.exit_code == 130
     assert result.stderr == "interrupted\n"
+
+
+@pytest.mark.parametrize("command", ["demo", "compare", "calibrate"])
+def test_commands_for_one_process_say_so_to_several(
+    command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    (tmp_path / "given").mkdir()
+    (tmp_path / "config.yaml").touch()
+    arguments = {
+        "demo": [],
+        "compare": [str(tmp_path / "config.yaml")],
+        "calibrate": [str(tmp_path / "given")],
+    }[command]
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for rank in ("0", "1"):
+        monkeypatch.setenv("RANK", rank)
+        result = invoke(command, *arguments, "--output", str(tmp_path / "out"))
+        assert result.exit_code == 1
+        assert result.stdout == ""
+        assert result.stderr == (rank == "0") * (
+            f"error: `sae-lens-alloc {command}` is for one process: start it without torchrun.\n"
+        )
+    assert not (tmp_path / "out").exists()
