@@ -360,8 +360,7 @@ def bars(_: Ranks) -> tuple[str, str]:
     written = io.StringIO(), io.StringIO()
     for text in written:
         with contextlib.redirect_stderr(text):
-            for _ in sae_trainer.tqdm(range(3), desc="Training SAE"):
-                pass
+            list(sae_trainer.tqdm(range(3), desc="Training SAE"))
         without_progress_bars()
     return written[0].getvalue(), written[1].getvalue()
 

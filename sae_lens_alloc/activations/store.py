@@ -32,8 +32,7 @@ class ResumableActivationsStore(HeldOutStore):
     reads these contexts again, and tokenizes them again if they are text. A second `load` of
     the same file does nothing, so `load` can be called before a thread starts to prefetch.
 
-    Each of several ranks has a store of its own part of the text, and its own file in a
-    checkpoint.
+    Each of several ranks has a store of its part of the text, and its own file in a checkpoint.
     """
 
     loaded_from: str | None = None

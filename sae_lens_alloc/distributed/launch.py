@@ -91,7 +91,7 @@ def on_device(hosts: Ranks, device: str | torch.device) -> Ranks:
         torch.cuda.set_device(device)
         gpu = str(torch.cuda.get_device_properties(device).uuid)
         require_own_gpus(hosts.objects((socket.gethostname(), gpu)))
-        group: Any = dist.new_group(backend="nccl", timeout=PATIENCE, device_id=device)
+        group: Any = dist.new_group(backend="nccl", timeout=PATIENCE)
         _on_devices = Ranks(group, hosts.group)
     return _on_devices
 

@@ -3,6 +3,7 @@
 from typing import Any
 
 import pytest
+import torch
 from sae_lens import BatchTopKTrainingSAEConfig, TrainingSAE
 
 from sae_lens_alloc import AllocSAERunnerConfig, MutualChoiceTrainingSAEConfig
@@ -14,12 +15,17 @@ THREE = RankOf(3, 1)
 
 
 def config(sae: Any = None, **overrides: Any) -> AllocSAERunnerConfig[Any]:
-    settings = {"train_batch_size_tokens": 96, "verbose": False, **overrides}
+    settings: dict[str, Any] = {
+        "train_batch_size_tokens": 96,
+        "verbose": False,
+        **overrides,
+    }
     return AllocSAERunnerConfig(sae=sae or mutual_choice(), **settings)
 
 
 def mutual_choice(**settings: Any) -> MutualChoiceTrainingSAEConfig:
-    return MutualChoiceTrainingSAEConfig(**{"d_in": 8, "d_sae": 7, "k": 2, **settings})
+    whole: dict[str, Any] = {"d_in": 8, "d_sae": 7, "k": 2, **settings}
+    return MutualChoiceTrainingSAEConfig(**whole)
 
 
 def test_what_works_with_three():
@@ -77,10 +83,15 @@ def test_what_does_not_is_one_sentence(cfg: Any, sentence: str):
     assert str(error.value) == sentence
 
 
+def looked_at(tensor: torch.Tensor, *, hook: Any) -> torch.Tensor:
+    assert hook is not None
+    return tensor
+
+
 def test_hooks_on_the_sae_are_for_one_process():
     sae = TrainingSAE.from_dict(mutual_choice().to_dict())
     require_no_hooks(sae, THREE)
-    sae.add_hook("hook_sae_acts_post", lambda acts, **_: acts)
+    sae.add_hook("hook_sae_acts_post", looked_at)
     require_no_hooks(sae, ALONE)
     with pytest.raises(
         ValueError, match="hooks on hook_sae_acts_post, but each of the 3"

@@ -104,7 +104,10 @@ def train(folder: str, **overrides: Any) -> dict[str, Any]:
 def scenario(ranks: Ranks, folder: str) -> dict[str, Any]:
     """A run, the same run again, and one that goes on from a checkpoint of the first."""
     warnings.simplefilter("ignore")
-    found = {"first": train(f"{folder}/first"), "second": train(f"{folder}/second")}
+    found: dict[str, Any] = {
+        "first": train(f"{folder}/first"),
+        "second": train(f"{folder}/second"),
+    }
     last = find_checkpoint(f"{folder}/first/checkpoints/run")
     found["resumed"] = train(
         f"{folder}/resumed",

@@ -16,6 +16,7 @@ from sae_lens_alloc.distributed.ranks import Ranks
 from sae_lens_alloc.training import fine_tuning, fine_tuning_run
 from sae_lens_alloc.training import runner as runner_module
 from sae_lens_alloc.training.source_sae import load_source_sae
+from tests.config.test_rank_checks import looked_at
 from tests.distributed.processes import on_ranks
 from tests.distributed.test_runner_over_ranks import equal, weights
 from tests.training.conftest import (
@@ -30,22 +31,16 @@ from tests.training.test_wandb import logged_rows
 D_SAE = 39
 
 
-def sae_config(**settings: Any) -> MutualChoiceTrainingSAEConfig:
+def sae_config() -> MutualChoiceTrainingSAEConfig:
     return MutualChoiceTrainingSAEConfig(
-        **{
-            "d_in": D_MODEL,
-            "d_sae": D_SAE,
-            "k": 4,
-            "feature_choice_steps": 0,
-            **settings,
-        }
+        d_in=D_MODEL, d_sae=D_SAE, k=4, feature_choice_steps=0
     )
 
 
 def new_sae(seed: int) -> TrainingSAE[Any]:
     torch.manual_seed(seed)
     sae = TrainingSAE.from_dict(sae_config().to_dict())
-    sae.b_enc.data.normal_()
+    sae.get_parameter("b_enc").data.normal_()
     return sae
 
 
@@ -92,7 +87,7 @@ def fine_tune(folder: Path, source: str) -> Any:
 
 def hooked() -> str:
     sae = new_sae(2)
-    sae.add_hook("hook_sae_acts_post", lambda acts, **_: acts)
+    sae.add_hook("hook_sae_acts_post", looked_at)
     with pytest.raises(ValueError) as error:
         train(lm_config(sae.cfg), override_sae=sae)
     return str(error.value)
