@@ -4,8 +4,10 @@ import copy
 import logging
 from collections.abc import Generator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
+import torch
 from sae_lens import logger
 from sae_lens.config import HfDataset, LanguageModelSAERunnerConfig
 from sae_lens.saes.sae import TrainingSAE
@@ -95,12 +97,37 @@ def shard_of_run(
     """
     if ranks.is_alone:
         return sae
-    shard = FeatureShard(cfg.sae.d_sae, ranks)
     if sae is None:
-        return new_shard(cfg.sae, shard)
+        return new_shard(cfg.sae, FeatureShard(cfg.sae.d_sae, ranks))
     assert isinstance(sae, AllocationTrainingSAE)
-    keep_own_features(sae.to(cfg.device), shard)
+    share_features(sae.to(cfg.device), ranks)
     return sae
+
+
+@torch.no_grad()
+def share_features(sae: AllocationTrainingSAE[Any], ranks: Ranks) -> None:
+    """
+    Makes a whole SAE of each rank one SAE that they share. What all must have the same, such as k
+    and b_dec, is that of rank 0: what each measured on its own device may differ by rounding.
+
+    Args:
+        sae: The SAE, changed in place.
+        ranks: The ranks, of which all must call it.
+    """
+    if ranks.is_alone:
+        return
+    keep_own_features(sae, FeatureShard(sae.cfg.d_sae, ranks))
+    shared = {
+        name: tensor
+        for name, tensor in sae.allocation.named_buffers()
+        if name not in sae.allocation.by_feature
+    }
+    shared["b_dec"] = sae.b_dec
+    own = {name: tensor.detach().cpu() for name, tensor in shared.items()}
+    cfg, tensors = ranks.objects((sae.cfg, own))[0]
+    for name, tensor in shared.items():
+        tensor.copy_(tensors[name])
+    sae.cfg = replace(cfg, device=sae.cfg.device)
 
 
 def require_rows(dataset: HfDataset | None) -> None:

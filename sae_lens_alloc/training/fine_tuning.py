@@ -11,8 +11,7 @@ from sae_lens.config import LanguageModelSAERunnerConfig
 from sae_lens.saes.sae import TrainingSAE
 
 from sae_lens_alloc.activations.gathered import GatheredBatches
-from sae_lens_alloc.distributed.feature_shard import FeatureShard
-from sae_lens_alloc.saes.sharding import keep_own_features
+from sae_lens_alloc.training.before_run import share_features
 from sae_lens_alloc.training.conversion import convert_sae
 from sae_lens_alloc.training.output_folder import require_other_folder
 from sae_lens_alloc.training.resuming import resumed_sae_config
@@ -81,8 +80,7 @@ class FineTuningRunner(AllocSAETrainingRunner):
         if self.cfg.resume_from_checkpoint is not None:
             checkpoint = Path(self.cfg.resume_from_checkpoint)
             sae.cfg = resumed_sae_config(checkpoint, sae.cfg, cfg.training_tokens)
-        if not self.ranks.is_alone:
-            keep_own_features(sae, FeatureShard(sae.cfg.d_sae, self.ranks))
+        share_features(sae, self.ranks)
         self.sae = sae
         self.cfg.sae = sae.cfg
 

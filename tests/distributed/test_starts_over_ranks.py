@@ -15,6 +15,7 @@ from sae_lens_alloc import AllocSAETrainingRunner, MutualChoiceTrainingSAEConfig
 from sae_lens_alloc.distributed.ranks import Ranks
 from sae_lens_alloc.training import fine_tuning, fine_tuning_run
 from sae_lens_alloc.training import runner as runner_module
+from sae_lens_alloc.training.before_run import share_features
 from sae_lens_alloc.training.source_sae import load_source_sae
 from tests.config.test_rank_checks import looked_at
 from tests.distributed.processes import on_ranks
@@ -93,7 +94,23 @@ def hooked() -> str:
     return str(error.value)
 
 
-def scenario(_: Ranks, folder: str, source: str) -> dict[str, Any]:
+def shared(ranks: Ranks) -> dict[str, Any]:
+    """An SAE that each rank has measured on its own, with another result."""
+    sae: Any = new_sae(ranks.rank)
+    sae.b_dec.data += 1 + ranks.rank
+    sae.allocation.cut += 2 + ranks.rank
+    sae.cfg.k += ranks.rank
+    share_features(sae, ranks)
+    return {
+        "b_dec": sae.b_dec.data,
+        "cut": float(sae.allocation.cut),
+        "k": sae.cfg.k,
+        "b_enc": sae.b_enc.data,
+        "ids": sae.shard.ids(),
+    }
+
+
+def scenario(ranks: Ranks, folder: str, source: str) -> dict[str, Any]:
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     runner_module.CALIBRATION_TOKENS = 1024
@@ -104,6 +121,7 @@ def scenario(_: Ranks, folder: str, source: str) -> dict[str, Any]:
         "given": train(lm_config(given.cfg, **settings), override_sae=given),
         "pretrained": train(lm_config(sae_config(), from_pretrained_path=source)),
         "hooked": hooked(),
+        "shared": shared(ranks),
         "fine_tuned": fine_tune(Path(folder, "fine-tuned"), trained),
         "logged": log_to_wandb(Path(folder, "logged")),
     }
@@ -126,6 +144,17 @@ def test_ranks_share_an_sae_that_is_given(by_rank: list[dict[str, Any]], folder:
             assert equal(rank[name]["start"], weights(whole))
             assert not equal(rank[name]["end"], weights(whole))
             assert equal(rank[name]["end"], by_rank[0][name]["end"])
+
+
+def test_what_all_ranks_must_have_the_same_is_that_of_the_first(
+    by_rank: list[dict[str, Any]],
+):
+    for number, rank in enumerate(by_rank):
+        found = rank["shared"]
+        assert found["b_dec"].tolist() == [1.0] * D_MODEL
+        assert (found["cut"], found["k"]) == (2.0, 4.0)
+        own = new_sae(number).get_parameter("b_enc").data
+        assert torch.equal(found["b_enc"], own[found["ids"]])
 
 
 def test_an_sae_with_hooks_is_refused(by_rank: list[dict[str, Any]]):

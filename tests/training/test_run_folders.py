@@ -1,6 +1,7 @@
 """What is found about a run's folders before it starts, and what stays in them."""
 
 import json
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,9 @@ from sae_lens.config import LanguageModelSAERunnerConfig, LoggingConfig
 from transformer_lens.HookedTransformer import HookedRootModule
 
 from sae_lens_alloc import AllocSAETrainingRunner, MutualChoiceTrainingSAEConfig
+from sae_lens_alloc.training.output_folder import is_of_launch
 from sae_lens_alloc.training.run_folders import (
+    _claimed,
     claimed_folders,
     estimate_disk,
     require_free_output,
@@ -198,3 +201,38 @@ def test_an_overwritten_run_is_whole_until_the_new_one_is(
     assert len(found["metrics.jsonl"].splitlines()) == 4
     assert found["notes.txt"] == b"mine"
     assert SAE.load_from_disk(output).cfg.metadata.provenance["seed"] == 1
+
+
+def test_a_launch_may_replace_what_it_has_written_itself(tmp_path: Path):
+    cfg, output = config(tmp_path), tmp_path / "sae"
+
+    def claim_by(launch: str) -> AbstractContextManager[None]:
+        return _claimed(cfg, False, only_if_empty=True, launch=launch, n_ranks=2)
+
+    with claim_by("one"):
+        assert is_of_launch(output, "one")
+        assert is_of_launch(tmp_path / "checkpoints" / "run", "one")
+    assert not output.exists()  # since nothing was written
+
+    with claim_by("one"):
+        write(output, cfg={}, metrics={})
+    # torchrun has started the processes again
+    with claim_by("one"):
+        assert not is_of_launch(output, "other")
+        assert not is_of_launch(output, None)
+    for claimed in (claim_by("other"), claimed_folders(cfg, only_if_empty=True)):
+        with pytest.raises(ValueError, match="is not empty: give --overwrite"), claimed:
+            pass
+    assert is_of_launch(output, "one")  # of which nothing is lost
+
+
+def test_a_launch_that_was_refused_may_not_replace_anything_when_started_again(
+    tmp_path: Path,
+):
+    cfg, output = config(tmp_path), tmp_path / "sae"
+    write(output, cfg={"mine": True})
+    for _ in range(2):
+        claimed = _claimed(cfg, False, only_if_empty=True, launch="one", n_ranks=2)
+        with pytest.raises(ValueError, match="is not empty"), claimed:
+            pass
+    assert contents(output) == {"cfg.json": b'{"mine": true}'}
