@@ -26,7 +26,7 @@ import psutil
 import sae_lens_alloc
 
 DEMO = Path(sae_lens_alloc.__file__).parent / "demo"
-N_STEPS = 40
+N_STEPS, BATCH = 40, 240
 MAX_RESTARTS = 3
 # All others must have ended so long after a kill.
 SECONDS_TO_END = 60
@@ -39,8 +39,8 @@ SETTINGS = {
     "context_size": 64,
     "sae.d_sae": 72,
     "sae.k": 4,
-    "training_tokens": N_STEPS * 256,
-    "train_batch_size_tokens": 256,
+    "training_tokens": N_STEPS * BATCH,
+    "train_batch_size_tokens": BATCH,
     "store_batch_size_prompts": 4,
     "n_batches_in_buffer": 16,
     "n_checkpoints": N_STEPS // 4,

@@ -10,6 +10,7 @@ import pytest
 
 from sae_lens_alloc.training.checkpoint import find_checkpoint
 from scripts.kill_ranks import (
+    BATCH,
     N_STEPS,
     SECONDS_TO_END,
     ranks_of,
@@ -50,11 +51,11 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_user_sees_one_training(undisturbed: Path):
     text = (undisturbed / "log.txt").read_text()
     (processes,) = (line for line in said_in(undisturbed) if "processes" in line[:12])
-    # 72 features and 256 tokens shared by 2. Sent: 128 x 192 activations, and twice the sum of
-    # 256 x 192 for the reconstruction and for the auxiliary loss, which is 2 x 1 / 2 of it: 492 kB;
-    # pairs of the auxiliary loss: 256 x 4 of 8 bytes; and histograms
+    # 72 features and 240 tokens shared by 2. Sent as floats: 120 x 192 activations, and 240 x 192
+    # for the sums of the reconstruction and of that of the auxiliary loss: 461 kB; then the
+    # histograms of two searches by 3 and 2 digits of up to 11 bits
     assert re.fullmatch(
-        r"processes   2, each with 36 features and 128 tokens of a batch, from its own part of "
+        r"processes   2, each with 36 features and 120 tokens of a batch, from its own part of "
         r"the dataset; each sends about 0\.6 MB a step",
         processes,
     )
@@ -87,7 +88,7 @@ def test_a_signal_to_the_launcher_saves_one_checkpoint(tmp_path: Path):
     run = folder / "checkpoints" / "run"
     (saved,) = (path for path in run.iterdir() if path.is_dir())
     assert find_checkpoint(run) == saved
-    assert int(saved.name) == 256 * n_rows(folder)
+    assert int(saved.name) == BATCH * n_rows(folder)
     assert sentences(folder) == [
         f"interrupted; to continue, start again with resume_from_checkpoint={run}"
     ]
