@@ -108,6 +108,7 @@ def scenario(ranks: Ranks, folder: str) -> dict[str, Any]:
         "first": train(f"{folder}/first"),
         "second": train(f"{folder}/second"),
     }
+    found["prefetched"] = train(f"{folder}/prefetched", prefetch_llm_batches=True)
     last = find_checkpoint(f"{folder}/first/checkpoints/run")
     found["resumed"] = train(
         f"{folder}/resumed",
@@ -170,6 +171,11 @@ def test_the_same_run_twice_is_the_same_bit_for_bit(
             (folder / run / "sae" / name).read_bytes() for run in ("first", "second")
         )
         assert first == second
+
+
+def test_batches_that_are_prefetched_are_the_same(by_rank: list[dict[str, Any]]):
+    for rank in by_rank:
+        assert equal(rank["prefetched"]["end"], rank["first"]["end"])
 
 
 def test_a_resumed_run_goes_on_bit_for_bit(by_rank: list[dict[str, Any]], folder: Path):

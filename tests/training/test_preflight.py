@@ -173,6 +173,28 @@ def test_prefetched_batches_take_memory():
     assert after - before == 3 * 256 * D_MODEL * 4
 
 
+def test_each_of_several_processes_has_a_share_of_the_memory(
+    monkeypatch: pytest.MonkeyPatch,
+):
+    cfg = config(prefetch_llm_batches=3)
+    alone, one_of_3 = estimate_memory(cfg), estimate_memory(cfg, 3)
+    # 22 of 64 features at most
+    assert one_of_3["parameters"] == (2 * D_MODEL * 22 + 22 + D_MODEL) * 4
+    assert one_of_3["Adam"] == 2 * one_of_3["parameters"]
+    # its own buffer, and a third of each batch
+    waiting = 3 * 256 * D_MODEL * 4
+    less = alone["activation buffer"] - one_of_3["activation buffer"]
+    assert less == waiting - waiting // 3
+    # the processes of a machine share what it has
+    context_bytes = 2 * 64 * D_MODEL * 4
+    third = psutil.virtual_memory().total // context_bytes // 3 + 1
+    large = config(n_batches_in_buffer=third)
+    check_memory(large, 3)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "3")
+    with pytest.raises(ValueError, match="the training needs about .* on cpu, which"):
+        check_memory(large, 3)
+
+
 # W&B
 
 
