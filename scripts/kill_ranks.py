@@ -88,9 +88,10 @@ def results(folder: Path) -> dict[str, Any]:
     for pattern in ("*.distcp", "activations_store_state*", "rng_state*"):
         files.update({f"final/{path.name}": path for path in final.glob(pattern)})
     found: dict[str, Any] = {name: path.read_bytes() for name, path in files.items()}
-    # whose keys SAELens writes in any order
-    found["sae/cfg.json"] = json.loads((folder / "sae" / "cfg.json").read_text())
-    return found
+    # whose keys SAELens writes in any order, and which says whether somebody edits the code meanwhile
+    cfg = json.loads((folder / "sae" / "cfg.json").read_text())
+    del cfg["metadata"]["provenance"]["git_commit"]
+    return {**found, "sae/cfg.json": cfg}
 
 
 def ranks_of(launcher: subprocess.Popen[bytes]) -> list[psutil.Process]:
