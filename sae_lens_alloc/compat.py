@@ -215,6 +215,8 @@ class _MetadataUnpickler(pickle.Unpickler):
         raise ValueError(
             f"it refers to {module_name}.{global_name}, which has no place there."
         )
+
+
 def without_progress_bars() -> None:
     """
     Lets this process show no progress bar from now on.

@@ -9,7 +9,7 @@ from sae_lens.training.types import DataProvider
 from typing_extensions import Self
 
 from sae_lens_alloc.activations.on_text import take_tokens
-from sae_lens_alloc.distributed.agreement import together
+from sae_lens_alloc.distributed.agreement import failing_together
 from sae_lens_alloc.distributed.ranks import Ranks
 
 
@@ -44,7 +44,7 @@ class GatheredBatches(Iterator[torch.Tensor]):
         """
         n_own = -(-n_tokens // self.ranks.size)
         own = torch.empty(0)
-        with together(self.ranks):
+        with failing_together(self.ranks):
             own = take_tokens(self.own, n_own)
         return self.ranks.gather(own.to(self.device))
 

@@ -13,7 +13,7 @@ from sae_lens_alloc.cli.arguments import (
 )
 from sae_lens_alloc.cli.endings import ends_when_interrupted, one_sentence_errors
 from sae_lens_alloc.config.run_file import load_fine_tuning_config
-from sae_lens_alloc.distributed.agreement import together
+from sae_lens_alloc.distributed.agreement import failing_together
 from sae_lens_alloc.distributed.launch import leave
 from sae_lens_alloc.evaluation.results_table import results_table
 from sae_lens_alloc.training.conversion import require_convertible
@@ -51,14 +51,14 @@ def finetune(
     """
     with one_sentence_errors(), ends_when_interrupted():
         ranks = ranks_of_run()
-        with together(ranks):
+        with failing_together(ranks):
             loaded = load_source_sae(source, "cpu")
             cfg, sae_overrides = load_fine_tuning_config(
                 config, overrides or [], loaded.sae.cfg
             )
         settle_on_ranks(cfg, ranks)
-        with together(ranks):
-            settle_resumed_run(cfg, sae_is_known=False)
+        settle_resumed_run(cfg, sae_is_known=False, ranks=ranks)
+        with failing_together(ranks):
             if ranks.rank == 0:
                 typer.echo(describe_run(cfg, ranks.size))
                 typer.echo(f"{'from':<12}{loaded.sae.cfg.architecture()}, {source}")

@@ -10,7 +10,7 @@ from sae_lens_alloc.cli.arguments import (
 )
 from sae_lens_alloc.cli.endings import ends_when_interrupted, one_sentence_errors
 from sae_lens_alloc.config.run_file import load_runner_config
-from sae_lens_alloc.distributed.agreement import together
+from sae_lens_alloc.distributed.agreement import failing_together
 from sae_lens_alloc.distributed.launch import leave
 from sae_lens_alloc.training.preflight import check_output, check_training
 from sae_lens_alloc.training.resuming import settle_resumed_run
@@ -35,11 +35,11 @@ def train(
     """
     with one_sentence_errors(), ends_when_interrupted():
         ranks = ranks_of_run()
-        with together(ranks):
+        with failing_together(ranks):
             cfg = load_runner_config(config, overrides or [])
         settle_on_ranks(cfg, ranks)
-        with together(ranks):
-            settle_resumed_run(cfg)
+        settle_resumed_run(cfg, ranks=ranks)
+        with failing_together(ranks):
             if ranks.rank == 0:
                 typer.echo(describe_run(cfg, ranks.size))
             check_training(cfg, ranks.size)

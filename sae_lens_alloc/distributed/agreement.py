@@ -5,34 +5,28 @@ from contextlib import contextmanager
 from typing import Any
 
 from sae_lens_alloc.distributed.ranks import Ranks
+from sae_lens_alloc.distributed.together import together
 
 
 @contextmanager
-def together(ranks: Ranks) -> Generator[None, None, None]:
+def failing_together(ranks: Ranks) -> Generator[None, None, None]:
     """
-    Within it, an error of one rank is an error of all, with the message of the first rank that has
-    one. Nothing may be sent within it, since one rank may end it early. All ranks must use it.
-
-    Args:
-        ranks: The ranks.
-
-    Raises:
-        ValueError: with another rank's message, if that is the first that has an error.
+    Within it, an error of one rank is an error of all, as with `together`. Nothing may be sent
+    within it, since one rank may end it early. All ranks must use it.
     """
-    own: Exception | None = None
+    failed: Exception | None = None
     try:
         yield
     except Exception as error:
         if ranks.is_alone:
             raise
-        own = error
-    messages = ranks.objects(None if own is None else str(own))
-    for rank, message in enumerate(messages):
-        if message is not None and rank == ranks.rank:
-            assert own is not None
-            raise own
-        if message is not None:
-            raise ValueError(message) from own
+        failed = error
+
+    def report() -> None:
+        if failed is not None:
+            raise failed
+
+    together(ranks, report)
 
 
 def require_same(what: str, settings: Mapping[str, Any], ranks: Ranks) -> None:

@@ -50,16 +50,19 @@ class AfterTraining:
 
     @contextmanager
     def survived(
-        self, missing: str, together: bool = True
+        self, missing: str, by_all: bool = True
     ) -> Generator[None, None, None]:
         """
-        Within it, an error is a warning that says what there is and what is missing. What ranks do
-        together is survived only where all of them have the error.
+        Within it, an error is a warning that says what there is and what is missing.
+
+        Args:
+            missing: What is missing after an error.
+            by_all: Whether all ranks do it together. Then it is survived only if all have the error.
         """
         try:
             yield
         except Exception as error:
-            if together and not self.ranks.is_alone and not _is_of_all(error):
+            if by_all and not self.ranks.is_alone and not _is_of_all(error):
                 raise
             reason = str(error).rstrip(".") or type(error).__name__
             logger.warning(f"{self.what_there_is}, but {missing}: {reason}.")
@@ -131,7 +134,7 @@ class AfterTraining:
     def _check(self, output: Path, recorded: dict[str, Any] | None) -> None:
         if recorded is None or self.ranks.rank > 0:
             return
-        with self.survived("it could not be checked", together=False):
+        with self.survived("it could not be checked", by_all=False):
             check_saved_sae(
                 output,
                 recorded,

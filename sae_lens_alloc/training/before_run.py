@@ -14,7 +14,7 @@ from sae_lens.saes.sae import TrainingSAE
 
 from sae_lens_alloc.config.rank_checks import require_no_hooks
 from sae_lens_alloc.config.run_checks import check_run
-from sae_lens_alloc.distributed.agreement import together
+from sae_lens_alloc.distributed.agreement import failing_together
 from sae_lens_alloc.distributed.feature_shard import FeatureShard
 from sae_lens_alloc.distributed.ranks import ALONE, Ranks
 from sae_lens_alloc.saes.allocation_sae import AllocationTrainingSAE
@@ -58,13 +58,13 @@ def settled_run(
     cfg.sae = with_schedule(cfg.sae, cfg.total_training_steps)
     if override_sae is not None:
         override_sae.cfg = cfg.sae
-    with together(ranks):
+    with failing_together(ranks):
         if override_sae is not None:
             require_no_hooks(override_sae, ranks)
         check_run(cfg)
         check_devices(cfg)
         check_memory(cfg, ranks.size)
-        settle_resumed_run(cfg, sae_is_known)
+    settle_resumed_run(cfg, sae_is_known, ranks)
     with claimed_folders(cfg, overwrite, ranks=ranks):
         pass  # so that a run that cannot be saved is found before the model is loaded
     return cfg

@@ -10,7 +10,7 @@ from sae_lens.training.activations_store import ActivationsStore
 
 from sae_lens_alloc.activations.gathered import gathered_rows
 from sae_lens_alloc.activations.store import ResumableActivationsStore
-from sae_lens_alloc.distributed.agreement import together
+from sae_lens_alloc.distributed.agreement import failing_together
 from sae_lens_alloc.distributed.ranks import Ranks
 from sae_lens_alloc.training.held_out import held_out_tokens
 
@@ -52,7 +52,7 @@ def open_activations(
         ValueError: if the text is too short, on all ranks where it is on one.
     """
     n_contexts = math.ceil(n_evaluation_contexts / ranks.size)
-    with together(ranks):
+    with failing_together(ranks):
         ours = ResumableActivationsStore.in_place_of(store, cfg, ranks)
         n_tokens = held_out_tokens(cfg, ours.training_context_size, ranks)
         ours.require_text(

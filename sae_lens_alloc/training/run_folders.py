@@ -17,7 +17,7 @@ from sae_lens.constants import (
     SPARSITY_FILENAME,
 )
 
-from sae_lens_alloc.distributed.agreement import together
+from sae_lens_alloc.distributed.agreement import failing_together
 from sae_lens_alloc.distributed.launch import launch_id
 from sae_lens_alloc.distributed.ranks import ALONE, Ranks
 from sae_lens_alloc.saes.split_weights import split_weight_files
@@ -71,7 +71,7 @@ def claimed_folders(
         OSError: if a folder cannot be written to.
     """
     with ExitStack() as stack:
-        with together(ranks):
+        with failing_together(ranks):
             if ranks.rank == 0:
                 launch = None if ranks.is_alone else launch_id()
                 claimed = _claimed(cfg, overwrite, only_if_empty, launch, ranks.size)

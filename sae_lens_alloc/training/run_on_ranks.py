@@ -17,7 +17,7 @@ from sae_lens.config import LanguageModelSAERunnerConfig
 
 from sae_lens_alloc.compat import without_progress_bars
 from sae_lens_alloc.config.rank_checks import check_for_ranks
-from sae_lens_alloc.distributed.agreement import require_same, together
+from sae_lens_alloc.distributed.agreement import failing_together, require_same
 from sae_lens_alloc.distributed.launch import (
     device_of_rank,
     launch_id,
@@ -75,7 +75,7 @@ def settle_on_ranks(cfg: LanguageModelSAERunnerConfig[Any], ranks: Ranks) -> Non
         return
     _share_checkpoint_path(cfg, ranks)
     require_same("", _comparable(cfg), ranks)
-    with together(ranks):
+    with failing_together(ranks):
         check_for_ranks(cfg, ranks)
         n_gpus = torch.cuda.device_count()
         cfg.sae = copy.copy(cfg.sae)
@@ -126,16 +126,18 @@ def _last_checkpoint(
 ) -> str | None:
     """
     The last whole checkpoint that the processes of this launch have written before torchrun started
-    them anew, as rank 0 finds it. None if there is none.
+    them again. None if there is none.
     """
-    found: str | None = None
     folder = Path(cfg.checkpoint_path or "")
-    if ranks.rank == 0 and cfg.checkpoint_path and is_of_launch(folder, launch_id()):
-        try:
-            found = str(find_checkpoint(folder)) if holds_checkpoints(folder) else None
-        except ValueError as error:
-            logger.warning(f"{error}")
-    return ranks.objects(found)[0]
+    is_ours = cfg.checkpoint_path is not None and is_of_launch(folder, launch_id())
+    # as rank 0 sees it
+    if not ranks.objects(is_ours and holds_checkpoints(folder))[0]:
+        return None
+    try:
+        return str(find_checkpoint(folder, ranks))
+    except ValueError as error:
+        logger.warning(str(error))
+        return None
 
 
 def _speak_once() -> None:

@@ -25,7 +25,7 @@ from sae_lens_alloc.activations.language_model import (
 from sae_lens_alloc.activations.local_dataset import override_for_local_dataset
 from sae_lens_alloc.compat import InterruptedException
 from sae_lens_alloc.config.rank_checks import require_no_hooks
-from sae_lens_alloc.distributed.agreement import together
+from sae_lens_alloc.distributed.agreement import failing_together
 from sae_lens_alloc.distributed.launch import on_device
 from sae_lens_alloc.training.after_training import AfterTraining
 from sae_lens_alloc.training.before_run import (
@@ -165,7 +165,7 @@ class AllocSAETrainingRunner(LanguageModelSAETrainingRunner):
             seed_all(seed_of_rank(self.cfg.seed, self.ranks))
             if self.cfg.resume_from_checkpoint is not None:
                 # SAELens does so with prefetch_llm_batches only when a thread reads the store
-                with together(self.ranks):
+                with failing_together(self.ranks):
                     self.activations_store.load_from_checkpoint(
                         self.cfg.resume_from_checkpoint
                     )
@@ -241,7 +241,7 @@ class AllocSAETrainingRunner(LanguageModelSAETrainingRunner):
         output = Path(output_path)
         self._after.save(sae, output, log_feature_sparsity)
         if self.cfg.logger.log_to_wandb and self.ranks.rank == 0:
-            with self._after.survived("it was not uploaded to W&B", together=False):
+            with self._after.survived("it was not uploaded to W&B", by_all=False):
                 self.cfg.logger.log(
                     self,
                     output / SAE_WEIGHTS_FILENAME,

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 
 from sae_lens_alloc.distributed import launch, speaking
-from sae_lens_alloc.distributed.agreement import require_same, together
+from sae_lens_alloc.distributed.agreement import failing_together, require_same
 from sae_lens_alloc.distributed.launch import (
     device_of_rank,
     on_device,
@@ -148,7 +148,7 @@ def agree(ranks: Ranks) -> dict[str, Any]:
     found["again"] = ranks.objects(is_first_to_say("b"))
     for name, failing in {"one": {1}, "all": {0, 1, 2}, "none": set()}.items():
         try:
-            with together(ranks):
+            with failing_together(ranks):
                 if ranks.rank in failing:
                     raise OSError(own)
             found[name] = "fine"
