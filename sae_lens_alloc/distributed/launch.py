@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.rendezvous import rendezvous
 
+from sae_lens_alloc.distributed.meeting import meet
 from sae_lens_alloc.distributed.ranks import ALONE, Ranks
 from sae_lens_alloc.distributed.speaking import speak_over
 
@@ -157,11 +158,7 @@ def _start() -> None:
             f"{where} within {START_SECONDS} s ({_first_line(error)}): see to it that "
             "WORLD_SIZE processes are started, and that this address is the host of rank 0."
         ) from error
-    if _number("GROUP_WORLD_SIZE", 1) == 1:
-        # after a restart it may be the store of before; with several nodes it is another one
-        attempt = _number("TORCHELASTIC_RESTART_COUNT", 0)
-        store = dist.PrefixStore(f"sae-lens-alloc/{attempt}", store)
-    _require_each_once(store, rank, world_size, patience)
+    store = meet(store, rank, world_size, patience)
     speak_over(store)
     try:
         dist.init_process_group(
@@ -172,31 +169,6 @@ def _start() -> None:
             f"the processes cannot speak to each other ({_first_line(error)}): set "
             "GLOO_SOCKET_IFNAME to a network interface by which they can."
         ) from error
-
-
-def _require_each_once(
-    store: dist.Store, rank: int, world_size: int, patience: timedelta
-) -> None:
-    if store.add(f"sae-lens-alloc/here/{rank}", 1) > 1:
-        raise ValueError(
-            f"two processes have RANK {rank}: give each of the {world_size} another one."
-        )
-    store.set(f"sae-lens-alloc/world_size/{rank}", str(world_size))
-    keys = [f"sae-lens-alloc/world_size/{other}" for other in range(world_size)]
-    try:
-        store.wait(keys, patience)
-    except dist.DistError as error:
-        missing = [str(i) for i, key in enumerate(keys) if not store.check([key])]
-        raise ValueError(
-            f"WORLD_SIZE is {world_size}, but after {START_SECONDS} s there is no process with "
-            f"RANK {', '.join(missing)}: start as many processes as WORLD_SIZE says."
-        ) from error
-    for other, key in enumerate(keys):
-        if store.get(key) != str(world_size).encode():
-            raise ValueError(
-                f"WORLD_SIZE is {world_size} for rank {rank}, but {store.get(key).decode()} "
-                f"for rank {other}: give all processes the same."
-            )
 
 
 def _number(key: str, default: int | None = None) -> int:

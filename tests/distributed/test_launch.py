@@ -2,6 +2,7 @@
 
 import socket
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from typing import Any
 
@@ -17,6 +18,7 @@ from sae_lens_alloc.distributed.launch import (
     require_own_gpus,
     training_ranks,
 )
+from sae_lens_alloc.distributed.meeting import meet
 from sae_lens_alloc.distributed.ranks import ALONE, Ranks
 from sae_lens_alloc.distributed.speaking import is_first_to_say, is_lost_peer
 from tests.distributed.processes import on_ranks
@@ -107,17 +109,48 @@ def test_processes_that_do_not_meet_are_one_sentence(
     assert not dist.is_initialized()
 
 
+def met(store: dist.Store, *ranks: tuple[int, int]) -> list[str]:
+    """What comes of processes, each of a (rank, world size), that meet by a store."""
+
+    def one(rank: int, world_size: int) -> str:
+        try:
+            ours = meet(store, rank, world_size, timedelta(seconds=1))
+        except ValueError as error:
+            return str(error)
+        ours.add("met", 1)
+        return "met"
+
+    with ThreadPoolExecutor(len(ranks)) as pool:
+        return list(pool.map(one, *zip(*ranks, strict=True)))
+
+
+def test_processes_meet_again_by_a_store_of_before():
+    store = dist.HashStore()
+    for _ in range(3):
+        assert met(store, (2, 3), (0, 3), (1, 3)) == ["met"] * 3
+    # of an attempt that ended before all were there
+    store.set("sae-lens-alloc/name/1", "of a process that has ended")
+    assert met(store, (2, 3), (0, 3), (1, 3)) == ["met"] * 3
+
+
 def test_each_rank_comes_once_and_counts_as_many():
-    store, patience = dist.HashStore(), timedelta(seconds=1)
-    with pytest.raises(ValueError, match="no process with RANK 1, 2: start as many"):
-        launch._require_each_once(store, 0, 3, patience)
-    with pytest.raises(ValueError, match="two processes have RANK 0: give each of the"):
-        launch._require_each_once(store, 0, 3, patience)
-    store.set("sae-lens-alloc/world_size/2", "4")
-    with pytest.raises(
-        ValueError, match="WORLD_SIZE is 3 for rank 1, but 4 for rank 2"
-    ):
-        launch._require_each_once(store, 1, 3, patience)
+    missing = "WORLD_SIZE is 3, but after 1 s there is no process with RANK"
+    start = "start as many processes as WORLD_SIZE says."
+    assert met(dist.HashStore(), (0, 3)) == [f"{missing} 1, 2: {start}"]
+    assert met(dist.HashStore(), (0, 3), (2, 3)) == [f"{missing} 1: {start}"] * 2
+    unanswered = (
+        "rank 0 has not answered rank 1 within 1 s: start WORLD_SIZE (2) processes, each with "
+        "another RANK."
+    )
+    assert met(dist.HashStore(), (1, 2)) == [unanswered]
+    twice = "two processes have RANK 1: give each of the 2 another one."
+    found = met(dist.HashStore(), (0, 2), (1, 2), (1, 2))
+    assert found.count("met") == 2
+    # whichever rank 0 has answered, and whether it has answered the other one, too
+    assert {*found} - {"met"} < {twice, unanswered}
+    assert met(dist.HashStore(), (0, 2), (1, 3))[0] == (
+        "WORLD_SIZE is 2 for rank 0, but 3 for rank 1: give all processes the same."
+    )
 
 
 def test_each_rank_has_its_own_gpu(monkeypatch: pytest.MonkeyPatch):
