@@ -147,16 +147,20 @@ def require_empty(
 
 
 def is_of_launch(folder: Path, launch: str | None) -> bool:
-    """Whether the processes of a launch have held a folder before, by `mark_launch`."""
+    """Whether an earlier process of a launch has held a folder, by `mark_launch`."""
     mark = folder / LAUNCH_FILENAME
-    return launch is not None and mark.exists() and mark.read_text() == launch
+    if launch is None or not mark.exists():
+        return False
+    marked, _, pid = mark.read_text().rpartition(" ")
+    return marked == launch and pid != str(os.getpid())
 
 
 @contextmanager
 def mark_launch(folder: Path, launch: str) -> Generator[None, None, None]:
     """Within it, and afterwards unless the folder has stayed empty, a folder is of a launch."""
     mark = folder / LAUNCH_FILENAME
-    mark.write_text(launch)
+    if not is_of_launch(folder, launch):
+        mark.write_text(f"{launch} {os.getpid()}")
     try:
         yield
     finally:

@@ -31,6 +31,7 @@ from sae_lens_alloc.version import __version__
 
 DEVICE_KEYS = ("device", "llm_device", "act_store_device")
 _is_quiet = False
+_n_named_paths = 0
 
 
 def ranks_of_run() -> Ranks:
@@ -109,16 +110,19 @@ def _share_checkpoint_path(
 ) -> None:
     """
     SAELens ends the path with a name of its own, another one for each process, unless the config
-    has a wandb_id. All get the same, which is also that of the same launch after a restart.
+    has a wandb_id. All get the same, and the same again when torchrun starts them again: the name
+    says which launch it is, and which of its runs.
     """
+    global _n_named_paths
     path = cfg.checkpoint_path
-    name = launch_id()
-    if name is not None:
-        name = uuid.uuid5(uuid.NAMESPACE_URL, name).hex[:8]
-    paths, names = zip(*ranks.objects((path, name)), strict=True)
+    paths, launches = zip(*ranks.objects((path, launch_id())), strict=True)
     if path is None or len(set(paths)) == 1:
         return
-    cfg.checkpoint_path = str(Path(path).parent / (names[0] or Path(paths[0]).name))
+    name = Path(paths[0]).name
+    if launches[0] is not None:
+        name = uuid.uuid5(uuid.NAMESPACE_URL, f"{launches[0]} {_n_named_paths}").hex[:8]
+    _n_named_paths += 1
+    cfg.checkpoint_path = str(Path(path).parent / name)
 
 
 def _last_checkpoint(

@@ -1,6 +1,7 @@
 """What is found about a run's folders before it starts, and what stays in them."""
 
 import json
+import os
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from sae_lens.config import LanguageModelSAERunnerConfig, LoggingConfig
 from transformer_lens.HookedTransformer import HookedRootModule
 
 from sae_lens_alloc import AllocSAETrainingRunner, MutualChoiceTrainingSAEConfig
-from sae_lens_alloc.training.output_folder import is_of_launch
+from sae_lens_alloc.training.output_folder import LAUNCH_FILENAME, is_of_launch
 from sae_lens_alloc.training.run_folders import (
     _claimed,
     claimed_folders,
@@ -210,14 +211,21 @@ def test_a_launch_may_replace_what_it_has_written_itself(tmp_path: Path):
         return _claimed(cfg, False, only_if_empty=True, launch=launch, n_ranks=2)
 
     with claim_by("one"):
-        assert is_of_launch(output, "one")
-        assert is_of_launch(tmp_path / "checkpoints" / "run", "one")
+        for folder in (output, tmp_path / "checkpoints" / "run"):
+            assert (folder / LAUNCH_FILENAME).read_text() == f"one {os.getpid()}"
     assert not output.exists()  # since nothing was written
 
     with claim_by("one"):
         write(output, cfg={}, metrics={})
-    # torchrun has started the processes again
-    with claim_by("one"):
+    # another run of the same process
+    with (
+        pytest.raises(ValueError, match="is not empty: give --overwrite"),
+        claim_by("one"),
+    ):
+        pass
+    # torchrun has started another process
+    (output / LAUNCH_FILENAME).write_text("one 1")
+    with claim_by("one"), claim_by("one"):
         assert not is_of_launch(output, "other")
         assert not is_of_launch(output, None)
     for claimed in (claim_by("other"), claimed_folders(cfg, only_if_empty=True)):
