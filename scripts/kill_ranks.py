@@ -67,7 +67,7 @@ def start(
         **overrides,
     }
     command = [
-        *(sys.executable, "-m", "torch.distributed.run"),
+        *(sys.executable, "-m", "torch.distributed.run", "--standalone"),
         *("--nproc-per-node", str(n_ranks), "--max-restarts", str(n_restarts)),
         *("-m", "sae_lens_alloc", "train", str(DEMO / "mutual_choice.yaml")),
         *(f"{key}={value}" for key, value in settings.items()),

@@ -158,7 +158,9 @@ def _start() -> None:
             f"{where} within {START_SECONDS} s ({_first_line(error)}): see to it that "
             "WORLD_SIZE processes are started, and that this address is the host of rank 0."
         ) from error
-    store = meet(store, rank, world_size, patience)
+    on_one_machine = _number("GROUP_WORLD_SIZE", 1) == 1
+    launch = launch_id() if on_one_machine else os.environ.get("TORCHELASTIC_RUN_ID")
+    store = meet(store, rank, world_size, patience, launch or "")
     speak_over(store)
     try:
         dist.init_process_group(

@@ -11,7 +11,11 @@ SECONDS_BETWEEN_LOOKS = 0.05
 
 
 def meet(
-    store: dist.Store, rank: int, world_size: int, patience: timedelta
+    store: dist.Store,
+    rank: int,
+    world_size: int,
+    patience: timedelta,
+    launch: str = "",
 ) -> dist.Store:
     """
     Waits until a process of each rank is there.
@@ -25,6 +29,8 @@ def meet(
         rank: The number of this one.
         world_size: How many there are to be.
         patience: How long to wait.
+        launch: A name of the launch: several on one machine may have been given one port, and so
+            one store.
 
     Returns:
         A store of this attempt alone.
@@ -32,7 +38,7 @@ def meet(
     Raises:
         ValueError: in one sentence, if one does not come, or comes twice, or counts otherwise.
     """
-    root = dist.PrefixStore(PREFIX, store)
+    root = dist.PrefixStore(f"{PREFIX}/{launch}", store)
     attempt = uuid.uuid4().hex
     if rank > 0:
         attempt = _answer(root, rank, world_size, attempt, patience)

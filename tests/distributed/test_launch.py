@@ -109,12 +109,12 @@ def test_processes_that_do_not_meet_are_one_sentence(
     assert not dist.is_initialized()
 
 
-def met(store: dist.Store, *ranks: tuple[int, int]) -> list[str]:
+def met(store: dist.Store, *ranks: tuple[int, int], launch: str = "") -> list[str]:
     """What comes of processes, each of a (rank, world size), that meet by a store."""
 
     def one(rank: int, world_size: int) -> str:
         try:
-            ours = meet(store, rank, world_size, timedelta(seconds=1))
+            ours = meet(store, rank, world_size, timedelta(seconds=1), launch)
         except ValueError as error:
             return str(error)
         ours.add("met", 1)
@@ -129,8 +129,16 @@ def test_processes_meet_again_by_a_store_of_before():
     for _ in range(3):
         assert met(store, (2, 3), (0, 3), (1, 3)) == ["met"] * 3
     # of an attempt that ended before all were there
-    store.set("sae-lens-alloc/name/1", "of a process that has ended")
+    store.set("sae-lens-alloc//name/1", "of a process that has ended")
     assert met(store, (2, 3), (0, 3), (1, 3)) == ["met"] * 3
+
+
+def test_two_launches_with_one_store_do_not_meet():
+    store = dist.HashStore()
+    with ThreadPoolExecutor(2) as pool:
+        other = pool.submit(met, store, (0, 2), (1, 2), launch="other")
+        assert met(store, (1, 2), (0, 2), launch="one") == ["met"] * 2
+        assert other.result() == ["met"] * 2
 
 
 def test_each_rank_comes_once_and_counts_as_many():
