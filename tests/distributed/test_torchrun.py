@@ -19,7 +19,6 @@ from scripts.kill_ranks import (
     wait_for,
 )
 
-pytestmark = pytest.mark.slow
 
 PATIENCE = 240
 
