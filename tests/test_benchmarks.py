@@ -21,6 +21,8 @@ from benchmarks.subject import Machine, Subject, SubjectKind
 from benchmarks.subjects import SUBJECTS
 from sae_lens_alloc.ops.backend import backend_for
 
+pytestmark = pytest.mark.slow
+
 TINY = Shape(d_in=8, d_sae=64, k=2, batch=16)
 INSTALLED = [name for name, kind in SUBJECTS.items() if kind.is_installed]
 

@@ -24,6 +24,8 @@ from scripts.faults.configs import (
 )
 from scripts.faults.counting import OUTCOMES, Outcome, finish
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[1]
 # What is right after all, has no effect, or is found out by the model's own code.
 GOOD = ("capital Constant with lr_end 0", "unknown model_kwargs")
@@ -63,7 +65,6 @@ def test_what_the_model_does_not_know_is_one_sentence(texts: dict[str, str]):
     assert "model_from_pretrained_kwargs {'bogus': 3}" in outcome.said
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     "overrides", [{}, COMBINATIONS[GOOD[0]], {"adam_beta1": 0}], ids=str
 )

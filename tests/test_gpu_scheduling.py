@@ -17,6 +17,8 @@ from benchmarks.gpu.campaign import FILENAME, PARTS, Results, run_campaign
 from benchmarks.gpu.task import NotAvailableError, Task
 from benchmarks.own_process import ProcessFailed, in_own_process
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parent.parent
 ABOUT = {"card": {"name": "an abacus"}, "scale": "rehearsal", "versions": {}}
 

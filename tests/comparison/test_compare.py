@@ -20,6 +20,8 @@ from sae_lens_alloc.comparison.stream import StoredStream
 from sae_lens_alloc.evaluation.usage import as_user, measure_usage
 from tests.comparison.conftest import small_settings, write_config
 
+pytestmark = pytest.mark.slow
+
 
 def without_ids(page: str) -> str:
     """A page without what plotly makes up anew each time."""

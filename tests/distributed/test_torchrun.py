@@ -19,7 +19,6 @@ from scripts.kill_ranks import (
     wait_for,
 )
 
-
 PATIENCE = 240
 
 

@@ -19,6 +19,8 @@ from sae_lens_alloc.ops.sparse import sampled_products
 from sae_lens_alloc.ops.triton_prefilter import PrefilterKeyEncoder
 from tests.helpers import affinities_of, assert_is_selection, exact_tensors
 
+pytestmark = pytest.mark.slow
+
 Tensors = tuple[Tensor, ...]
 
 # the interpreter takes its time for every pair

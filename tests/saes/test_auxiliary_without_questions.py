@@ -13,6 +13,8 @@ from tests.saes.test_aux_zipf import LOSS, dead_mask
 from tests.saes.test_aux_zipf import make as make_aux_zipf
 from tests.saes.test_no_host_sync import no_questions
 
+pytestmark = pytest.mark.slow
+
 AUX = "auxiliary_reconstruction_loss"
 D_SAE = 40
 

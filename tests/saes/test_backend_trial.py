@@ -21,6 +21,8 @@ from sae_lens_alloc.saes.allocation_sae import AllocationTrainingSAE
 from sae_lens_alloc.saes.backend_trial import fastest_right_backend
 from tests.saes.conftest import changed, make_sae, state_of, tokens, training_step
 
+pytestmark = pytest.mark.slow
+
 CPU = torch.device("cpu")
 BATCH = TrainStepInput(
     sae_in=tokens(24, 8),

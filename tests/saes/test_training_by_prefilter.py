@@ -15,6 +15,8 @@ from tests.saes.test_no_host_sync import (
     train,
 )
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.mark.parametrize(
     "options",
