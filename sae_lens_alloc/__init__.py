@@ -32,6 +32,10 @@ try:
         FeatureChoiceTrainingSAE,
         FeatureChoiceTrainingSAEConfig,
     )
+    from sae_lens_alloc.saes.feature_choice_transcoder import (
+        FeatureChoiceTrainingTranscoder,
+        FeatureChoiceTrainingTranscoderConfig,
+    )
     from sae_lens_alloc.saes.matryoshka_mutual_choice_sae import (
         MatryoshkaMutualChoiceTrainingSAE,
         MatryoshkaMutualChoiceTrainingSAEConfig,
@@ -39,6 +43,10 @@ try:
     from sae_lens_alloc.saes.mutual_choice_sae import (
         MutualChoiceTrainingSAE,
         MutualChoiceTrainingSAEConfig,
+    )
+    from sae_lens_alloc.saes.mutual_choice_transcoder import (
+        MutualChoiceTrainingTranscoder,
+        MutualChoiceTrainingTranscoderConfig,
     )
     from sae_lens_alloc.saes.with_aux_zipf import with_aux_zipf
     from sae_lens_alloc.thresholds.calibration import (
@@ -63,10 +71,14 @@ __all__ = [
     "ConversionReport",
     "FeatureChoiceTrainingSAE",
     "FeatureChoiceTrainingSAEConfig",
+    "FeatureChoiceTrainingTranscoder",
+    "FeatureChoiceTrainingTranscoderConfig",
     "MatryoshkaMutualChoiceTrainingSAE",
     "MatryoshkaMutualChoiceTrainingSAEConfig",
     "MutualChoiceTrainingSAE",
     "MutualChoiceTrainingSAEConfig",
+    "MutualChoiceTrainingTranscoder",
+    "MutualChoiceTrainingTranscoderConfig",
     "SparseActivations",
     "ZipfLaw",
     "calibrate_thresholds",
@@ -85,6 +97,8 @@ def _register() -> None:
         (MutualChoiceTrainingSAE, MutualChoiceTrainingSAEConfig),
         (FeatureChoiceTrainingSAE, FeatureChoiceTrainingSAEConfig),
         (MatryoshkaMutualChoiceTrainingSAE, MatryoshkaMutualChoiceTrainingSAEConfig),
+        (MutualChoiceTrainingTranscoder, MutualChoiceTrainingTranscoderConfig),
+        (FeatureChoiceTrainingTranscoder, FeatureChoiceTrainingTranscoderConfig),
     ):
         name = config_class.architecture()
         registered = SAE_TRAINING_CLASS_REGISTRY.get(name)

@@ -8,7 +8,7 @@ releases. Whatever the host offers in public is used directly and is not listed 
 """
 
 import pickle
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partialmethod
 from typing import IO, Any, TypeVar
 
@@ -53,7 +53,12 @@ def require_methods(owner: type, names: Iterable[str]) -> None:
 
 require_methods(SAETrainer, ["_checkpoint_if_needed"])
 require_methods(
-    ActivationsStore, ["_iterate_raw_dataset", "_iterate_tokenized_sequences"]
+    ActivationsStore,
+    [
+        "_iterate_raw_dataset",
+        "_iterate_tokenized_sequences",
+        "get_multi_hook_activations",
+    ],
 )
 
 
@@ -92,6 +97,20 @@ class ContextsStore(ActivationsStore):
     If it changes: contexts that are held out are trained on, and a resumed run goes on at
     another place of the text.
     """
+
+    def read_hooks(self, widths: Mapping[str, int]) -> None:
+        """
+        Lets `get_multi_hook_activations` read some hooks.
+
+        SAELens: keeps their names and widths in these attributes.
+        No public way: only `from_config_multi_hook` sets them, which takes no config of a run.
+        If it changes: a RuntimeError that says so, or an AttributeError.
+
+        Args:
+            widths: Number of dimensions by hook.
+        """
+        self._hook_names, self._hook_d_ins = list(widths), dict(widths)
+        self._hook_head_indices = {}
 
     def begin_epoch(self) -> None:
         """Goes to the beginning of the dataset."""

@@ -12,20 +12,24 @@ from sae_lens.training.activations_store import ActivationsStore
 from transformer_lens.HookedTransformer import HookedRootModule
 from typing_extensions import Self, override
 
+from sae_lens_alloc.activations.hook_names import hook_name_out_of, hook_names_of
 from sae_lens_alloc.compat import ContextsStore
 from sae_lens_alloc.errors import in_one_sentence
+from sae_lens_alloc.saes.rows import row_width
 
 
 class HeldOutStore(ContextsStore):
     """
     SAELens' `ActivationsStore` that keeps the first contexts of the dataset out of training. Its
-    messages name the dataset and the row.
+    messages name the dataset and the row. With `hook_name_out`, it reads the rows of a transcoder:
+    the activations at both hooks for the same token, from one pass of the language model.
     """
 
     n_contexts_read: int = 0  # of the running epoch
     n_held_out_contexts: int = 0
     n_metrics_contexts: int = 0  # among them, those of `hold_out`
     dataset_name: str = "the dataset"
+    reads_rows: bool = False
     _told_of_null: bool = False
 
     @override
@@ -40,7 +44,21 @@ class HeldOutStore(ContextsStore):
         store = cast(Self, super().from_config(model, cfg, override_dataset))
         if cfg.dataset_path:
             store.dataset_name = f"dataset_path {cfg.dataset_path!r}"
+        if hook_name_out_of(cfg) is not None:
+            widths = (cfg.sae.d_in, row_width(cfg.sae) - cfg.sae.d_in)
+            store.read_hooks(dict(zip(hook_names_of(cfg), widths, strict=True)))
+            store.d_in, store.reads_rows = sum(widths), True
         return store
+
+    @override
+    def get_activations(self, batch_tokens: torch.Tensor) -> torch.Tensor:
+        if not self.reads_rows:
+            return super().get_activations(batch_tokens)
+        parts = self.get_multi_hook_activations(batch_tokens).values()
+        # float32, as SAELens gives those at one hook
+        return torch.cat(
+            [part.to(self.device, torch.float32) for part in parts], dim=-1
+        )
 
     def require_text(self, n_tokens: int) -> None:
         """
@@ -89,7 +107,8 @@ class HeldOutStore(ContextsStore):
                 batches of the language model, and until at least two tokens are ordinary.
 
         Returns:
-            Activations of shape (n_tokens, d_in), special tokens excluded as in training.
+            Activations of shape (n_tokens, d_in), or rows of shape (n_tokens, d_in + d_out),
+            special tokens excluded as in training.
 
         Raises:
             ValueError: if the dataset is too small.

@@ -17,7 +17,9 @@ from transformer_lens.loading_from_pretrained import (
 )
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from sae_lens_alloc.activations.hook_names import hook_name_out_of, hook_names_of
 from sae_lens_alloc.errors import in_one_sentence
+from sae_lens_alloc.saes.rows import output_width
 from sae_lens_alloc.typed_values import nearest, shown
 
 # No model has this number of heads, so positions and heads cannot be confused.
@@ -38,7 +40,7 @@ def load_language_model(cfg: LanguageModelSAERunnerConfig[Any]) -> HookedRootMod
             cfg.model_name,
             device=cfg.llm_device,
             model_from_pretrained_kwargs=cfg.model_from_pretrained_kwargs,
-            hook_names=[cfg.hook_name],
+            hook_names=hook_names_of(cfg),
         )
     except Exception as error:  # each kind of model has errors of its own
         raise ValueError(_cannot_load(cfg, error)) from error
@@ -72,15 +74,17 @@ def check_language_model(
 
     Raises:
         ValueError: if the model has no such hook or head, its activations have another width
-            than `cfg.sae.d_in`, or it has fewer positions than a context.
+            than `cfg.sae.d_in`, those of a transcoder's output another than `cfg.sae.d_out`, or it has fewer positions than a context.
     """
     _check_tokens(model, cfg)
     if cfg.use_cached_activations:
         return  # the model gives no activations
-    _require_hook(list(model.hook_dict), cfg)
-    shape = _shape_at_hook(model, cfg)
+    _require_hooks(list(model.hook_dict), cfg)
+    shape = _shape_at_hook(model, cfg, "hook_name")
     if shape is None:
         return
+    if hook_name_out_of(cfg) is not None:
+        _check_output(model, cfg)
     where = f"hook_name {cfg.hook_name!r}"
     head = cfg.hook_head_index
     if head is not None:
@@ -130,9 +134,9 @@ def _without_weights(
             model = AutoModelForCausalLM.from_config(config).eval()
     except Exception:
         return None  # the model brings code of its own, or code for a device
-    _require_hook([name for name, _ in model.named_modules() if name], cfg)
+    _require_hooks([name for name, _ in model.named_modules() if name], cfg)
     tokenizer: Any = None  # not needed without text
-    return HookedProxyLM(model, tokenizer, hook_names=[cfg.hook_name])
+    return HookedProxyLM(model, tokenizer, hook_names=hook_names_of(cfg))
 
 
 def _hugging_face_config(cfg: LanguageModelSAERunnerConfig[Any]) -> Any:
@@ -195,37 +199,55 @@ def _check_tokens(
         )
 
 
-def _require_hook(names: list[str], cfg: LanguageModelSAERunnerConfig[Any]) -> None:
-    if cfg.hook_name not in names:
-        hint = f", did you mean {nearest(cfg.hook_name, names)!r}?" if names else "."
+def _require_hooks(names: list[str], cfg: LanguageModelSAERunnerConfig[Any]) -> None:
+    for key, hook in zip(
+        ("hook_name", "hook_name_out"), hook_names_of(cfg), strict=False
+    ):
+        if hook not in names:
+            hint = f", did you mean {nearest(hook, names)!r}?" if names else "."
+            raise ValueError(
+                f"{key} {hook!r} is not in {cfg.model_name} as "
+                f"{cfg.model_class_name}{hint}"
+            )
+
+
+def _check_output(
+    model: HookedRootModule, cfg: LanguageModelSAERunnerConfig[Any]
+) -> None:
+    """Raises ValueError if the output of a transcoder has another width than the config says."""
+    shape = _shape_at_hook(model, cfg, "hook_name_out")
+    d_out = output_width(cfg.sae)
+    width = None if shape is None else shape[2:].numel()
+    if width is not None and width != d_out:
         raise ValueError(
-            f"hook_name {cfg.hook_name!r} is not in {cfg.model_name} as "
-            f"{cfg.model_class_name}{hint}"
+            f"sae.d_out is {d_out}, but hook_name_out {hook_name_out_of(cfg)!r} has {width} "
+            f"dimensions: give sae.d_out={width}, or another hook."
         )
 
 
 def _shape_at_hook(
-    model: HookedRootModule, cfg: LanguageModelSAERunnerConfig[Any]
+    model: HookedRootModule, cfg: LanguageModelSAERunnerConfig[Any], key: str
 ) -> torch.Size | None:
     """
     Shape of the activations of one context: (1, positions, width) or (1, positions, heads,
     width). None if the model cannot run without its weights.
     """
+    hook: str = getattr(cfg, key)
     n_tokens = min(N_PROBED_TOKENS, cfg.context_size)
     device = next(model.parameters()).device
     tokens = torch.zeros(1, n_tokens, dtype=torch.long, device=device)
     try:
         cache: Any = model.run_with_cache(
             tokens,
-            names_filter=[cfg.hook_name],
-            stop_at_layer=extract_stop_at_layer_from_tlens_hook_name(cfg.hook_name),
+            names_filter=[hook],
+            stop_at_layer=extract_stop_at_layer_from_tlens_hook_name(hook),
             prepend_bos=False,
             **cfg.model_kwargs,
         )[1]
-        shape = cache[cfg.hook_name].shape
+        shape = cache[hook].shape
     except KeyError:
         raise ValueError(
-            f"hook_name {cfg.hook_name!r} gives no activations when {cfg.model_name} runs."
+            f"{key} {hook!r} gives no activations when {cfg.model_name} runs."
         ) from None
     except Exception as error:
         if device.type == "meta" and isinstance(error, RuntimeError):
@@ -233,12 +255,12 @@ def _shape_at_hook(
         kwargs = cfg.model_kwargs
         given = f" with model_kwargs {shown(kwargs)}" if kwargs else ""
         raise ValueError(
-            f"hook_name {cfg.hook_name!r} cannot be read from {cfg.model_name}{given}: "
+            f"{key} {hook!r} cannot be read from {cfg.model_name}{given}: "
             f"{in_one_sentence(error)}"
         ) from error
     if len(shape) < 3 or shape[:2] != (1, n_tokens):
         raise ValueError(
-            f"hook_name {cfg.hook_name!r} does not give one vector for each position: for "
+            f"{key} {hook!r} does not give one vector for each position: for "
             f"{n_tokens} tokens its shape is {tuple(shape)}."
         )
     return shape

@@ -14,6 +14,7 @@ from typing_extensions import override
 
 from sae_lens_alloc.activations.contexts import held_out_contexts
 from sae_lens_alloc.activations.held_out_store import require_ordinary_tokens
+from sae_lens_alloc.activations.hook_names import hook_name_out_of
 from sae_lens_alloc.activations.language_model import load_language_model
 from sae_lens_alloc.activations.local_dataset import override_for_local_dataset
 from sae_lens_alloc.activations.store import ResumableActivationsStore
@@ -23,8 +24,9 @@ from sae_lens_alloc.comparison.subject import Subject
 from sae_lens_alloc.errors import as_reason
 from sae_lens_alloc.evaluation.baseline import Baseline, measure_baseline
 from sae_lens_alloc.evaluation.metrics import evaluate_sae
-from sae_lens_alloc.evaluation.splicing import spliced_loss
+from sae_lens_alloc.evaluation.splicing import Site, spliced_loss
 from sae_lens_alloc.evaluation.usage import Usage
+from sae_lens_alloc.saes.rows import row_width
 
 
 class LanguageModelSubject(Subject):
@@ -63,7 +65,7 @@ class LanguageModelSubject(Subject):
                     "train": self.cfg.training_tokens,
                     **{split: sum(map(len, held_out[split])) for split in held_out},
                 },
-                self.cfg.sae.d_in,
+                row_width(self.cfg.sae),
                 self.stored_dtype,
             )
 
@@ -81,6 +83,7 @@ class LanguageModelSubject(Subject):
             self.cfg.hook_name,
             self._baseline(split),
             self.special_token_ids,
+            hook_name_out=hook_name_out_of(self.cfg),
         )
         return evaluation, evaluation.to_dict()
 
@@ -128,20 +131,23 @@ class LanguageModelSubject(Subject):
                 self.contexts[split],
                 self.cfg.hook_name,
                 self.special_token_ids,
+                hook_name_out=hook_name_out_of(self.cfg),
             )
         return self._baselines[split]
 
     def _held_out_activations(self, split: str) -> list[torch.Tensor]:
         taken: list[torch.Tensor] = []
+        out = hook_name_out_of(self.cfg)
 
-        def take(activations: torch.Tensor) -> torch.Tensor:
-            taken.append(activations.float().cpu())
-            return activations
+        def take(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+            rows = x if out is None else torch.cat([x.to(y.device), y], dim=-1)
+            taken.append(rows.float().cpu())
+            return y
 
         spliced_loss(
             self.model,
             self.contexts[split],
-            self.cfg.hook_name,
+            Site(self.cfg.hook_name, out or self.cfg.hook_name),
             take,
             self.special_token_ids,
             contexts_per_batch=8,

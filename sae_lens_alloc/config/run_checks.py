@@ -15,6 +15,7 @@ from sae_lens_alloc.activations.buffer_setting import buffer_setting, contexts_i
 from sae_lens_alloc.allocation.mutual_choice import budget_for
 from sae_lens_alloc.allocation.schedule import budget_per_token
 from sae_lens_alloc.compat import compile_modes
+from sae_lens_alloc.config.hook_checks import check_hooks
 from sae_lens_alloc.config.run_config import OPTIMIZERS, optimizer_of
 from sae_lens_alloc.saes.allocation_sae_config import AllocationTrainingSAEConfig
 from sae_lens_alloc.saes.feature_choice_sae import FeatureChoiceTrainingSAEConfig
@@ -41,6 +42,7 @@ AT_LEAST_ONE = (
     "logger.eval_every_n_wandb_logs",
     "logger.wandb_log_frequency",
     "sae.d_in",
+    "sae.d_out",
     "sae.d_sae",
 )
 AT_LEAST_ZERO = (
@@ -115,6 +117,7 @@ def check_run(cfg: LanguageModelSAERunnerConfig[Any]) -> None:
     check_learning_rate(cfg)
     _check_sae(cfg.sae, cfg.train_batch_size_tokens, cfg.total_training_steps)
     check_optimizer(cfg, cfg.sae)
+    check_hooks(cfg)
     _check_buffer(cfg)
     _check_outputs(cfg)
 

@@ -37,10 +37,13 @@ class AllocSAERunnerConfig(
     Args:
         optimizer (str): As for `AllocSAETrainerConfig`.
         cuda_graph (bool): As for `AllocSAETrainerConfig`.
+        hook_name_out (str | None): Hook of the activations that a transcoder reconstructs from
+            those at `hook_name`. None for an SAE, which reconstructs what it encodes.
     """
 
     optimizer: str = "adam"
     cuda_graph: bool = False
+    hook_name_out: str | None = None
 
     @override
     def to_sae_trainer_config(self) -> AllocSAETrainerConfig:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from transformer_lens.HookedTransformer import HookedRootModule
 
-from sae_lens_alloc.evaluation.splicing import Replace, spliced_loss
+from sae_lens_alloc.evaluation.splicing import Replace, Site, spliced_loss
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class _Moments:
         self.total = torch.zeros(())
         self.squares = 0.0
 
-    def watch(self, activations: torch.Tensor) -> torch.Tensor:
+    def watch(self, _: torch.Tensor, activations: torch.Tensor) -> torch.Tensor:
         """Adds activations of shape (n, d) to the sums, and returns them unchanged."""
         exact = activations.double()
         self.count += len(exact)
@@ -50,6 +50,7 @@ def measure_baseline(
     hook_name: str,
     special_token_ids: Sequence[int],
     contexts_per_batch: int = 8,
+    hook_name_out: str | None = None,
 ) -> Baseline:
     """
     Measures a model on contexts. The result serves all SAEs at one hook.
@@ -57,28 +58,31 @@ def measure_baseline(
     Args:
         model: The language model.
         tokens: Token ids, shape (contexts, length).
-        hook_name: Hook whose activations are replaced.
+        hook_name: Hook whose activations SAEs read.
         special_token_ids: Tokens such as BOS, which are neither measured nor ablated.
         contexts_per_batch: Contexts to run at once.
+        hook_name_out: Hook whose activations are replaced, if transcoders are judged. None for
+            `hook_name`.
 
     Raises:
         ValueError: if replacing the activations changes nothing.
     """
+    site = Site(hook_name, hook_name_out or hook_name)
 
     def loss(replace: Replace) -> float:
         return spliced_loss(
-            model, tokens, hook_name, replace, special_token_ids, contexts_per_batch
+            model, tokens, site, replace, special_token_ids, contexts_per_batch
         )
 
     moments = _Moments()
     untouched = loss(moments.watch)
     mean = moments.total / moments.count
     variance = moments.squares - moments.count * mean.square().sum().item()
-    zero_ablated = loss(torch.zeros_like)
-    mean_ablated = loss(lambda activations: mean.expand_as(activations))
+    zero_ablated = loss(lambda _, activations: torch.zeros_like(activations))
+    mean_ablated = loss(lambda _, activations: mean.expand_as(activations))
     if untouched in (zero_ablated, mean_ablated):
         raise ValueError(
-            f"Replacing the activations at hook {hook_name!r} leaves the model's loss as it "
+            f"Replacing the activations at hook {site.replaced!r} leaves the model's loss as it "
             "is, so no reconstruction can be judged there: give another hook."
         )
     return Baseline(untouched, zero_ablated, mean_ablated, variance)

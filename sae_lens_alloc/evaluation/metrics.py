@@ -11,7 +11,7 @@ from transformer_lens.HookedTransformer import HookedRootModule
 from typing_extensions import override
 
 from sae_lens_alloc.evaluation.baseline import Baseline, measure_baseline
-from sae_lens_alloc.evaluation.splicing import is_ordinary, loss_and_divergence
+from sae_lens_alloc.evaluation.splicing import Site, is_ordinary, loss_and_divergence
 from sae_lens_alloc.evaluation.usage import Usage, UsageMeter, as_user
 
 
@@ -25,7 +25,8 @@ class Evaluation(Usage):
         features_per_token: As in Usage, shape (contexts, length).
         densities: As in Usage.
         loss: Next-token loss of the untouched model, in nats.
-        loss_with_sae: Loss with the SAE's reconstruction in place of the activations.
+        loss_with_sae: Loss with the SAE's reconstruction in place of the activations. A
+            transcoder stands for what lies between its hooks.
         loss_zero_ablated: Loss with zero in place of the activations.
         loss_mean_ablated: Loss with the mean activation in place of the activations.
         kl_divergence: Mean KL divergence, in nats, of the next-token distribution with the
@@ -73,6 +74,7 @@ def evaluate_sae(
     baseline: Baseline | None = None,
     special_token_ids: Sequence[int] | None = None,
     contexts_per_batch: int = 8,
+    hook_name_out: str | None = None,
 ) -> Evaluation:
     """
     Evaluates an SAE on contexts of tokens. Feature activations are in memory for one batch at a time.
@@ -81,13 +83,15 @@ def evaluate_sae(
         sae: Any SAE, usually from SAE.load_from_disk.
         model: Model as `sae_lens.load_model.load_model` returns it.
         tokens: Token ids, shape (contexts, length), laid out as in training.
-        hook_name: Hook whose activations the SAE reconstructs.
+        hook_name: Hook whose activations the SAE encodes.
         baseline: Measurements of the model on the same tokens, to be shared by SAEs. None
             measures them here.
         special_token_ids: Tokens that are neither measured nor replaced, as in training
             with exclude_special_tokens. None means the special tokens of the model's
             tokenizer.
         contexts_per_batch: Contexts to run at once.
+        hook_name_out: Hook whose activations are reconstructed and replaced, if the SAE is a
+            transcoder. None for those at `hook_name`.
 
     Raises:
         ValueError: if no prediction can be judged, or replacing the activations changes
@@ -97,13 +101,18 @@ def evaluate_sae(
         special_token_ids = get_special_token_ids(model.tokenizer)  # type: ignore[arg-type]
     if baseline is None:
         baseline = measure_baseline(
-            model, tokens, hook_name, special_token_ids, contexts_per_batch
+            model,
+            tokens,
+            hook_name,
+            special_token_ids,
+            contexts_per_batch,
+            hook_name_out,
         )
     meter = UsageMeter(as_user(sae))
     loss_with_sae, kl_divergence = loss_and_divergence(
         model,
         tokens,
-        hook_name,
+        Site(hook_name, hook_name_out or hook_name),
         meter.reconstruct,
         special_token_ids,
         contexts_per_batch,

@@ -1,14 +1,31 @@
 """A language model that runs with the activations at one hook replaced."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch.nn.functional import cross_entropy, kl_div
 from transformer_lens.HookedTransformer import HookedRootModule
 
-# From the activations of ordinary tokens, shape (n, d), to their replacement.
-Replace = Callable[[torch.Tensor], torch.Tensor]
+# From the activations of ordinary tokens where they are read, shape (n, d_in), and where they are
+# replaced, shape (n, d_out), to the replacement.
+Replace = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Site:
+    """
+    The hooks of an SAE, which reads activations where it replaces them, or of a transcoder.
+
+    Args:
+        read: Hook whose activations are encoded.
+        replaced: Hook whose activations are replaced by the reconstruction, after `read` or the
+            same.
+    """
+
+    read: str
+    replaced: str
 
 
 def is_ordinary(tokens: torch.Tensor, special_token_ids: Sequence[int]) -> torch.Tensor:
@@ -21,7 +38,7 @@ def is_ordinary(tokens: torch.Tensor, special_token_ids: Sequence[int]) -> torch
 def spliced_loss(
     model: HookedRootModule,
     tokens: torch.Tensor,
-    hook_name: str,
+    site: Site,
     replace: Replace,
     special_token_ids: Sequence[int],
     contexts_per_batch: int,
@@ -35,7 +52,7 @@ def spliced_loss(
     Args:
         model: The language model.
         tokens: Token ids, shape (contexts, length).
-        hook_name: Hook whose activations are replaced.
+        site: Where activations are read and replaced.
         replace: Called once a batch, with the activations of its ordinary tokens in order.
         special_token_ids: Ids of the special tokens.
         contexts_per_batch: Contexts to run at once.
@@ -45,9 +62,7 @@ def spliced_loss(
     """
     total, count = 0.0, 0
     for batch in tokens.split(contexts_per_batch):
-        logits, targets = _predictions(
-            model, batch, special_token_ids, hook_name, replace
-        )
+        logits, targets = _predictions(model, batch, special_token_ids, site, replace)
         losses = cross_entropy(logits, targets, reduction="none")
         total += losses.double().sum().item()
         count += len(targets)
@@ -58,7 +73,7 @@ def spliced_loss(
 def loss_and_divergence(
     model: HookedRootModule,
     tokens: torch.Tensor,
-    hook_name: str,
+    site: Site,
     replace: Replace,
     special_token_ids: Sequence[int],
     contexts_per_batch: int,
@@ -70,11 +85,9 @@ def loss_and_divergence(
     """
     loss, divergence, count = 0.0, 0.0, 0
     for batch in tokens.split(contexts_per_batch):
-        spliced, targets = _predictions(
-            model, batch, special_token_ids, hook_name, replace
-        )
+        spliced, targets = _predictions(model, batch, special_token_ids, site, replace)
         untouched, _ = _predictions(
-            model, batch, special_token_ids, hook_name, lambda activations: activations
+            model, batch, special_token_ids, site, lambda _, activations: activations
         )
         losses = cross_entropy(spliced, targets, reduction="none")
         loss += losses.double().sum().item()
@@ -102,7 +115,7 @@ def _predictions(
     model: HookedRootModule,
     tokens: torch.Tensor,
     special_token_ids: Sequence[int],
-    hook_name: str,
+    site: Site,
     replace: Replace,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """
@@ -111,14 +124,24 @@ def _predictions(
     """
     ordinary = is_ordinary(tokens, special_token_ids)
 
+    read: list[torch.Tensor] = []
+
+    def at_ordinary(activations: torch.Tensor) -> torch.Tensor:
+        return activations[ordinary.to(activations.device)]
+
+    def keep(activations: torch.Tensor, hook: Any) -> None:  # noqa: ARG001
+        read.append(at_ordinary(activations))
+
     def splice(activations: torch.Tensor, hook: Any) -> torch.Tensor:  # noqa: ARG001
-        mask = ordinary.to(activations.device)
         spliced = activations.clone()
-        spliced[mask] = replace(activations[mask]).to(activations)
+        replacement = replace(read[-1], at_ordinary(activations))
+        spliced[ordinary.to(activations.device)] = replacement.to(activations)
         return spliced
 
     logits = model.run_with_hooks(
-        tokens, return_type="logits", fwd_hooks=[(hook_name, splice)]
+        tokens,
+        return_type="logits",
+        fwd_hooks=[(site.read, keep), (site.replaced, splice)],
     )
     predicted = (ordinary[:, :-1] & ordinary[:, 1:]).to(logits.device)
     targets = tokens.to(logits.device)[:, 1:][predicted]

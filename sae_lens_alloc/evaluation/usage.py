@@ -11,6 +11,7 @@ from sae_lens import SAE
 from sae_lens_alloc.allocation.sparse_activations import SparseActivations
 from sae_lens_alloc.allocation.zipf import ZipfLaw
 from sae_lens_alloc.distributed.feature_shard import FeatureShard
+from sae_lens_alloc.saes.skip_connection import with_past
 
 # Of activations (n, d_in): on how many tokens each feature is active (d_sae,), how many features
 # each token has (n,), and the reconstruction.
@@ -173,11 +174,16 @@ class UsageMeter:
         self._firings = torch.zeros((), dtype=torch.long)
         self._l0: list[torch.Tensor] = []
 
-    def reconstruct(self, activations: torch.Tensor) -> torch.Tensor:
-        """Reconstructs activations of shape (n, d) and takes note of the features used."""
+    def reconstruct(
+        self, activations: torch.Tensor, target: torch.Tensor
+    ) -> torch.Tensor:
+        """
+        Reconstructs a target of shape (n, d_out) from activations of shape (n, d_in), for an SAE
+        the same ones, and takes note of the features used.
+        """
         by_feature, by_token, reconstruction = self.autoencode(activations)
-        reconstruction = reconstruction.to(activations.device)
-        error = activations.double() - reconstruction.double()
+        reconstruction = reconstruction.to(target.device)
+        error = target.double() - reconstruction.double()
         self.squared_error += error.square().sum().item()
         self._firings = self._firings + by_feature.cpu()
         self._l0.append(by_token.cpu())
@@ -195,12 +201,13 @@ class UsageMeter:
 
 
 def as_user(sae: SAE[Any]) -> Autoencode:
-    """As a user of the SAE does: `encode` and `decode`."""
+    """As a user of the SAE does: `encode` and `decode`, and W_skip of transcoders."""
 
     def autoencode(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        features = sae.encode(x.to(sae.device, sae.dtype))
+        x = x.to(sae.device, sae.dtype)
+        features = sae.encode(x)
         active = features.to_dense() != 0
-        return active.sum(0), active.sum(-1), sae.decode(features)
+        return active.sum(0), active.sum(-1), with_past(sae, sae.decode(features), x)
 
     return autoencode
 
@@ -230,7 +237,10 @@ def by_pairs(
 
 @torch.no_grad()
 def measure_usage(
-    autoencode: Autoencode, activations: torch.Tensor, batch_size: int = 2048
+    autoencode: Autoencode,
+    activations: torch.Tensor,
+    batch_size: int = 2048,
+    target: torch.Tensor | None = None,
 ) -> Usage:
     """
     Measures an SAE on activations, of which one batch is reconstructed at a time.
@@ -239,11 +249,12 @@ def measure_usage(
         autoencode: See `as_user` and `by_pairs`.
         activations: Activations as the SAE takes them, shape (T, d_in), of any float type.
         batch_size: Tokens per batch.
+        target: What is to be reconstructed, shape (T, d_out); None for the activations.
 
     Raises:
-        ValueError: if the activations do not vary, so that no variance can be explained.
+        ValueError: if the target does not vary, so that no variance can be explained.
     """
-    return measure_usages([autoencode], activations, batch_size)[0]
+    return measure_usages([autoencode], activations, batch_size, target)[0]
 
 
 @torch.no_grad()
@@ -251,16 +262,20 @@ def measure_usages(
     autoencoders: Sequence[Autoencode],
     activations: torch.Tensor,
     batch_size: int = 2048,
+    target: torch.Tensor | None = None,
 ) -> list[Usage]:
     """
     `measure_usage` of each of several, which get a batch one after the other before the next
     one comes.
     """
     meters = [UsageMeter(autoencode) for autoencode in autoencoders]
-    for batch in activations.split(batch_size):
+    if target is None:
+        target = activations
+    batches = zip(activations.split(batch_size), target.split(batch_size), strict=True)
+    for batch, target_batch in batches:
         for meter in meters:
-            meter.reconstruct(batch)
-    centred = activations.float() - activations.float().mean(0)
+            meter.reconstruct(batch, target_batch)
+    centred = target.float() - target.float().mean(0)
     variance = float(centred.square().sum(dtype=torch.float64))
     if variance == 0:
         raise ValueError(

@@ -13,6 +13,7 @@ from sae_lens_alloc.allocation.sparse_activations import SparseActivations
 from sae_lens_alloc.ops.block_encoder import BlockEncoder
 from sae_lens_alloc.saes.auxiliary_loss import auxiliary_weight
 from sae_lens_alloc.saes.backend_trial import settle_backend
+from sae_lens_alloc.saes.rows import row_width
 from sae_lens_alloc.saes.step_plan import StepPlan
 from sae_lens_alloc.saes.threshold_sae import T_CONFIG
 from sae_lens_alloc.saes.training_step import SparseStepTrainingSAE
@@ -86,7 +87,7 @@ class AllocationTrainingSAE(SparseStepTrainingSAE[T_CONFIG]):
         Begins a training step: what the host decides about it, and, at every tenth step, who
         is flagged for the auxiliary loss.
         """
-        n_tokens = step_input.sae_in.numel() // self.cfg.d_in
+        n_tokens = step_input.sae_in.numel() // row_width(self.cfg)
         step = self.step_count.begin(step_input.n_training_steps)
         continues = self.step_count.continues
         if self.times_itself and not continues:

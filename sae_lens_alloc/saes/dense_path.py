@@ -5,10 +5,14 @@ The dense path: activations as a whole matrix of tokens and features, for those 
 works on the pairs that are active.
 """
 
+from typing import Any
+
 import torch
+from sae_lens.saes.sae import SAE
 from transformer_lens.hook_points import HookPoint
 
 from sae_lens_alloc.allocation.sparse_activations import Pairs
+from sae_lens_alloc.compat import has_hooks
 from sae_lens_alloc.distributed.feature_shard import FeatureShard
 
 
@@ -20,6 +24,24 @@ def require_all_features(shard: FeatureShard) -> None:
             "activations: take hooks off the SAE in a training by several processes, and encode "
             "with the SAE that it saves."
         )
+
+
+def acts_are_hooked(sae: SAE[Any]) -> bool:
+    """Whether somebody looks at the activations, or changes them."""
+    return has_hooks(sae.hook_sae_acts_pre) or has_hooks(sae.hook_sae_acts_post)
+
+
+def gradient_reaches_inputs(
+    sae: SAE[Any], sae_in: torch.Tensor, shard: FeatureShard
+) -> bool:
+    """
+    Whether a backward pass goes through the encoder inputs. Otherwise they depend on the weights
+    through b_dec alone, whose gradient `reconstruct` gives at the cost of a matrix-vector product.
+    """
+    hooked = has_hooks(sae.hook_sae_input) or acts_are_hooked(sae)
+    if sae_in.requires_grad or hooked:
+        require_all_features(shard)
+    return sae_in.requires_grad or hooked
 
 
 def dense_affinities(

@@ -1,5 +1,7 @@
 """What must be finite before a batch changes anything."""
 
+from collections.abc import Sequence
+
 import torch
 
 from sae_lens_alloc.ops.block_encoder import Encoder
@@ -9,7 +11,7 @@ from sae_lens_alloc.ops.device_checks import DeviceChecks
 def require_finite(
     checks: DeviceChecks,
     encoder: Encoder,
-    b_dec: torch.Tensor,
+    others: Sequence[torch.Tensor],
     sae_in: torch.Tensor,
     x: torch.Tensor,
     is_normalized: bool,
@@ -21,8 +23,8 @@ def require_finite(
     Args:
         checks: Where the requirements are put.
         encoder: The encoder.
-        b_dec: Decoder bias.
-        sae_in: Activations of shape (..., d_in).
+        others: Weights that belong to no feature, such as the decoder bias.
+        sae_in: Activations of shape (..., d_in), with the output if they are a transcoder's.
         x: The encoder inputs that they became, shape (B, d_in).
         is_normalized: Whether they are normalized on the way, which may overflow.
         step: Number of the training step.
@@ -31,7 +33,7 @@ def require_finite(
         ValueError: at once, if they are on the CPU and not finite; see `DeviceChecks`.
     """
     # first, since the inputs are NaN where b_dec is, too
-    weights = [encoder.W_enc, encoder.b_enc, b_dec]
+    weights = [encoder.W_enc, encoder.b_enc, *others]
     if encoder.scale is not None:
         weights.append(encoder.scale)
     # a sum would overflow in float16 where no weight is out of range

@@ -10,6 +10,9 @@ from sae_lens_alloc.distributed.feature_shard import FeatureShard
 from sae_lens_alloc.saes.allocation_sae import AllocationTrainingSAE
 from sae_lens_alloc.saes.allocation_sae_config import AllocationTrainingSAEConfig
 from sae_lens_alloc.saes.allocation_statistics import AllocationStatistics
+from sae_lens_alloc.saes.initial_weights import initial_rows
+from sae_lens_alloc.saes.rows import output_width
+from sae_lens_alloc.saes.weight_names import OF_NO_FEATURE
 
 # Elements of W_dec that are drawn at a time.
 BLOCK_ELEMENTS = 2**24
@@ -30,14 +33,23 @@ def new_shard(
     """
     sae = TrainingSAE.from_dict({**cfg.to_dict(), "device": "meta"})
     assert isinstance(sae, AllocationTrainingSAE)
-    W_dec = _drawn_decoder(cfg, sae.dtype, shard).to(cfg.device)
+    d_out = output_width(cfg)
+    W_dec = _drawn_rows(cfg, d_out or cfg.d_in, sae.dtype, shard).to(cfg.device)
+    columns = W_dec
+    if d_out is not None:  # a transcoder's encoder is drawn by itself
+        columns = _drawn_rows(cfg, cfg.d_in, sae.dtype, shard).to(cfg.device)
+    zeros = {
+        name: torch.zeros_like(weight, device=cfg.device)
+        for name, weight in sae.named_parameters()
+        if name in OF_NO_FEATURE
+    }
     _put_weights(
         sae,
         # stored by rows, as SAELens has it: gradients in another order are summed otherwise
-        W_enc=W_dec.T.clone(memory_format=torch.contiguous_format),
+        W_enc=columns.T.clone(memory_format=torch.contiguous_format),
         W_dec=W_dec,
         b_enc=torch.zeros(len(shard), dtype=sae.dtype, device=cfg.device),
-        b_dec=torch.zeros(cfg.d_in, dtype=sae.dtype, device=cfg.device),
+        **zeros,
     )
     whole = AllocationStatistics(
         cfg.d_sae, cfg.density_window_tokens, torch.device("cpu")
@@ -69,22 +81,20 @@ def keep_own_features(sae: AllocationTrainingSAE[Any], shard: FeatureShard) -> N
     _keep_own(sae.allocation, shard)
 
 
-def _drawn_decoder(
-    cfg: AllocationTrainingSAEConfig, dtype: torch.dtype, shard: FeatureShard
+def _drawn_rows(
+    cfg: AllocationTrainingSAEConfig,
+    width: int,
+    dtype: torch.dtype,
+    shard: FeatureShard,
 ) -> torch.Tensor:
-    """The own rows of W_dec as SAELens initialises it, row by row of the whole."""
-    own = torch.empty(len(shard), cfg.d_in, dtype=dtype)
-    n_rows = max(1, BLOCK_ELEMENTS // cfg.d_in)
+    """The own rows of what `initial_rows` draws, a part of the whole at a time."""
+    own = torch.empty(len(shard), width, dtype=dtype)
+    n_rows = max(1, BLOCK_ELEMENTS // width)
     for start in range(0, cfg.d_sae, n_rows):
         stop = min(start + n_rows, cfg.d_sae)
-        rows = nn.init.kaiming_uniform_(
-            torch.empty(stop - start, cfg.d_in, dtype=dtype)
-        )
+        rows = initial_rows(torch.empty(stop - start, width, dtype=dtype), cfg)
         here = slice(shard.n_below(start), shard.n_below(stop))
         own[here] = rows[shard.ids()[here] - start]
-    if cfg.decoder_init_norm is not None:
-        own /= own.norm(dim=-1, keepdim=True)
-        own *= cfg.decoder_init_norm
     return own
 
 

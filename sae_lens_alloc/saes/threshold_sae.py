@@ -30,6 +30,7 @@ from sae_lens_alloc.saes.dense_path import (
 )
 from sae_lens_alloc.saes.reconstruction import Weights, reconstruct
 from sae_lens_alloc.saes.running_statistics import remove_statistics
+from sae_lens_alloc.saes.skip_connection import with_past
 
 T_CONFIG = TypeVar("T_CONFIG", bound=AllocationTrainingSAEConfig)
 
@@ -102,7 +103,7 @@ class ThresholdTrainingSAE(TrainingSAE[T_CONFIG]):
 
     @override
     def decode(self, feature_acts: torch.Tensor) -> torch.Tensor:
-        """Reconstruction of shape (..., d_in) from dense or sparse feature activations."""
+        """Output of the features, shape (..., d_out), from their dense or sparse activations."""
         return self._finish_decode(self._decode_dense(feature_acts))
 
     def _dense_affinities(self, inputs: torch.Tensor) -> torch.Tensor:
@@ -162,7 +163,7 @@ class ThresholdTrainingSAE(TrainingSAE[T_CONFIG]):
         pairs = select(encoder, inputs)
         weights = Weights(self.W_enc, self.b_enc, self.W_dec, ranks=self.shard.ranks)
         (recons,), _ = reconstruct(weights, encoder, inputs, [pairs])
-        return pairs, self._finish_decode(recons)
+        return pairs, with_past(self, self._finish_decode(recons), x)
 
     @override
     @torch.no_grad()

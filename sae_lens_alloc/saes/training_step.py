@@ -6,22 +6,28 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from sae_lens.saes.sae import TrainStepOutput
 
-from sae_lens_alloc.compat import has_hooks
 from sae_lens_alloc.ops.block_encoder import Encoder, KnownAffinities
 from sae_lens_alloc.ops.pair_autoencoder import GradientMemory
 from sae_lens_alloc.saes.allocator import Allocator, Rule
 from sae_lens_alloc.saes.auxiliary_loss import auxiliary_pairs, outputs_and_parts
 from sae_lens_alloc.saes.backend_record import BackendRecord
-from sae_lens_alloc.saes.dense_path import mask_of, require_all_features
+from sae_lens_alloc.saes.dense_path import (
+    acts_are_hooked,
+    gradient_reaches_inputs,
+    mask_of,
+)
 from sae_lens_alloc.saes.finite_checks import require_finite, require_finite_loss
 from sae_lens_alloc.saes.margin_loss import margin_term
 from sae_lens_alloc.saes.nesting import inner_pairs, level_loss_names
 from sae_lens_alloc.saes.reconstruction import Weights, reconstruct
+from sae_lens_alloc.saes.rows import encoded_and_target
 from sae_lens_alloc.saes.settling_clock import SettlingClock
+from sae_lens_alloc.saes.skip_connection import past_features
 from sae_lens_alloc.saes.step_count import StepCount
 from sae_lens_alloc.saes.step_metrics import allocation_metrics
 from sae_lens_alloc.saes.step_plan import Outputs, Selection, StepPlan
 from sae_lens_alloc.saes.threshold_sae import T_CONFIG, ThresholdTrainingSAE
+from sae_lens_alloc.saes.weight_names import OF_NO_FEATURE
 
 
 class SparseStepTrainingSAE(ThresholdTrainingSAE[T_CONFIG]):
@@ -64,20 +70,26 @@ class SparseStepTrainingSAE(ThresholdTrainingSAE[T_CONFIG]):
         What the device does in a training step.
 
         Args:
-            sae_in: Activations of shape (..., d_in).
+            sae_in: Activations of shape (..., d_in), or the rows of a transcoder.
             number: Number of the training step, for messages.
             planned: Gives the plan, once the activations are known to be finite.
         """
-        inputs, encoder = self.process_sae_in(sae_in), self.encoder()
+        encoded, target = encoded_and_target(self.cfg, sae_in)
+        inputs, encoder = self.process_sae_in(encoded), self.encoder()
         x = inputs.reshape(-1, self.cfg.d_in)
+        others = [w for name, w in self.named_parameters() if name in OF_NO_FEATURE]
         normalized = self.cfg.normalize_activations == "layer_norm"
-        require_finite(self.checks, encoder, self.b_dec, sae_in, x, normalized, number)
+        require_finite(self.checks, encoder, others, sae_in, x, normalized, number)
         plan = planned()
-        if not self._gradient_reaches_inputs(sae_in):
+        if not gradient_reaches_inputs(self, sae_in, self.shard):
             x = x.detach()
         selection = self._select(encoder, inputs, x, plan)
-        outputs = self._reconstruct(encoder, x, inputs.shape, selection)
-        losses, residuals = self._losses(sae_in, outputs, selection, plan.step)
+        shape = torch.Size([*inputs.shape[:-1], self.W_dec.shape[1]])
+        outputs = self._reconstruct(encoder, x, shape, selection)
+        past = past_features(self, encoded)
+        # what is left for the features
+        left = target if past is None else target - past
+        losses, residuals = self._losses(left, outputs, selection, plan.step)
         loss = torch.stack(list(losses.values())).sum()
         if selection.margin is not None and outputs.unit is not None:
             loss = loss + margin_term(
@@ -89,12 +101,12 @@ class SparseStepTrainingSAE(ThresholdTrainingSAE[T_CONFIG]):
                 outputs.unit,
                 self.shard,
             )
-        acts = selection.dense_acts
+        sae_out, acts = outputs.levels[self.cfg.d_sae], selection.dense_acts
         if acts is None:
             acts = selection.pairs.to_coo(inputs.shape[:-1])
         return TrainStepOutput(
-            sae_in=sae_in,
-            sae_out=outputs.levels[self.cfg.d_sae],
+            sae_in=target,  # SAELens' metrics compare sae_out with it
+            sae_out=sae_out if past is None else sae_out + past,
             feature_acts=acts,
             hidden_pre=acts,
             loss=loss,
@@ -107,20 +119,6 @@ class SparseStepTrainingSAE(ThresholdTrainingSAE[T_CONFIG]):
                 x.detach(),
             ),
         )
-
-    def _acts_are_hooked(self) -> bool:
-        return has_hooks(self.hook_sae_acts_pre) or has_hooks(self.hook_sae_acts_post)
-
-    def _gradient_reaches_inputs(self, sae_in: torch.Tensor) -> bool:
-        """
-        Whether a backward pass goes through the encoder inputs. Otherwise they depend on the
-        weights through b_dec alone, whose gradient `reconstruct` gives at the cost of a
-        matrix-vector product.
-        """
-        hooked = has_hooks(self.hook_sae_input) or self._acts_are_hooked()
-        if sae_in.requires_grad or hooked:
-            require_all_features(self.shard)
-        return sae_in.requires_grad or hooked
 
     def _select(
         self, encoder: Encoder, inputs: torch.Tensor, x: torch.Tensor, plan: StepPlan
@@ -137,7 +135,7 @@ class SparseStepTrainingSAE(ThresholdTrainingSAE[T_CONFIG]):
                 self.shard,
             )
         affinities, source = None, encoder
-        if self._acts_are_hooked():
+        if acts_are_hooked(self):
             affinities = self._dense_affinities(inputs)
             flat = affinities.detach().reshape(-1, self.cfg.d_sae)
             source = KnownAffinities(flat)
@@ -204,18 +202,16 @@ class SparseStepTrainingSAE(ThresholdTrainingSAE[T_CONFIG]):
         )
 
     def _losses(
-        self, sae_in: torch.Tensor, outputs: Outputs, selection: Selection, step: int
+        self, target: torch.Tensor, outputs: Outputs, selection: Selection, step: int
     ) -> tuple[dict[str, torch.Tensor], Mapping[int, torch.Tensor]]:
         """Losses by name, and the error of each level."""
-        names = level_loss_names(self.inner_widths())
-        levels = zip(names, outputs.levels.values(), strict=True)
-        losses = {name: self._mse(out, sae_in) for name, out in levels}
+        levels, names = outputs.levels, level_loss_names(self.inner_widths())
+        named = zip(names, levels.values(), strict=True)
+        losses = {name: self._mse(out, target) for name, out in named}
         require_finite_loss(self.checks, losses["mse_loss"], step)
         if self.times_itself:
             self.settling.note_loss(losses["mse_loss"].detach())
-        residuals = {
-            width: (sae_in - out).detach() for width, out in outputs.levels.items()
-        }
+        residuals = {width: (target - out).detach() for width, out in levels.items()}
         if selection.aux is not None and outputs.aux is not None:
             error = self._mse(outputs.aux, residuals[self.cfg.d_sae])
             losses["auxiliary_reconstruction_loss"] = selection.aux.coefficient * error

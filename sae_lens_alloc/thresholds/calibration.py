@@ -13,6 +13,7 @@ from sae_lens_alloc.ops.block_encoder import Encoder, WatchedEncoder
 from sae_lens_alloc.ops.encode_thresholds import ThresholdCollector
 from sae_lens_alloc.ops.split_over_ranks import split_over_ranks
 from sae_lens_alloc.saes.allocation_sae import AllocationTrainingSAE
+from sae_lens_alloc.saes.rows import encoded_and_target
 from sae_lens_alloc.thresholds.factor import (
     factor_of,
     movable_thresholds,
@@ -66,8 +67,9 @@ def calibrate_thresholds(
     Args:
         sae: A Mutual Choice or Feature Choice SAE. Its thresholds are changed in place. Where
             ranks share its features, all of them must call this with the same activations.
-        activations: Activations as the SAE takes them, shape (T, d_in). The more the better:
-            65k tokens put L0 within about 1%.
+        activations: Activations as the SAE takes them, shape (T, d_in), or the rows [x, y] of a
+            transcoder, shape (T, d_in + d_out). The more the better: 65k tokens put L0 within
+            about 1%.
         target_l0: Wanted features per token; the SAE's k by default.
         batch_size: Tokens per batch of the training allocation that is compared with.
 
@@ -77,19 +79,21 @@ def calibrate_thresholds(
     """
     wanted: float = sae.cfg.k if target_l0 is None else target_l0
     require_activations(sae, activations)
+    encoded, target = encoded_and_target(sae.cfg, activations)
     tracked = sae.allocation.threshold
     shard = sae.shard
     thresholds = movable_thresholds(tracked, shard.ranks)
     first = _FirstPass(sae, thresholds, (len(activations), wanted))
     training, before = measure_usages(
         [by_pairs(first.by_batch, shard), by_pairs(first.by_threshold, shard)],
-        activations,
+        encoded,
         batch_size,
+        target,
     )
     largest = first.largest_relative()
     tracked.copy_(thresholds * factor_of(largest, thresholds, wanted, shard.ranks))
     by_threshold = by_pairs(partial(sae.autoencode_pairs, by_threshold=True), shard)
-    after = measure_usage(by_threshold, activations, batch_size)
+    after = measure_usage(by_threshold, encoded, batch_size, target)
     report = CalibrationReport(
         target_l0=wanted,
         training_l0=training.l0,

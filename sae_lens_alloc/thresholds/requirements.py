@@ -5,12 +5,18 @@ from typing import Any
 import torch
 from sae_lens import SAE
 
+from sae_lens_alloc.saes.rows import row_width
+
 
 def require_activations(sae: SAE[Any], activations: torch.Tensor) -> None:
-    """Raises ValueError if activations are not finite and of shape (tokens, d_in)."""
-    if activations.ndim != 2 or activations.shape[1] != sae.cfg.d_in:
+    """
+    Raises ValueError if activations are not finite and of shape (tokens, d_in), or (tokens,
+    d_in + d_out) for a transcoder.
+    """
+    width = row_width(sae.cfg)
+    if activations.ndim != 2 or activations.shape[1] != width:
         raise ValueError(
-            f"activations must have shape (tokens, {sae.cfg.d_in}), got "
+            f"activations must have shape (tokens, {width}), got "
             f"{tuple(activations.shape)}."
         )
     if not torch.isfinite(activations).all():

@@ -17,6 +17,7 @@ from sae_lens_alloc.evaluation.usage import (
     measure_usage,
 )
 from sae_lens_alloc.saes.allocation_sae import AllocationTrainingSAE
+from sae_lens_alloc.saes.rows import encoded_and_target
 from sae_lens_alloc.training.resuming import recorded_training_tokens
 
 # At most, and a hundredth of the training tokens in a short run.
@@ -53,7 +54,8 @@ def held_out_metrics(
 
     Args:
         sae: Any SAE, in training or saved.
-        activations: Activations as the SAE takes them, shape (n_tokens, d_in).
+        activations: Activations as the SAE takes them, shape (n_tokens, d_in), or the rows of a
+            transcoder, whose output is what is to be explained.
         batch_size: Tokens to run at once.
 
     Returns:
@@ -62,7 +64,8 @@ def held_out_metrics(
     """
     was_training = sae.training
     sae.eval()
-    usage = measure_usage(_autoencode(sae), activations, batch_size)
+    encoded, target = encoded_and_target(sae.cfg, activations)
+    usage = measure_usage(_autoencode(sae), encoded, batch_size, target)
     sae.train(was_training)
     return {
         "explained_variance": usage.explained_variance,

@@ -10,13 +10,15 @@ from typing_extensions import override
 from sae_lens_alloc.ops.row_adam import adam_rows_
 from sae_lens_alloc.ops.row_gradients import RowGradient, RowGradients
 from sae_lens_alloc.saes.allocation_sae import AllocationTrainingSAE
+from sae_lens_alloc.saes.weight_names import OF_NO_FEATURE
 from sae_lens_alloc.training.gradient_norm import norm_over_ranks
 
 
 class RowSparseAdam(Optimizer):
     """
     Adam that reads and writes the weights and moments of the selected features alone
-    (`ops/row_adam.py` has the formulas). b_dec is updated at every step.
+    (`ops/row_adam.py` has the formulas). What belongs to no feature, such as b_dec, is updated at
+    every step.
 
     The state is that of torch.optim.Adam, and the step at which each feature was last updated.
     So a run can be resumed from a checkpoint of Adam.
@@ -64,15 +66,15 @@ class RowSparseAdam(Optimizer):
         for name, weight in self._sae.named_parameters():
             if weight.grad is None:
                 continue
-            if name != "b_dec":
+            if name not in OF_NO_FEATURE:
                 raise ValueError(
                     f"{name} has a gradient of all features, which hooks on the activations of "
                     "the SAE give it: remove the hooks, or set optimizer to adam."
                 )
             every_row = torch.zeros(1, dtype=torch.int64, device=weight.device)
             gradients[name] = RowGradient(every_row, weight.grad[None])
-        of_all = [gradients[name].rows for name in gradients if name == "b_dec"]
-        own = [gradients[name].rows for name in gradients if name != "b_dec"]
+        of_all = [gradients[name].rows for name in gradients if name in OF_NO_FEATURE]
+        own = [gradients[name].rows for name in gradients if name not in OF_NO_FEATURE]
         norm = norm_over_ranks(own, of_all, self._sae.allocation.shard.ranks)
         scale = (1.0 / (norm + 1e-6)).clamp(max=1.0)
         (group,) = self.param_groups
@@ -103,7 +105,7 @@ def _rows(tensor: torch.Tensor, name: str) -> torch.Tensor:
         return tensor.T
     if name == "b_enc":
         return tensor[:, None]
-    return tensor[None] if name == "b_dec" else tensor
+    return tensor[None] if name in OF_NO_FEATURE else tensor
 
 
 def _by_feature(W_enc: torch.Tensor) -> torch.Tensor:

@@ -11,6 +11,7 @@ from sae_lens.saes.sae import TrainingSAE
 from sae_lens.training.sae_trainer import SAETrainer
 
 from sae_lens_alloc.activations.gathered import GatheredBatches
+from sae_lens_alloc.activations.hook_names import hook_name_out_of
 from sae_lens_alloc.distributed.ranks import Ranks
 from sae_lens_alloc.training.metrics_file import drop_rows_from
 from sae_lens_alloc.training.provenance import provenance
@@ -55,6 +56,9 @@ def begin_metadata(
     sae.cfg.metadata.provenance = provenance(cfg.seed)
     if not ranks.is_alone:
         sae.cfg.metadata.provenance["processes"] = ranks.size
+    if (out := hook_name_out_of(cfg)) is not None:
+        # the name by which SAELens knows where a transcoder's output goes
+        sae.cfg.metadata.hook_name_out = out
     for key in ("calibration", "held_out"):
         sae.cfg.metadata.__dict__.pop(key, None)
 

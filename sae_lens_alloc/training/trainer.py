@@ -21,10 +21,13 @@ from sae_lens_alloc.config.run_checks import check_learning_rate
 from sae_lens_alloc.config.run_config import uses_cuda_graph
 from sae_lens_alloc.saes.allocation_sae import AllocationTrainingSAE
 from sae_lens_alloc.saes.mutual_choice_sae import with_schedule
+from sae_lens_alloc.saes.rows import output_width, row_width
+from sae_lens_alloc.saes.transcoder_config import TranscoderTrainingConfig
 from sae_lens_alloc.training.checkpointing_trainer import CheckpointingTrainer
 from sae_lens_alloc.training.held_out import held_out_metrics
 from sae_lens_alloc.training.metrics_file import append_row
 from sae_lens_alloc.training.optimizer import make_optimizer, make_schedule
+from sae_lens_alloc.training.row_scaler import RowScaler
 from sae_lens_alloc.training.step_graph import StepGraph
 from sae_lens_alloc.training.train_step import clip_gradients, train_step
 
@@ -66,8 +69,8 @@ class AllocSAETrainer(CheckpointingTrainer[T_TRAINING_SAE, T_TRAINING_SAE_CONFIG
             cfg: The training; `lr_end` must be given.
             sae: The SAE to train.
             data_provider: Iterator of batches of activations, shape (B, d_in), that does not
-                end before the training.
-            evaluator: As for SAETrainer.
+                end before the training. For a transcoder, shape (B, d_in + d_out).
+            evaluator: As for SAETrainer. Not used for a transcoder.
             save_checkpoint_fn: As for SAETrainer.
 
         Raises:
@@ -81,7 +84,13 @@ class AllocSAETrainer(CheckpointingTrainer[T_TRAINING_SAE, T_TRAINING_SAE_CONFIG
                 f"iter(batches), got {type(data_provider).__name__}."
             )
         sae.cfg = with_schedule(sae.cfg, cfg.total_training_steps)
+        if isinstance(sae.cfg, TranscoderTrainingConfig):
+            evaluator = (
+                None  # SAELens' replaces what is encoded by what is reconstructed
+            )
         super().__init__(cfg, sae, data_provider, evaluator, save_checkpoint_fn)
+        if isinstance(sae.cfg, TranscoderTrainingConfig):
+            self.activation_scaler = RowScaler(sae.cfg.d_in)
         # SAELens made its own, which has not stepped
         self.optimizer = make_optimizer(cfg, sae)
         self.lr_scheduler = make_schedule(cfg, self.optimizer)
@@ -146,10 +155,12 @@ class AllocSAETrainer(CheckpointingTrainer[T_TRAINING_SAE, T_TRAINING_SAE_CONFIG
         return output
 
     def _require_width(self, batch: torch.Tensor) -> None:
-        if batch.ndim != 2 or batch.shape[1] != self.sae.cfg.d_in:
+        width = row_width(self.sae.cfg)
+        if batch.ndim != 2 or batch.shape[1] != width:
+            what = "d_in" if output_width(self.sae.cfg) is None else "d_in + d_out"
             raise ValueError(
-                f"data_provider must yield batches of shape (B, d_in = {self.sae.cfg.d_in}), "
-                f"got {tuple(batch.shape)}."
+                f"data_provider must yield batches of shape (B, {what} = {width}), got "
+                f"{tuple(batch.shape)}."
             )
 
     def _make_graph(self, sae: AllocationTrainingSAE[Any]) -> StepGraph | None:

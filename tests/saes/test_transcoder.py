@@ -1,0 +1,253 @@
+"""The training step of transcoders, and that it is the SAE's."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from sae_lens.config import SAETrainerConfig
+from sae_lens.registry import SAE_TRAINING_CLASS_REGISTRY
+from sae_lens.saes.sae import TrainingSAE
+from sae_lens.training.activation_scaler import ActivationScaler
+
+from sae_lens_alloc import AllocSAETrainer, AllocSAETrainerConfig
+from sae_lens_alloc.saes.allocation_sae import AllocationTrainingSAE
+from sae_lens_alloc.training.row_scaler import RowScaler
+from tests.saes.conftest import (
+    active_mask,
+    assert_grads_equal,
+    changed,
+    gradients,
+    make_sae,
+    mutual_mask,
+    selection_gradient,
+    set_weights,
+    state_of,
+    tokens,
+    top_k_mask,
+    training_step,
+)
+from tests.saes.transcoders import (
+    ARCHITECTURES,
+    D_IN,
+    D_OUT,
+    D_SAE,
+    make_rows,
+    make_transcoder,
+)
+
+
+def twins(
+    architecture: str, **overrides: Any
+) -> tuple[AllocationTrainingSAE[Any], AllocationTrainingSAE[Any]]:
+    """An SAE, and a transcoder of the same weights."""
+    sae = make_sae(architecture, apply_b_dec_to_input=False, **overrides)
+    transcoder = make_transcoder(
+        f"{architecture}_transcoder", d_out=sae.cfg.d_in, **overrides
+    )
+    set_weights(transcoder, **dict(sae.named_parameters()))
+    with torch.no_grad():
+        transcoder.allocation.load_state_dict(sae.allocation.state_dict())
+    return sae, transcoder
+
+
+def train(sae: TrainingSAE[Any], batches: Iterator[torch.Tensor], **settings: Any):
+    steps = 30
+    cfg = AllocSAETrainerConfig(
+        **{
+            "total_training_samples": 64 * steps,
+            "train_batch_size_samples": 64,
+            "lr": 1e-2,
+            "lr_end": 1e-3,
+            "dead_feature_window": 2,
+            "n_batches_for_norm_estimate": 3,
+            **settings,
+        }
+    )
+    assert isinstance(cfg, SAETrainerConfig)
+    trainer: AllocSAETrainer[Any, Any] = AllocSAETrainer(cfg, sae, batches)
+    return trainer.fit()
+
+
+@pytest.mark.parametrize("optimizer", ["adam", "row_sparse_adam"])
+@pytest.mark.parametrize("normalize", ["none", "expected_average_only_in"])
+@pytest.mark.parametrize("architecture", ["mutual_choice", "feature_choice"])
+def test_a_transcoder_from_activations_to_themselves_is_the_sae_bit_for_bit(
+    architecture: str, normalize: str, optimizer: str
+):
+    rules = {"mutual_choice": "feature_choice", "feature_choice": "mutual_choice"}
+    settings: dict[str, Any] = {
+        "normalize_activations": normalize,
+        "aux_loss": "aux_zipf",
+        "selection_margin": 1.0,
+        # the other rule comes first, and the budget falls
+        f"{rules[architecture]}_steps": 10,
+        "k_start": 5.0,
+        "k_decay_steps": 10,
+    }
+    sae, transcoder = twins(architecture, **settings)
+    before = state_of(sae)
+    batches = [3 * tokens(64, 8, seed=seed) for seed in range(33)]
+    train(sae, iter(batches), optimizer=optimizer)
+    rows = (torch.cat([batch, batch], dim=1) for batch in batches)
+    train(transcoder, rows, optimizer=optimizer)
+    assert {"W_enc", "b_enc", "W_dec", "b_dec"} <= changed(before, sae)
+    assert changed(state_of(sae), transcoder) == set()
+    x = tokens(20, 8, seed=99)
+    assert torch.equal(sae.encode(x), transcoder.encode(x))
+    assert torch.equal(sae(x), transcoder(x))
+
+
+@pytest.mark.parametrize("rescale", [True, False])
+@pytest.mark.parametrize("skip", [True, False])
+@pytest.mark.parametrize("normalize", ["none", "layer_norm"])
+def test_step_equals_the_dense_formulas(normalize: str, skip: bool, rescale: bool):
+    sae = make_transcoder(
+        dtype="float64",
+        rescale_acts_by_decoder_norm=rescale,
+        skip_connection=skip,
+        normalize_activations=normalize,
+        aux_loss="aux_k",
+        k_aux=2,
+        selection_margin=1.0,
+    )
+    rows = make_rows(16, dtype=torch.float64)
+    x, y = rows[:, :D_IN], rows[:, D_IN:]
+    dead = torch.arange(D_SAE) % 3 == 0
+    weights = {
+        name: value.detach().clone().requires_grad_()
+        for name, value in sae.named_parameters()
+    }
+    inputs = x
+    if normalize == "layer_norm":
+        centred = x - x.mean(1, keepdim=True)
+        inputs = centred / (centred.std(1, keepdim=True) + 1e-5)
+    pre_acts = inputs @ weights["W_enc"] + weights["b_enc"]
+    norms = weights["W_dec"].norm(dim=1).detach()
+    affinities = (pre_acts * norms if rescale else pre_acts).detach()
+
+    def output(mask: torch.Tensor) -> torch.Tensor:
+        out = (pre_acts * mask) @ weights["W_dec"] + weights["b_dec"]
+        return out + x @ weights["W_skip"].T if skip else out
+
+    def error(mask: torch.Tensor) -> float:
+        return (output(mask) - y).pow(2).sum().item() / len(x)
+
+    mask = mutual_mask(affinities, 3 * 16)
+    mse_loss = (output(mask) - y).pow(2).sum(1).mean()
+    aux_mask = top_k_mask(affinities, dead.nonzero()[:, 0].tolist(), 2)
+    aux_out = (pre_acts * aux_mask) @ weights["W_dec"]
+    aux_loss = (aux_out - (y - output(mask)).detach()).pow(2).sum(1).mean()
+    margin = selection_gradient(affinities, 3 * 16, 3 * 16, error)
+    if rescale:
+        margin = margin * norms
+    loss = mse_loss + aux_loss + (margin * pre_acts).sum()
+    expected = torch.autograd.grad(loss, list(weights.values()))
+
+    found = training_step(sae, rows, dead=dead)
+    assert torch.equal(active_mask(found), mask)
+    torch.testing.assert_close(found.sae_out, output(mask).detach())
+    assert torch.equal(found.sae_in, y)  # what SAELens' metrics compare with
+    torch.testing.assert_close(found.losses["mse_loss"], mse_loss.detach())
+    torch.testing.assert_close(
+        found.losses["auxiliary_reconstruction_loss"], aux_loss.detach()
+    )
+    assert_grads_equal(
+        gradients(sae, found.loss), dict(zip(weights, expected, strict=True))
+    )
+
+
+@pytest.mark.parametrize("optimizer", ["adam", "row_sparse_adam"])
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_skip_connection_learns_what_is_linear(architecture: str, optimizer: str):
+    sae = make_transcoder(architecture, skip_connection=True)
+    set_weights(sae, W_skip=torch.zeros(D_OUT, D_IN), W_dec=torch.zeros(D_SAE, D_OUT))
+    mixing = tokens(D_OUT, D_IN, seed=5) / 4
+    x = [tokens(64, D_IN, seed=seed) for seed in range(400)]
+    rows = (torch.cat([part, part @ mixing.T], dim=1) for part in x)
+    train(sae, rows, total_training_samples=64 * 400, optimizer=optimizer)
+    # of which the features have learned a part
+    assert (sae.W_skip - mixing).norm() < 0.3 * mixing.norm()
+
+
+def test_new_transcoder_has_an_encoder_of_its_own():
+    sae_class, config_class = SAE_TRAINING_CLASS_REGISTRY["mutual_choice_transcoder"]
+    torch.manual_seed(0)
+    sae = sae_class(config_class(d_in=8, d_out=8, d_sae=32, k=2, skip_connection=True))
+    torch.testing.assert_close(sae.W_dec.norm(dim=1), torch.full((32,), 0.1))
+    torch.testing.assert_close(sae.W_enc.norm(dim=0), torch.full((32,), 0.1))
+    assert (sae.W_enc.T - sae.W_dec).norm() > 0.3
+    assert sae.W_skip.shape == (8, 8) and not sae.W_skip.any()
+
+
+@pytest.mark.parametrize(
+    ("settings", "sentence"),
+    [
+        ({"d_out": 0}, "d_out must be >= 1, got 0."),
+        (
+            {"apply_b_dec_to_input": True},
+            "apply_b_dec_to_input must be False in a transcoder, whose b_dec belongs to the "
+            "output, got True.",
+        ),
+        (
+            {"normalize_activations": "covariance_whitening"},
+            "normalize_activations must be 'none', 'expected_average_only_in' or 'layer_norm' in "
+            "a transcoder, whose output would need a whitening of its own, got "
+            "'covariance_whitening'.",
+        ),
+        (
+            {"reshape_activations": "hook_z"},
+            "reshape_activations must be 'none' in a transcoder, as SAELens runs them, got "
+            "'hook_z'.",
+        ),
+    ],
+)
+def test_settings_that_no_transcoder_can_have(settings: dict[str, Any], sentence: str):
+    with pytest.raises(ValueError) as error:
+        make_transcoder(**settings)
+    assert str(error.value) == sentence
+
+
+def test_activations_without_an_output_are_refused():
+    # as SAELens' own runner would give them
+    with pytest.raises(ValueError, match="d_in \\+ d_out = 13 numbers, but got 8"):
+        training_step(make_transcoder(), tokens(16, D_IN))
+    with pytest.raises(ValueError, match=r"shape \(B, d_in \+ d_out = 13\), got"):
+        train(make_transcoder(), iter([tokens(64, D_IN)]))
+
+
+def test_scaler_has_a_factor_for_the_input_and_one_for_the_output(tmp_path: Any):
+    x, y = 3 * tokens(100, D_IN), 50 * tokens(100, D_OUT, seed=2)
+    rows = torch.cat([x, y], dim=1)
+    scaler = RowScaler(D_IN)
+    scaler.estimate_scaling_factor(D_IN, iter([rows[:60], rows[60:]]), 2)
+    scaled = scaler(rows)
+    for part, alone in ((scaled[:, :D_IN], x), (scaled[:, D_IN:], y)):
+        assert part.norm(dim=1).mean() == pytest.approx(part.shape[1] ** 0.5, rel=1e-5)
+        # as SAELens' scaler would do for one of them
+        stock = ActivationScaler()
+        stock.estimate_scaling_factor(alone.shape[1], iter([alone]), 1)
+        torch.testing.assert_close(part, stock(alone))
+    torch.testing.assert_close(scaler.unscale(scaled), rows)
+    scaler.save(str(tmp_path / "scaler.json"))
+    loaded = RowScaler(D_IN)
+    loaded.load(tmp_path / "scaler.json")
+    assert torch.equal(loaded(rows), scaled)
+
+
+@pytest.mark.parametrize("optimizer", ["adam", "row_sparse_adam"])
+def test_training_in_units_of_its_own_is_folded_away(optimizer: str):
+    # the same training in two units of input and output
+    outputs = []
+    for of_input, of_output in ((1.0, 1.0), (4.0, 0.125)):
+        sae = make_transcoder(
+            normalize_activations="expected_average_only_in", skip_connection=True
+        )
+        units = torch.tensor([of_input] * D_IN + [of_output] * D_OUT)
+        train(sae, (make_rows(64, s) * units for s in range(40)), optimizer=optimizer)
+        assert sae.cfg.normalize_activations == "none"
+        sae.eval()
+        x = make_rows(200, seed=50)[:, :D_IN]
+        outputs.append(sae(x * of_input) / of_output)
+        assert (sae.encode(x * of_input) > 0).sum() > 100
+    torch.testing.assert_close(outputs[0], outputs[1], rtol=1e-3, atol=1e-3)
