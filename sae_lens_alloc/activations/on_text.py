@@ -1,6 +1,7 @@
 """Activations of a language model on the text that an SAE was trained on, or on other text."""
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_type_hints
 
@@ -17,6 +18,10 @@ from sae_lens_alloc.activations.language_model import (
 )
 from sae_lens_alloc.activations.local_dataset import override_for_local_dataset
 from sae_lens_alloc.activations.store import ResumableActivationsStore
+from sae_lens_alloc.saes.mutual_choice_transcoder import (
+    MutualChoiceTrainingTranscoderConfig,
+)
+from sae_lens_alloc.saes.rows import output_width
 from sae_lens_alloc.typed_values import convert, in_words, shown
 
 CONTEXTS_PER_BATCH = 8
@@ -32,6 +37,11 @@ OPTIONAL_METADATA = (
     "sequence_separator_token",
     "disable_concat_sequences",
 )
+
+
+@dataclass
+class _Text(LanguageModelSAERunnerConfig[Any]):
+    hook_name_out: str | None = None
 
 
 def text_of_sae(
@@ -63,6 +73,9 @@ def text_of_sae(
         "hook_name": metadata.hook_name,
         "context_size": metadata.context_size,
     }
+    d_out = output_width(sae.cfg)
+    if d_out is not None:
+        recorded["hook_name_out"] = metadata.hook_name_out
     missing = [name for name, value in recorded.items() if value is None or value == ""]
     if missing:
         raise ValueError(
@@ -78,8 +91,11 @@ def text_of_sae(
         recorded["context_size"], optional["seqpos_slice"]
     )
     optional[buffer_setting()] = BUFFERED_CONTEXTS
-    return LanguageModelSAERunnerConfig(
-        sae=StandardTrainingSAEConfig(d_in=sae.cfg.d_in, d_sae=sae.cfg.d_sae),
+    size: dict[str, Any] = {"d_in": sae.cfg.d_in, "d_sae": sae.cfg.d_sae}
+    return _Text(
+        sae=StandardTrainingSAEConfig(**size)
+        if d_out is None
+        else MutualChoiceTrainingTranscoderConfig(**size, d_out=d_out, k=1),
         **recorded,
         **optional,
         streaming=not Path(recorded["dataset_path"]).exists(),
@@ -123,7 +139,7 @@ def _tokens_per_context(context_size: int, seqpos_slice: tuple[int | None, ...])
 
 def _require_types(settings: dict[str, Any]) -> None:
     """Raises ValueError if a setting of a run does not have its type."""
-    hints = get_type_hints(LanguageModelSAERunnerConfig)
+    hints = get_type_hints(_Text)
     for name, value in settings.items():
         try:
             convert(value, hints[name])
@@ -147,7 +163,7 @@ def gather_activations(
         n_tokens: Number of tokens, without the special ones that training excludes.
 
     Returns:
-        Shape (n_tokens, d_in), on `cfg.device`. The first half is the first n_tokens // 2 rows.
+        Shape (n_tokens, d_in), or rows of shape (n_tokens, d_in + d_out), on `cfg.device`. The first half is the first n_tokens // 2 rows.
 
     Raises:
         ValueError: if the model has no such hook, or the text is too short.

@@ -7,7 +7,6 @@ import typer
 from rich.console import Console
 from rich.table import Table
 from sae_lens.config import LanguageModelSAERunnerConfig
-from sae_lens.saes.jumprelu_sae import JumpReLUSAE
 from sae_lens.saes.topk_sae import TopKSAE
 
 from sae_lens_alloc.activations.on_text import gather_activations, text_of_sae
@@ -16,6 +15,7 @@ from sae_lens_alloc.cli.endings import by_one_process, ends_when_interrupted
 from sae_lens_alloc.config.run_checks import check_device
 from sae_lens_alloc.config.run_file import load_runner_config
 from sae_lens_alloc.saes.saved_sae import trained_k
+from sae_lens_alloc.thresholds.factor import Thresholded
 from sae_lens_alloc.thresholds.recalibration import (
     MIN_TOKENS,
     Recalibration,
@@ -119,7 +119,7 @@ def calibrate(
 
 
 def _text(
-    sae: JumpReLUSAE | TopKSAE,
+    sae: Thresholded | TopKSAE,
     model: str | None,
     dataset: str | None,
     config: Path | None,
@@ -134,7 +134,7 @@ def _text(
     return cfg
 
 
-def _trained_l0(sae: JumpReLUSAE | TopKSAE) -> float:
+def _trained_l0(sae: Thresholded | TopKSAE) -> float:
     k = trained_k(sae)
     if k is None:
         raise ValueError(

@@ -27,6 +27,7 @@ from sae_lens_alloc.comparison.json_files import write_json
 from sae_lens_alloc.comparison.stream import StoredStream
 from sae_lens_alloc.errors import as_reason
 from sae_lens_alloc.evaluation.usage import as_user, measure_usage
+from sae_lens_alloc.saes.rows import encoded_and_target
 from sae_lens_alloc.saes.saved_sae import load_sae
 from sae_lens_alloc.thresholds.operating_point import at_l0
 from sae_lens_alloc.training.trainer import AllocSAETrainer
@@ -99,16 +100,19 @@ def _save_at_each_l0(
 ) -> tuple[float, dict[str, Any]]:
     """L0 as training left it, and figures on the validation split at each wanted L0."""
     points: dict[str, Any] = {}
+    encoded, reconstructed = encoded_and_target(sae.cfg, validation)
     with tempfile.TemporaryDirectory() as trained:
         sae.save_inference_model(trained)
-        natural = measure_usage(as_user(_load(trained, device)), validation)
+        natural = measure_usage(
+            as_user(_load(trained, device)), encoded, target=reconstructed
+        )
         for target in target_l0s:
             try:
-                calibrated = at_l0(_load(trained, device), validation, target)
+                calibrated = at_l0(_load(trained, device), encoded, target)
             except ValueError as error:
                 points[f"{target:g}"] = {"unreachable": str(error)}
                 continue
-            usage = measure_usage(as_user(calibrated), validation)
+            usage = measure_usage(as_user(calibrated), encoded, target=reconstructed)
             if not math.isfinite(usage.explained_variance):
                 raise ValueError(
                     f"at {target:g} features per token, the explained variance on the "

@@ -33,9 +33,7 @@ class FeatureChoiceTrainingTranscoderConfig(
         return "feature_choice_transcoder"
 
 
-class FeatureChoiceTrainingTranscoder(
-    TrainingTranscoder[FeatureChoiceTrainingTranscoderConfig], FeatureChoiceTrainingSAE
-):
+class FeatureChoiceTrainingTranscoder(TrainingTranscoder, FeatureChoiceTrainingSAE):
     """
     Transcoder trained by Feature Choice: each feature is active on its best tokens of a batch, and
     the features reconstruct the activations at another place.

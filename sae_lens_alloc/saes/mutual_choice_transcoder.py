@@ -33,9 +33,7 @@ class MutualChoiceTrainingTranscoderConfig(
         return "mutual_choice_transcoder"
 
 
-class MutualChoiceTrainingTranscoder(
-    TrainingTranscoder[MutualChoiceTrainingTranscoderConfig], MutualChoiceTrainingSAE
-):
+class MutualChoiceTrainingTranscoder(TrainingTranscoder, MutualChoiceTrainingSAE):
     """
     Transcoder trained by Mutual Choice: the floor(k * B) largest positive affinities of a batch of
     B tokens are active, and their features reconstruct the activations at another place.

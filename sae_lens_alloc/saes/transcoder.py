@@ -1,7 +1,7 @@
 """Transcoders: what an SAE does, with another output than its input (docs/transcoders.md)."""
 
 from collections.abc import Sequence
-from typing import TypeVar
+from typing import Any
 
 import torch
 from torch import nn
@@ -12,10 +12,8 @@ from sae_lens_alloc.saes.initial_weights import initial_rows
 from sae_lens_alloc.saes.skip_connection import with_past
 from sae_lens_alloc.saes.transcoder_config import TranscoderTrainingConfig
 
-T_TRANSCODER_CONFIG = TypeVar("T_TRANSCODER_CONFIG", bound=TranscoderTrainingConfig)
 
-
-class TrainingTranscoder(AllocationTrainingSAE[T_TRANSCODER_CONFIG]):
+class TrainingTranscoder(AllocationTrainingSAE[Any]):
     """
     Training transcoder whose batch shares one budget of token-feature pairs. It is trained as the
     SAE of the same rule, whose class follows in the bases: the features of x reconstruct y.
@@ -32,7 +30,8 @@ class TrainingTranscoder(AllocationTrainingSAE[T_TRANSCODER_CONFIG]):
 
     @override
     def initialize_weights(self) -> None:
-        cfg, where = self.cfg, {"dtype": self.dtype, "device": self.device}
+        cfg: TranscoderTrainingConfig = self.cfg
+        where: dict[str, Any] = {"dtype": self.dtype, "device": self.device}
         # no transpose of the decoder, which lives in another space
         W_dec = initial_rows(torch.empty(cfg.d_sae, cfg.d_out, **where), cfg)
         W_enc = initial_rows(torch.empty(cfg.d_sae, cfg.d_in, **where), cfg)

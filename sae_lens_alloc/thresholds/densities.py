@@ -4,19 +4,19 @@ threshold that it exceeds on its share of the tokens, in proportion to how often
 """
 
 import torch
-from sae_lens.saes.jumprelu_sae import JumpReLUSAE
 
 from sae_lens_alloc.allocation.mutual_choice import budget_for
 from sae_lens_alloc.allocation.quota_curve import QuotaCurve
 from sae_lens_alloc.ops.block_encoder import Encoder
 from sae_lens_alloc.ops.encode_select import encode_feature_choice
+from sae_lens_alloc.thresholds.factor import Thresholded
 
 # Relative distance of a threshold from the affinity that decides it.
 MARGIN = 1e-6
 
 
 def set_densities(
-    sae: JumpReLUSAE, activations: torch.Tensor, counts: torch.Tensor, target_l0: float
+    sae: Thresholded, activations: torch.Tensor, counts: torch.Tensor, target_l0: float
 ) -> None:
     """
     Sets each threshold such that the feature is active on a number of tokens in proportion

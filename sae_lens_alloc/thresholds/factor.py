@@ -1,9 +1,10 @@
 """One factor for all thresholds of an SAE, which brings it to a wanted L0 and keeps their ratios."""
 
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from sae_lens.saes.jumprelu_sae import JumpReLUSAE
+from sae_lens.saes.transcoder import JumpReLUTranscoder
 
 from sae_lens_alloc.allocation.mutual_choice import budget_for
 from sae_lens_alloc.allocation.sparse_activations import SparseActivations
@@ -12,6 +13,9 @@ from sae_lens_alloc.ops.block_encoder import Encoder
 from sae_lens_alloc.ops.encode_select import encode_mutual_choice
 from sae_lens_alloc.saes.allocation_sae import AllocationTrainingSAE
 
+# SAEs for inference with a threshold for each feature
+Thresholded: TypeAlias = JumpReLUSAE | JumpReLUTranscoder
+
 # Stands for a threshold of 0 where affinities are divided by it.
 ALWAYS_OPEN = 1e-20
 # Thresholds below this share of the largest count as this much where they are scaled.
@@ -19,9 +23,9 @@ SMALLEST_SHARE = 1e-6
 
 
 @torch.no_grad()
-def set_l0(sae: JumpReLUSAE, activations: torch.Tensor, target_l0: float) -> None:
+def set_l0(sae: Thresholded, activations: torch.Tensor, target_l0: float) -> None:
     """
-    Multiplies all thresholds of a JumpReLU SAE by one factor such that `target_l0` features
+    Multiplies all thresholds of a JumpReLU SAE or transcoder by one factor such that `target_l0` features
     per token are active on the given activations.
 
     Args:

@@ -5,12 +5,11 @@ from typing import Any
 import torch
 from sae_lens import SAE
 from sae_lens.saes.gated_sae import GatedSAE
-from sae_lens.saes.jumprelu_sae import JumpReLUSAE
 from sae_lens.saes.standard_sae import StandardSAE
 from sae_lens.saes.topk_sae import TopKSAE
 
 from sae_lens_alloc.ops.block_encoder import Encoder
-from sae_lens_alloc.thresholds.factor import set_l0, threshold_factor
+from sae_lens_alloc.thresholds.factor import Thresholded, set_l0, threshold_factor
 from sae_lens_alloc.thresholds.jumprelu_form import jumprelu_form
 
 
@@ -20,15 +19,15 @@ def at_l0(sae: SAE[Any], activations: torch.Tensor, target_l0: float) -> SAE[Any
     The SAE with `target_l0` features per token on the given activations.
 
     - topk keeps its own rule, which gives every token its k.
-    - jumprelu (as batchtopk, matryoshka and our own are saved): all thresholds are multiplied
-      by one factor.
+    - jumprelu (as batchtopk, matryoshka and our own are saved) and jumprelu_transcoder: all
+      thresholds are multiplied by one factor.
     - standard becomes a jumprelu with one threshold on activation * decoder norm.
     - gated becomes a jumprelu that is open where gate pre-activation * decoder norm exceeds
       one threshold in place of 0.
 
     Args:
         sae: An inference SAE; it may be changed in place.
-        activations: Activations as the SAE takes them, shape (T, d_in).
+        activations: Activations that it encodes, shape (T, d_in).
 
     Raises:
         ValueError: if the architecture is none of these, or no thresholds give the wanted L0:
@@ -37,7 +36,7 @@ def at_l0(sae: SAE[Any], activations: torch.Tensor, target_l0: float) -> SAE[Any
     """
     if isinstance(sae, TopKSAE):
         return sae
-    if isinstance(sae, JumpReLUSAE):
+    if isinstance(sae, Thresholded):
         set_l0(sae, activations, target_l0)
         return sae
     if not isinstance(sae, StandardSAE | GatedSAE):

@@ -1,5 +1,6 @@
 """Thresholds of a saved SAE set anew, to a wanted L0 on text of one's choice."""
 
+import copy
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -7,14 +8,15 @@ from typing import Any
 
 import torch
 from sae_lens import SAE
-from sae_lens.saes.jumprelu_sae import JumpReLUSAE
 from sae_lens.saes.sae import TrainingSAE
 from sae_lens.saes.topk_sae import TopKSAE
+from sae_lens.saes.transcoder import JumpReLUTranscoder
 
 from sae_lens_alloc.evaluation.usage import Usage, as_user, measure_usage
+from sae_lens_alloc.saes.rows import encoded_and_target
 from sae_lens_alloc.saes.saved_sae import load_sae
 from sae_lens_alloc.thresholds.densities import set_densities
-from sae_lens_alloc.thresholds.factor import set_l0
+from sae_lens_alloc.thresholds.factor import Thresholded, set_l0
 from sae_lens_alloc.thresholds.jumprelu_form import jumprelu_form
 from sae_lens_alloc.thresholds.requirements import (
     require_activations,
@@ -42,7 +44,7 @@ class Recalibration:
         held_out_after: The SAE with its new thresholds, on the other half.
     """
 
-    sae: JumpReLUSAE
+    sae: Thresholded
     target_l0: float
     per_feature: bool
     before: Usage
@@ -66,7 +68,7 @@ class Recalibration:
         }
 
 
-def load_saved_sae(folder: str | Path) -> JumpReLUSAE | TopKSAE:
+def load_saved_sae(folder: str | Path) -> Thresholded | TopKSAE:
     """
     Loads an SAE that `recalibrate` can take.
 
@@ -77,7 +79,7 @@ def load_saved_sae(folder: str | Path) -> JumpReLUSAE | TopKSAE:
         ValueError: as `load_sae`, or if the SAE has no thresholds.
     """
     sae = load_sae(folder)
-    if not isinstance(sae, JumpReLUSAE | TopKSAE):
+    if not isinstance(sae, Thresholded | TopKSAE):
         kind = " in training" if isinstance(sae, TrainingSAE) else ""
         raise ValueError(
             f"{str(folder)!r} is of the architecture {sae.cfg.architecture()!r}{kind}, whose "
@@ -91,7 +93,7 @@ def load_saved_sae(folder: str | Path) -> JumpReLUSAE | TopKSAE:
 
 @torch.no_grad()
 def recalibrate(
-    sae: JumpReLUSAE | TopKSAE,
+    sae: Thresholded | TopKSAE,
     activations: torch.Tensor,
     target_l0: float,
     per_feature: bool = False,
@@ -108,7 +110,8 @@ def recalibrate(
 
     Args:
         sae: A saved SAE, which is left as it is. A topk SAE gets a jumprelu form.
-        activations: Activations as the SAE takes them, shape (T, d_in), T at least 4.
+        activations: Activations as the SAE takes them, shape (T, d_in), T at least 4; of a
+            transcoder, its rows [x, y] of shape (T, d_in + d_out).
         target_l0: Wanted features per token.
         per_feature: Set each feature's threshold by its density. A feature that is
             active too rarely for one of the tokens is then silenced on them.
@@ -126,13 +129,18 @@ def recalibrate(
     half = len(activations) // 2
     used, held_out = activations[:half], activations[half:]
     before, held_out_before = _usage(sae, used), _usage(sae, held_out)
-    calibrated = jumprelu_form(sae)
+    encoded, _ = encoded_and_target(sae.cfg, used)
+    if isinstance(sae, JumpReLUTranscoder):
+        calibrated = copy.deepcopy(sae)
+    else:
+        calibrated = jumprelu_form(sae)
     if isinstance(sae, TopKSAE):
         calibrated.threshold.fill_(1.0)  # a common one, that a factor can move
     if isinstance(sae, TopKSAE) or not per_feature:
-        set_l0(calibrated, used, target_l0)
+        set_l0(calibrated, encoded, target_l0)
     if per_feature:
-        set_densities(calibrated, used, before.firings.to(used.device), target_l0)
+        firings = before.firings.to(encoded.device)
+        set_densities(calibrated, encoded, firings, target_l0)
     report = Recalibration(
         sae=calibrated,
         target_l0=target_l0,
@@ -166,4 +174,5 @@ def _require_sense(report: Recalibration) -> None:
 
 
 def _usage(sae: SAE[Any], activations: torch.Tensor) -> Usage:
-    return measure_usage(as_user(sae), activations)
+    encoded, target = encoded_and_target(sae.cfg, activations)
+    return measure_usage(as_user(sae), encoded, target=target)

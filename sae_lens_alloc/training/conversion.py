@@ -12,6 +12,8 @@ from sae_lens.util import dtype_to_str
 
 from sae_lens_alloc.saes.allocation_sae import AllocationTrainingSAE
 from sae_lens_alloc.saes.mutual_choice_sae import MutualChoiceTrainingSAEConfig
+from sae_lens_alloc.saes.rows import output_width
+from sae_lens_alloc.saes.transcoder import TrainingTranscoder
 from sae_lens_alloc.training.source_selection import (
     carried_thresholds,
     source_architecture,
@@ -128,8 +130,9 @@ def require_convertible(source: SAE[Any], architecture: str) -> None:
         )
     # by name, since AbsTopK is a subclass of TopK and activates other features
     name = source_architecture(source)
-    if name not in STOCK_ARCHITECTURES and not isinstance(
-        source, AllocationTrainingSAE
+    is_ours = isinstance(source, AllocationTrainingSAE)
+    if output_width(source.cfg) is not None or (
+        name not in STOCK_ARCHITECTURES and not is_ours
     ):
         raise ValueError(
             f"a {name} SAE cannot be converted, since its features are not activated by "
@@ -144,6 +147,7 @@ def _target_classes() -> dict[str, tuple[type[AllocationTrainingSAE[Any]], type[
         name: (sae_class, config_class)
         for name, (sae_class, config_class) in SAE_TRAINING_CLASS_REGISTRY.items()
         if issubclass(sae_class, AllocationTrainingSAE)
+        and not issubclass(sae_class, TrainingTranscoder)
     }
 
 

@@ -8,7 +8,10 @@ from sae_lens.saes.sae import TrainingSAE, TrainingSAEConfig
 from sae_lens_alloc.saes.saved_sae import load_sae
 
 # The weights depend on these. All other settings may change.
-SETTLED_KEYS = ("architecture", "d_in", "d_sae", "normalize_activations")
+SETTLED_KEYS = (
+    *("architecture", "d_in", "d_sae", "normalize_activations"),
+    *("d_out", "skip_connection"),  # of transcoders
+)
 
 
 def load_pretrained(
@@ -41,10 +44,10 @@ def load_pretrained(
         )
     saved, wanted = given.cfg.to_dict(), cfg.to_dict()
     for key in SETTLED_KEYS:
-        if saved[key] != wanted[key]:
+        if saved.get(key) != wanted.get(key):
             raise ValueError(
-                f"{start} its SAE has {key} {saved[key]!r}, and the one to be trained "
-                f"{wanted[key]!r}."
+                f"{start} its SAE has {key} {saved.get(key)!r}, and the one to be trained "
+                f"{wanted.get(key)!r}."
             )
     sae = TrainingSAE.from_dict({**wanted, "device": device})
     sae.load_state_dict(given.state_dict())

@@ -1,5 +1,7 @@
 """The scale of the activations of a transcoder: a factor of the input and one of the output."""
 
+from typing import Any
+
 import torch
 from sae_lens.training.activation_scaler import ActivationScaler
 from sae_lens.training.types import DataProvider
@@ -11,8 +13,6 @@ class RowScaler(ActivationScaler):
     SAELens' scaler for the rows [x, y] of a transcoder. Its factor is a pair, which SAELens saves,
     loads and folds into the transcoder at the end of training as if it was a number.
     """
-
-    scaling_factor: tuple[float, float] | None  # pyright: ignore
 
     def __init__(self, d_in: int) -> None:
         """
@@ -31,11 +31,11 @@ class RowScaler(ActivationScaler):
         return acts if self.scaling_factor is None else acts / self._factors(acts)
 
     def _factors(self, rows: torch.Tensor) -> torch.Tensor:
-        assert self.scaling_factor is not None
-        of_input, of_output = self.scaling_factor
-        factors = rows.new_full((rows.shape[-1],), of_output)
-        factors[: self.d_in] = of_input
-        return factors
+        factors: Any = self.scaling_factor  # a list where it was loaded
+        of_input, of_output = factors
+        by_dimension = rows.new_full((rows.shape[-1],), of_output)
+        by_dimension[: self.d_in] = of_input
+        return by_dimension
 
     @override
     @torch.no_grad()
@@ -57,4 +57,4 @@ class RowScaler(ActivationScaler):
             width**0.5 / (norm / n_rows)
             for width, norm in zip(widths, norms.tolist(), strict=True)
         )
-        self.scaling_factor = of_input, of_output
+        self.scaling_factor = of_input, of_output  # pyright: ignore

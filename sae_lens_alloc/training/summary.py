@@ -9,6 +9,7 @@ from sae_lens.saes.sae import TrainingSAEConfig
 from sae_lens.util import str_to_dtype
 
 from sae_lens_alloc.activations.buffer_setting import contexts_in_buffer
+from sae_lens_alloc.activations.hook_names import hook_names_of
 from sae_lens_alloc.distributed.cost import Step, bytes_per_step
 from sae_lens_alloc.ops.block_encoder import block_width
 from sae_lens_alloc.saes.allocation_sae_config import AllocationTrainingSAEConfig
@@ -18,6 +19,7 @@ from sae_lens_alloc.saes.matryoshka_mutual_choice_sae import (
     MatryoshkaMutualChoiceTrainingSAEConfig,
 )
 from sae_lens_alloc.saes.mutual_choice_sae import MutualChoiceTrainingSAEConfig
+from sae_lens_alloc.saes.rows import output_width, row_width
 
 # SAELens keeps buffered activations in float32, whatever `dtype` says.
 BUFFER_ITEM_SIZE = 4
@@ -37,10 +39,10 @@ def describe_run(cfg: LanguageModelSAERunnerConfig[Any], n_ranks: int = 1) -> st
     parts = ", ".join(f"{name} {in_bytes(size)}" for name, size in memory.items())
     lines = {
         "SAE": f"{sae.architecture()}, {sae.d_in} -> {sae.d_sae} features "
-        f"({sae.d_sae / sae.d_in:g}x){_sparsity(sae)}, {sae.dtype} on {cfg.device}",
+        f"({sae.d_sae / sae.d_in:g}x){_output(sae)}{_sparsity(sae)}, {sae.dtype} on {cfg.device}",
         "processes": _processes(cfg, n_ranks),
         "schedule": _schedule(sae, steps),
-        "model": f"{cfg.model_name} at {cfg.hook_name}, contexts of {cfg.context_size} "
+        "model": f"{cfg.model_name} at {' to '.join(hook_names_of(cfg))}, contexts of {cfg.context_size} "
         f"tokens, on {cfg.llm_device}",
         "dataset": cfg.dataset_path or "(none)",
         "training": f"{cfg.training_tokens:,} tokens = {steps:,} steps of "
@@ -93,7 +95,9 @@ def estimate_memory(
     Estimates the bytes of memory that training the SAE takes in each process, without the
     language model.
 
-    With P = 2 * d_in * d_sae + d_sae + d_in parameters of s bytes each, and B tokens a step:
+    With P = 2 * d_in * d_sae + d_sae + d_in parameters of s bytes each, and B tokens a step (in a
+    transcoder, d_in + d_out takes the place of 2 * d_in and of each other d_in, b_dec has d_out
+    numbers, and W_skip d_in * d_out):
 
     - parameters, gradients: P * s each; Adam: 2 * P * s;
     - activation buffer: 2 * (buffered tokens + one batch of contexts) * d_in * 4 bytes, twice
@@ -112,15 +116,16 @@ def estimate_memory(
     """
     n_tokens = cfg.train_batch_size_tokens
     sae = cfg.sae
-    d_sae = features_of_rank(sae.d_sae, n_ranks)
-    parameters = 2 * sae.d_in * d_sae + d_sae + sae.d_in
+    d_sae, d_out = features_of_rank(sae.d_sae, n_ranks), output_width(sae) or sae.d_in
+    parameters = (sae.d_in + d_out) * d_sae + d_sae + d_out
+    parameters += sae.d_in * d_out * getattr(sae, "skip_connection", False)
     parameters *= str_to_dtype(sae.dtype).itemsize
     tokens_per_context = len(range(cfg.context_size)[slice(*cfg.seqpos_slice)])
     buffered_contexts = contexts_in_buffer(cfg) + cfg.store_batch_size_prompts
     # batches that a thread has prefetched
     waiting = int(cfg.prefetch_llm_batches) * n_tokens // n_ranks
     buffer = 2 * buffered_contexts * tokens_per_context + waiting
-    buffer *= sae.d_in * BUFFER_ITEM_SIZE
+    buffer *= row_width(sae) * BUFFER_ITEM_SIZE
     return {
         "parameters": parameters,
         "gradients": parameters,
@@ -143,7 +148,7 @@ def _step_bytes(
     k_aux = 0 if sae.aux_loss == "none" else sae.features_per_token_in_aux_loss()
     pairs = n_tokens * (k + k_aux)
     block = n_tokens * min(block_width(n_tokens, device), d_sae)
-    elements = (16 + 7 * n_nested) * n_tokens * sae.d_in + 4 * block
+    elements = (16 + 7 * n_nested) * n_tokens * row_width(sae) + 4 * block
     if device.type != "cpu":
         elements += sae.d_in * d_sae
     return 4 * elements + 64 * math.ceil(pairs)
@@ -153,6 +158,13 @@ def _n_nested(sae: TrainingSAEConfig) -> int:
     """Number of nested reconstructions beside that of all features."""
     nested = isinstance(sae, MatryoshkaMutualChoiceTrainingSAEConfig)
     return len(sae.inner_widths()) if nested else 0
+
+
+def _output(sae: TrainingSAEConfig) -> str:
+    """Where a transcoder leads, an empty string for an SAE, which leads back."""
+    d_out = output_width(sae)
+    skip = " and a skip connection" if getattr(sae, "skip_connection", False) else ""
+    return "" if d_out is None else f" -> {d_out}{skip}"
 
 
 def _sparsity(sae: TrainingSAEConfig) -> str:

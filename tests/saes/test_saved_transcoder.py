@@ -29,7 +29,7 @@ from tests.saes.transcoders import (
 
 
 def test_saved_transcoder_is_a_stock_one_that_needs_no_plugin(tmp_path: Path):
-    folders: dict[str, TrainingTranscoder[Any]] = {}
+    folders: dict[str, TrainingTranscoder] = {}
     variants: list[dict[str, Any]] = [
         {},
         {"skip_connection": True},

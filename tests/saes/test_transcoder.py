@@ -5,12 +5,15 @@ from typing import Any
 
 import pytest
 import torch
-from sae_lens.config import SAETrainerConfig
-from sae_lens.registry import SAE_TRAINING_CLASS_REGISTRY
 from sae_lens.saes.sae import TrainingSAE
 from sae_lens.training.activation_scaler import ActivationScaler
 
-from sae_lens_alloc import AllocSAETrainer, AllocSAETrainerConfig
+from sae_lens_alloc import (
+    AllocSAETrainer,
+    AllocSAETrainerConfig,
+    MutualChoiceTrainingTranscoder,
+    MutualChoiceTrainingTranscoderConfig,
+)
 from sae_lens_alloc.saes.allocation_sae import AllocationTrainingSAE
 from sae_lens_alloc.training.row_scaler import RowScaler
 from tests.saes.conftest import (
@@ -51,22 +54,20 @@ def twins(
     return sae, transcoder
 
 
-def train(sae: TrainingSAE[Any], batches: Iterator[torch.Tensor], **settings: Any):
-    steps = 30
-    cfg = AllocSAETrainerConfig(
-        **{
-            "total_training_samples": 64 * steps,
-            "train_batch_size_samples": 64,
-            "lr": 1e-2,
-            "lr_end": 1e-3,
-            "dead_feature_window": 2,
-            "n_batches_for_norm_estimate": 3,
-            **settings,
-        }
-    )
-    assert isinstance(cfg, SAETrainerConfig)
-    trainer: AllocSAETrainer[Any, Any] = AllocSAETrainer(cfg, sae, batches)
-    return trainer.fit()
+def train(
+    sae: TrainingSAE[Any], batches: Iterator[torch.Tensor], **overrides: Any
+) -> None:
+    """30 steps of our trainer."""
+    settings: dict[str, Any] = {
+        "total_training_samples": 64 * 30,
+        "train_batch_size_samples": 64,
+        "lr": 1e-2,
+        "lr_end": 1e-3,
+        "dead_feature_window": 2,
+        "n_batches_for_norm_estimate": 3,
+        **overrides,
+    }
+    AllocSAETrainer(AllocSAETrainerConfig(**settings), sae, batches).fit()
 
 
 @pytest.mark.parametrize("optimizer", ["adam", "row_sparse_adam"])
@@ -171,9 +172,12 @@ def test_skip_connection_learns_what_is_linear(architecture: str, optimizer: str
 
 
 def test_new_transcoder_has_an_encoder_of_its_own():
-    sae_class, config_class = SAE_TRAINING_CLASS_REGISTRY["mutual_choice_transcoder"]
     torch.manual_seed(0)
-    sae = sae_class(config_class(d_in=8, d_out=8, d_sae=32, k=2, skip_connection=True))
+    sae = MutualChoiceTrainingTranscoder(
+        MutualChoiceTrainingTranscoderConfig(
+            d_in=8, d_out=8, d_sae=32, k=2, skip_connection=True
+        )
+    )
     torch.testing.assert_close(sae.W_dec.norm(dim=1), torch.full((32,), 0.1))
     torch.testing.assert_close(sae.W_enc.norm(dim=0), torch.full((32,), 0.1))
     assert (sae.W_enc.T - sae.W_dec).norm() > 0.3

@@ -14,7 +14,7 @@ ARCHITECTURES = ("mutual_choice_transcoder", "feature_choice_transcoder")
 
 def make_transcoder(
     architecture: str = "mutual_choice_transcoder", **overrides: Any
-) -> TrainingTranscoder[Any]:
+) -> TrainingTranscoder:
     """
     A transcoder with random weights and decoder norms between 0.3 and 3; 8 inputs, 5 outputs, 32
     features, k 3, no auxiliary loss, no margin and one rule otherwise.
@@ -58,7 +58,7 @@ def make_rows(
     return torch.cat([x, (x @ mixing).relu() + 1], dim=1)
 
 
-def stepped_transcoder(architecture: str, **overrides: Any) -> TrainingTranscoder[Any]:
+def stepped_transcoder(architecture: str, **overrides: Any) -> TrainingTranscoder:
     """A transcoder whose statistics have seen a few batches; its weights stay as they are."""
     sae = make_transcoder(architecture, **overrides)
     for step in range(30):
