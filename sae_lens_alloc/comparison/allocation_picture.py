@@ -16,6 +16,7 @@ from sae_lens_alloc.comparison.cell import cell_folder, sae_folder
 from sae_lens_alloc.comparison.config import ComparisonConfig
 from sae_lens_alloc.comparison.results import middle_k
 from sae_lens_alloc.comparison.stream import StoredStream
+from sae_lens_alloc.saes.rows import encoded_and_target
 from sae_lens_alloc.saes.saved_sae import load_sae
 
 N_TOKENS, N_FEATURES = 40, 40
@@ -31,12 +32,12 @@ def allocation_picture(sae: SAE[Any], activations: torch.Tensor) -> dict[str, An
     Args:
         sae: A saved SAE with decoder norms folded in, so that its pre-activations are
             affinities.
-        activations: Activations of successive tokens, shape (T, d_in).
+        activations: Activations of successive tokens, shape (T, d_in), or a transcoder's rows.
 
     Returns:
         By rule, the affinities of the active pairs, tokens x features, 0 where inactive.
     """
-    tokens = activations[:N_TOKENS].to(sae.device)
+    tokens, _ = encoded_and_target(sae.cfg, activations[:N_TOKENS].to(sae.device))
     active = sae.encode(tokens).to_dense()
     features = active.sum(0).argsort(descending=True, stable=True)[:N_FEATURES]
     x = sae.process_sae_in(tokens)
@@ -99,7 +100,7 @@ def shown_allocation(
     ours = [
         (row, folder)
         for row, folder in here
-        if config.rows[row]["architecture"] == "mutual_choice"
+        if config.rows[row]["architecture"].startswith("mutual_choice")
     ]
     picture = None if earlier is None else earlier["allocation"]
     if stream is None or not here or (picture is not None and not ours):

@@ -10,6 +10,7 @@ from typing import Any, Literal, get_type_hints
 
 from sae_lens.config import LanguageModelSAERunnerConfig
 
+from sae_lens_alloc.comparison import reference_transcoders
 from sae_lens_alloc.comparison.cell import Cell
 from sae_lens_alloc.config.run_file import (
     check_choice,
@@ -25,6 +26,8 @@ GRID_KEYS = {
     "sae.k": "compare.k",
     "sae.architecture": "compare.rows",
 }
+# The activations depend on these.
+WIDTHS = ("d_in", "d_out")
 # What a row may set for itself besides its SAE.
 ROW_KEYS = ("lr", "seeds", "optimizer")
 # A comparison has an output folder of its own, and is resumed cell by cell.
@@ -32,6 +35,9 @@ UNUSED_KEYS = (
     *("output_path", "checkpoint_path", "n_checkpoints", "save_final_checkpoint"),
     *("resume_from_checkpoint", "from_pretrained_path", "logger", "verbose"),
 )
+
+# registered, so that a row may name them
+assert reference_transcoders
 
 
 @dataclass(frozen=True)
@@ -113,7 +119,9 @@ class ComparisonConfig:
         """The settings that the activations depend on."""
         return {
             **{key: value for key, value in self.shared.items() if key != "sae"},
-            "d_in": self.shared["sae"]["d_in"],
+            **{
+                key: value for key, value in self.shared["sae"].items() if key in WIDTHS
+            },
             "heldout_path": self.heldout_path,
             "synthetic": self.synthetic,
             "eval_samples": self.eval_samples,

@@ -6,7 +6,7 @@ import torch
 from sae_lens import SAE
 from sae_lens.saes.gated_sae import GatedSAE
 from sae_lens.saes.standard_sae import StandardSAE
-from sae_lens.saes.topk_sae import TopKSAE
+from sae_lens.saes.topk_sae import TopKSAE, TopKTrainingSAE
 
 from sae_lens_alloc.ops.block_encoder import Encoder
 from sae_lens_alloc.thresholds.factor import Thresholded, set_l0, threshold_factor
@@ -34,7 +34,7 @@ def at_l0(sae: SAE[Any], activations: torch.Tensor, target_l0: float) -> SAE[Any
             raising them takes features away from a token, lowering them to 0 gives a standard
             or gated SAE no more than its own.
     """
-    if isinstance(sae, TopKSAE):
+    if isinstance(sae, TopKSAE | TopKTrainingSAE):
         return sae
     if isinstance(sae, Thresholded):
         set_l0(sae, activations, target_l0)

@@ -22,7 +22,6 @@ from sae_lens_alloc.config.run_config import uses_cuda_graph
 from sae_lens_alloc.saes.allocation_sae import AllocationTrainingSAE
 from sae_lens_alloc.saes.mutual_choice_sae import with_schedule
 from sae_lens_alloc.saes.rows import output_width, row_width
-from sae_lens_alloc.saes.transcoder_config import TranscoderTrainingConfig
 from sae_lens_alloc.training.checkpointing_trainer import CheckpointingTrainer
 from sae_lens_alloc.training.held_out import held_out_metrics
 from sae_lens_alloc.training.metrics_file import append_row
@@ -84,12 +83,13 @@ class AllocSAETrainer(CheckpointingTrainer[T_TRAINING_SAE, T_TRAINING_SAE_CONFIG
                 f"iter(batches), got {type(data_provider).__name__}."
             )
         sae.cfg = with_schedule(sae.cfg, cfg.total_training_steps)
-        if isinstance(sae.cfg, TranscoderTrainingConfig):
+        is_transcoder = output_width(sae.cfg) is not None
+        if is_transcoder:
             evaluator = (
                 None  # SAELens' replaces what is encoded by what is reconstructed
             )
         super().__init__(cfg, sae, data_provider, evaluator, save_checkpoint_fn)
-        if isinstance(sae.cfg, TranscoderTrainingConfig):
+        if is_transcoder:
             self.activation_scaler = RowScaler(sae.cfg.d_in)
         # SAELens made its own, which has not stepped
         self.optimizer = make_optimizer(cfg, sae)

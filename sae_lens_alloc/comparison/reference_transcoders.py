@@ -1,0 +1,127 @@
+"""
+What transcoders are compared with: SAELens' TopK and BatchTopK, with another output than their
+input. SAELens itself can train neither.
+"""
+
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from sae_lens import BatchTopKTrainingSAE, BatchTopKTrainingSAEConfig
+from sae_lens.registry import (
+    SAE_TRAINING_CLASS_REGISTRY,
+    register_sae_training_class,
+)
+from sae_lens.saes.sae import (
+    SAEConfig,
+    TrainingSAE,
+    TrainStepInput,
+    TrainStepOutput,
+)
+from sae_lens.saes.topk_sae import TopKTrainingSAE, TopKTrainingSAEConfig
+from sae_lens.saes.transcoder import JumpReLUTranscoderConfig, TranscoderConfig
+from torch import nn
+from typing_extensions import override
+
+from sae_lens_alloc.saes.initial_weights import initial_rows
+from sae_lens_alloc.saes.rows import encoded_and_target
+
+
+@dataclass
+class TopKTranscoderConfig(TopKTrainingSAEConfig):
+    """SAELens' TopK with an output of `d_out` dimensions."""
+
+    d_out: int = field(kw_only=True)
+    apply_b_dec_to_input: bool = False
+
+    @override
+    @classmethod
+    def architecture(cls) -> str:
+        return "topk_transcoder"
+
+    @override
+    def get_inference_config_class(self) -> type[SAEConfig]:
+        return TranscoderConfig
+
+
+@dataclass
+class BatchTopKTranscoderConfig(BatchTopKTrainingSAEConfig):
+    """SAELens' BatchTopK with an output of `d_out` dimensions."""
+
+    d_out: int = field(kw_only=True)
+    apply_b_dec_to_input: bool = False
+
+    @override
+    @classmethod
+    def architecture(cls) -> str:
+        return "batchtopk_transcoder"
+
+    @override
+    def get_inference_config_class(self) -> type[SAEConfig]:
+        return JumpReLUTranscoderConfig
+
+
+class _OtherOutput(TrainingSAE[Any]):
+    """
+    Comes behind SAELens' class in the bases, in place of what all its training SAEs share: rows
+    [x, y] are trained on, with the initial weights of our transcoders.
+    """
+
+    @override
+    def initialize_weights(self) -> None:
+        cfg = self.cfg
+        W_dec = initial_rows(torch.empty(cfg.d_sae, cfg.d_out, device=self.device), cfg)
+        W_enc = initial_rows(torch.empty(cfg.d_sae, cfg.d_in, device=self.device), cfg)
+        self.W_dec = nn.Parameter(W_dec)
+        self.W_enc = nn.Parameter(W_enc.T.contiguous())
+        self.b_dec = nn.Parameter(torch.zeros(cfg.d_out, device=self.device))
+
+    @override
+    def process_sae_in(self, sae_in: torch.Tensor) -> torch.Tensor:
+        return self.hook_sae_input(sae_in)
+
+    @override
+    def training_forward_pass(self, step_input: TrainStepInput) -> TrainStepOutput:
+        x, y = encoded_and_target(self.cfg, step_input.sae_in)
+        feature_acts, hidden_pre = self.encode_with_hidden_pre(x)
+        sae_out = self.decode(feature_acts)
+        auxiliary = self.calculate_aux_loss(
+            replace(step_input, sae_in=y), feature_acts, hidden_pre, sae_out
+        )
+        assert isinstance(auxiliary, dict)
+        mse_loss = self.mse_loss_fn(sae_out, y).sum(dim=-1).mean()
+        losses = {"mse_loss": mse_loss, **auxiliary}
+        return TrainStepOutput(
+            sae_in=y,
+            sae_out=sae_out,
+            feature_acts=feature_acts,
+            hidden_pre=hidden_pre,
+            loss=torch.stack(list(losses.values())).sum(),
+            losses=losses,
+        )
+
+
+class TopKTranscoder(TopKTrainingSAE, _OtherOutput):
+    """
+    A transcoder with k features for each token. SAELens has no such class for inference, so it is
+    kept as it was trained.
+    """
+
+    @override
+    def save_inference_model(self, path: str | Path) -> tuple[Path, Path]:
+        return self.save_model(path)
+
+
+class BatchTopKTranscoder(BatchTopKTrainingSAE, _OtherOutput):
+    """A transcoder with k features for each token on average over a batch."""
+
+
+for _sae_class, _config_class in (
+    (TopKTranscoder, TopKTranscoderConfig),
+    (BatchTopKTranscoder, BatchTopKTranscoderConfig),
+):
+    if _config_class.architecture() not in SAE_TRAINING_CLASS_REGISTRY:
+        register_sae_training_class(
+            _config_class.architecture(), _sae_class, _config_class
+        )
