@@ -13,7 +13,9 @@ try:
         TopKTrainingSAE,
     )
     from sae_lens.registry import (
+        SAE_CLASS_REGISTRY,
         SAE_TRAINING_CLASS_REGISTRY,
+        register_sae_class,
         register_sae_training_class,
     )
 
@@ -47,6 +49,14 @@ try:
     from sae_lens_alloc.saes.mutual_choice_transcoder import (
         MutualChoiceTrainingTranscoder,
         MutualChoiceTrainingTranscoderConfig,
+    )
+    from sae_lens_alloc.saes.reference_transcoders import (
+        BatchTopKTrainingTranscoder,
+        BatchTopKTrainingTranscoderConfig,
+        TopKTrainingTranscoder,
+        TopKTrainingTranscoderConfig,
+        TopKTranscoder,
+        TopKTranscoderConfig,
     )
     from sae_lens_alloc.saes.with_aux_zipf import with_aux_zipf
     from sae_lens_alloc.thresholds.calibration import (
@@ -93,12 +103,18 @@ __all__ = [
 
 def _register() -> None:
     """Registers our architectures with SAELens; importing or reloading twice is harmless."""
+    if TopKTranscoderConfig.architecture() not in SAE_CLASS_REGISTRY:
+        register_sae_class(
+            TopKTranscoderConfig.architecture(), TopKTranscoder, TopKTranscoderConfig
+        )
     for sae_class, config_class in (
         (MutualChoiceTrainingSAE, MutualChoiceTrainingSAEConfig),
         (FeatureChoiceTrainingSAE, FeatureChoiceTrainingSAEConfig),
         (MatryoshkaMutualChoiceTrainingSAE, MatryoshkaMutualChoiceTrainingSAEConfig),
         (MutualChoiceTrainingTranscoder, MutualChoiceTrainingTranscoderConfig),
         (FeatureChoiceTrainingTranscoder, FeatureChoiceTrainingTranscoderConfig),
+        (TopKTrainingTranscoder, TopKTrainingTranscoderConfig),
+        (BatchTopKTrainingTranscoder, BatchTopKTrainingTranscoderConfig),
     ):
         name = config_class.architecture()
         registered = SAE_TRAINING_CLASS_REGISTRY.get(name)

@@ -10,7 +10,6 @@ from typing import Any, Literal, get_type_hints
 
 from sae_lens.config import LanguageModelSAERunnerConfig
 
-from sae_lens_alloc.comparison import reference_transcoders
 from sae_lens_alloc.comparison.cell import Cell
 from sae_lens_alloc.config.run_file import (
     check_choice,
@@ -35,9 +34,6 @@ UNUSED_KEYS = (
     *("output_path", "checkpoint_path", "n_checkpoints", "save_final_checkpoint"),
     *("resume_from_checkpoint", "from_pretrained_path", "logger", "verbose"),
 )
-
-# registered, so that a row may name them
-assert reference_transcoders
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from sae_lens.saes.sae import TrainingSAE
 from torch import nn
 
 from sae_lens_alloc.saes.allocation_sae import AllocationTrainingSAE
-from sae_lens_alloc.saes.checkpoint_weights import feature_rows
+from sae_lens_alloc.saes.checkpoint_weights import feature_rows, is_by_feature
 
 
 class InferenceBlocks:
@@ -39,7 +39,7 @@ class InferenceBlocks:
         sae, view = self._sae, self._view
         for name, weight in sae.named_parameters():
             part = weight.data
-            if name != "b_dec":
+            if is_by_feature(name):
                 rows = feature_rows(name, part)[features]
                 part = feature_rows(name, rows)
             setattr(view, name, nn.Parameter(part))

@@ -6,9 +6,10 @@ import torch
 from sae_lens import SAE
 from sae_lens.saes.gated_sae import GatedSAE
 from sae_lens.saes.standard_sae import StandardSAE
-from sae_lens.saes.topk_sae import TopKSAE, TopKTrainingSAE
+from sae_lens.saes.topk_sae import TopKSAE
 
 from sae_lens_alloc.ops.block_encoder import Encoder
+from sae_lens_alloc.saes.reference_transcoders import TopKTranscoder
 from sae_lens_alloc.thresholds.factor import Thresholded, set_l0, threshold_factor
 from sae_lens_alloc.thresholds.jumprelu_form import jumprelu_form
 
@@ -18,7 +19,7 @@ def at_l0(sae: SAE[Any], activations: torch.Tensor, target_l0: float) -> SAE[Any
     """
     The SAE with `target_l0` features per token on the given activations.
 
-    - topk keeps its own rule, which gives every token its k.
+    - topk (and topk_transcoder) keeps its own rule, which gives every token its k.
     - jumprelu (as batchtopk, matryoshka and our own are saved) and jumprelu_transcoder: all
       thresholds are multiplied by one factor.
     - standard becomes a jumprelu with one threshold on activation * decoder norm.
@@ -34,7 +35,7 @@ def at_l0(sae: SAE[Any], activations: torch.Tensor, target_l0: float) -> SAE[Any
             raising them takes features away from a token, lowering them to 0 gives a standard
             or gated SAE no more than its own.
     """
-    if isinstance(sae, TopKSAE | TopKTrainingSAE):
+    if isinstance(sae, TopKSAE | TopKTranscoder):
         return sae
     if isinstance(sae, Thresholded):
         set_l0(sae, activations, target_l0)

@@ -31,7 +31,6 @@ from sae_lens_alloc.training.trainer import AllocSAETrainer
 from tests.distributed.processes import on_ranks
 from tests.distributed.test_feature_shard import RankOf
 from tests.distributed.test_training_over_ranks import (
-    D_IN,
     N_STEPS,
     Run,
     batches,
@@ -45,6 +44,7 @@ RUNS = [
     Run("timed", optimizer="row_sparse_adam"),
     Run("nested"),
     Run("scaled"),
+    Run("transcoder"),
 ]
 N_ESTIMATED = 5  # batches that the scaling factor is estimated from
 # Ends of the stages, each by another number of ranks; the first has as many again.
@@ -60,7 +60,9 @@ def new_trainer(ranks: Ranks, run: Run, first: int) -> AllocSAETrainer[Any, Any]
     kind = AllocSAETrainer if ranks.is_alone else ShardedSAETrainer
     trainer = kind(trainer_config(run), sae, data)
     if is_scaled and first == 0:
-        trainer.activation_scaler.estimate_scaling_factor(D_IN, data, N_ESTIMATED)
+        trainer.activation_scaler.estimate_scaling_factor(
+            sae.cfg.d_in, data, N_ESTIMATED
+        )
     return trainer
 
 

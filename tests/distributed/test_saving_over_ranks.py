@@ -14,7 +14,10 @@ import torch
 from sae_lens.constants import SAE_WEIGHTS_FILENAME
 from sae_lens.saes.sae import SAE, TrainingSAE
 
-from sae_lens_alloc import MutualChoiceTrainingSAEConfig
+from sae_lens_alloc import (
+    MutualChoiceTrainingSAEConfig,
+    MutualChoiceTrainingTranscoderConfig,
+)
 from sae_lens_alloc.distributed import stored_tensors
 from sae_lens_alloc.distributed.feature_shard import FeatureShard
 from sae_lens_alloc.distributed.ranks import ALONE, Ranks
@@ -30,18 +33,24 @@ FILES = (SAE_WEIGHTS_FILENAME, "cfg.json", "sparsity.safetensors", "runner_cfg.j
 
 
 def random_sae(number: int) -> Any:
-    """A whole SAE of any sizes and dtype, with weights and thresholds."""
+    """A whole SAE or transcoder of any sizes and dtype, with weights and thresholds."""
     draw = random.Random(number)
     torch.manual_seed(number)
-    cfg = MutualChoiceTrainingSAEConfig(
-        d_in=draw.randint(1, 5),
-        d_sae=draw.randint(300, 2500),
-        k=2,
-        feature_choice_steps=0,
-        aux_loss="none",
-        rescale_acts_by_decoder_norm=draw.choice([True, False]),
-        dtype=draw.choice(["float32", "bfloat16", "float16", "float64"]),
-    )
+    settings: dict[str, Any] = {
+        "d_in": draw.randint(1, 5),
+        "d_sae": draw.randint(300, 2500),
+        "k": 2,
+        "feature_choice_steps": 0,
+        "aux_loss": "none",
+        "rescale_acts_by_decoder_norm": draw.choice([True, False]),
+        "dtype": draw.choice(["float32", "bfloat16", "float16", "float64"]),
+    }
+    cfg = MutualChoiceTrainingSAEConfig(**settings)
+    if number % 2:
+        d_out, skip = draw.randint(1, 5), draw.choice([True, False])
+        cfg = MutualChoiceTrainingTranscoderConfig(
+            **settings, d_out=d_out, skip_connection=skip
+        )
     sae: Any = TrainingSAE.from_dict(cfg.to_dict())
     for weight in sae.parameters():
         weight.data.copy_(torch.randn(weight.shape))

@@ -17,6 +17,7 @@ from sae_lens_alloc.distributed.ranks import Ranks
 from sae_lens_alloc.ops import encode_select, topk_selection
 from sae_lens_alloc.ops.backend import BACKEND_VARIABLE
 from sae_lens_alloc.saes.sharding import new_shard
+from sae_lens_alloc.saes.weight_names import OF_NO_FEATURE
 from sae_lens_alloc.thresholds.calibration import calibrate_thresholds
 from sae_lens_alloc.training.held_out import held_out_metrics
 from sae_lens_alloc.training.sharded_trainer import ShardedSAETrainer
@@ -57,6 +58,18 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "apply_b_dec_to_input": False,
         "aux_loss": "aux_k",
         "k_aux": 3,
+    },
+    # of the same batches: seven numbers of input and five of output
+    "transcoder": {
+        "architecture": "mutual_choice_transcoder",
+        **{"d_in": 7, "d_out": 5, "skip_connection": True},
+        "feature_choice_steps": 5,
+        "normalize_activations": "expected_average_only_in",
+    },
+    "feature_choice_transcoder": {
+        "architecture": "feature_choice_transcoder",
+        **{"d_in": 7, "d_out": 5},
+        "normalize_activations": "layer_norm",
     },
     "triton": {"architecture": "mutual_choice", "feature_choice_steps": 1},
     "triton_nested": {
@@ -135,7 +148,11 @@ def state_of(sae: Any, shard: FeatureShard) -> dict[str, torch.Tensor]:
         "W_enc": shard.gather(sae.W_enc.data.T.contiguous()).T.contiguous(),
         "W_dec": shard.gather(sae.W_dec.data),
         "b_enc": shard.gather(sae.b_enc.data),
-        "b_dec": sae.b_dec.data,
+        **{
+            name: getattr(sae, name).data
+            for name in OF_NO_FEATURE
+            if hasattr(sae, name)
+        },
     }
     for key, buffer in sae.allocation.named_buffers():
         own = buffer.float()
@@ -180,6 +197,7 @@ class Run:
 RUNS = [
     *(Run(name) for name in SETTINGS if not name.startswith("triton")),
     Run("recipe", optimizer="row_sparse_adam"),
+    Run("transcoder", optimizer="row_sparse_adam"),
     Run("recipe", asks_once=True),
     Run("nested", asks_once=True),
     Run("recipe", autocast=True),
@@ -214,7 +232,7 @@ def train(ranks: Ranks, run: Run) -> dict[str, Any]:
     found: dict[str, Any] = {"states": {0: state_of(sae, shard)}}
     if sae.cfg.normalize_activations == "expected_average_only_in":
         scaler = trainer.activation_scaler
-        scaler.estimate_scaling_factor(D_IN, trainer.data_provider, 5)
+        scaler.estimate_scaling_factor(sae.cfg.d_in, trainer.data_provider, 5)
     for step in range(run.n_steps):
         trainer.maybe_reset_sparsity()
         output = trainer.step(next(trainer.data_provider))

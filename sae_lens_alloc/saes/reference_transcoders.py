@@ -1,26 +1,26 @@
 """
-What transcoders are compared with: SAELens' TopK and BatchTopK, with another output than their
+What our transcoders are compared with: SAELens' TopK and BatchTopK, with another output than their
 input. SAELens itself can train neither.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
 import torch
 from sae_lens import BatchTopKTrainingSAE, BatchTopKTrainingSAEConfig
-from sae_lens.registry import (
-    SAE_TRAINING_CLASS_REGISTRY,
-    register_sae_training_class,
-)
 from sae_lens.saes.sae import (
     SAEConfig,
     TrainingSAE,
     TrainStepInput,
     TrainStepOutput,
 )
-from sae_lens.saes.topk_sae import TopKTrainingSAE, TopKTrainingSAEConfig
-from sae_lens.saes.transcoder import JumpReLUTranscoderConfig, TranscoderConfig
+from sae_lens.saes.topk_sae import TopK, TopKTrainingSAE, TopKTrainingSAEConfig
+from sae_lens.saes.transcoder import (
+    JumpReLUTranscoderConfig,
+    Transcoder,
+    TranscoderConfig,
+)
 from torch import nn
 from typing_extensions import override
 
@@ -29,7 +29,29 @@ from sae_lens_alloc.saes.rows import encoded_and_target
 
 
 @dataclass
-class TopKTranscoderConfig(TopKTrainingSAEConfig):
+class TopKTranscoderConfig(TranscoderConfig):
+    """A transcoder with k features for each token, which SAELens does not have."""
+
+    k: int = 100
+
+    @override
+    @classmethod
+    def architecture(cls) -> str:
+        return "topk_transcoder"
+
+
+class TopKTranscoder(Transcoder):
+    """A transcoder with k features for each token. Its decoder norms are folded in."""
+
+    cfg: TopKTranscoderConfig  # type: ignore[assignment]
+
+    @override
+    def get_activation_fn(self) -> Callable[[torch.Tensor], torch.Tensor]:
+        return TopK(self.cfg.k)
+
+
+@dataclass
+class TopKTrainingTranscoderConfig(TopKTrainingSAEConfig):
     """SAELens' TopK with an output of `d_out` dimensions."""
 
     d_out: int = field(kw_only=True)
@@ -42,11 +64,11 @@ class TopKTranscoderConfig(TopKTrainingSAEConfig):
 
     @override
     def get_inference_config_class(self) -> type[SAEConfig]:
-        return TranscoderConfig
+        return TopKTranscoderConfig
 
 
 @dataclass
-class BatchTopKTranscoderConfig(BatchTopKTrainingSAEConfig):
+class BatchTopKTrainingTranscoderConfig(BatchTopKTrainingSAEConfig):
     """SAELens' BatchTopK with an output of `d_out` dimensions."""
 
     d_out: int = field(kw_only=True)
@@ -102,26 +124,15 @@ class _OtherOutput(TrainingSAE[Any]):
         )
 
 
-class TopKTranscoder(TopKTrainingSAE, _OtherOutput):
+class TopKTrainingTranscoder(TopKTrainingSAE, _OtherOutput):
     """
-    A transcoder with k features for each token. SAELens has no such class for inference, so it is
-    kept as it was trained.
+    Trains a transcoder with k features for each token. SAELens has no such class for inference,
+    so that what is saved needs this package.
     """
 
-    @override
-    def save_inference_model(self, path: str | Path) -> tuple[Path, Path]:
-        return self.save_model(path)
 
-
-class BatchTopKTranscoder(BatchTopKTrainingSAE, _OtherOutput):
-    """A transcoder with k features for each token on average over a batch."""
-
-
-for _sae_class, _config_class in (
-    (TopKTranscoder, TopKTranscoderConfig),
-    (BatchTopKTranscoder, BatchTopKTranscoderConfig),
-):
-    if _config_class.architecture() not in SAE_TRAINING_CLASS_REGISTRY:
-        register_sae_training_class(
-            _config_class.architecture(), _sae_class, _config_class
-        )
+class BatchTopKTrainingTranscoder(BatchTopKTrainingSAE, _OtherOutput):
+    """
+    Trains a transcoder with k features for each token on average over a batch. It is saved as
+    SAELens' `jumprelu_transcoder`.
+    """
