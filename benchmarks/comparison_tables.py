@@ -6,8 +6,17 @@ from typing import Any
 
 from sae_lens_alloc.comparison.results import numbers_of_seeds
 from sae_lens_alloc.config.run_file import sae_config_class
+from sae_lens_alloc.saes.reference_transcoders import (
+    BatchTopKTrainingTranscoderConfig,
+    TopKTrainingTranscoderConfig,
+)
 
 Results = dict[str, Any]
+
+REFERENCES = (
+    TopKTrainingTranscoderConfig.architecture(),
+    BatchTopKTrainingTranscoderConfig.architecture(),
+)
 
 SHARED = {
     "variance explained": ("explained_variance", ".4f"),
@@ -30,8 +39,8 @@ COUNTS = {
     "rare (< 1e-4)": ("rare_features", ",.0f"),
 }
 COST = {"training (s)": ("seconds", ",.0f")}
-# The row of ours that must be trained at a k before the tables show it.
-RECIPE = "mutual_choice"
+# The rows of ours of which one must be trained at a k before the tables show it.
+RECIPES = ("mutual_choice", "mutual_choice_transcoder")
 
 
 def compared_on(results: Results, command: str) -> str:
@@ -81,18 +90,23 @@ def experiment_table(results: Results, rows: Sequence[str]) -> str:
 
 
 def stock_rows(results: Results) -> dict[str, str]:
-    """The rows whose architecture is SAELens' own, with their architectures."""
+    """
+    The rows whose architecture is SAELens' own, if only for another output than the input, with
+    their architectures.
+    """
     return {
         row: sae["architecture"]
         for row, sae in results["settings"]["compare"]["rows"].items()
         if sae_config_class(sae["architecture"]).__module__.startswith("sae_lens.")
+        or sae["architecture"] in REFERENCES
     }
 
 
 def finished_ks(results: Results) -> list[float]:
     """The k at which SAELens' architectures and the recipe are trained, if only with one seed."""
     stock = stock_rows(results)
-    needed = {RECIPE, *stock.values()}
+    rows = results["settings"]["compare"]["rows"]
+    needed = {*(row for row in RECIPES if row in rows), *stock.values()}
     return [
         k
         for k in results["settings"]["compare"]["k"]

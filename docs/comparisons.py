@@ -83,6 +83,7 @@ COMPARISONS = {
     name: RESULTS / f"{name}.json"
     for name in ("compare_demo", "compare_synthetic_small", "compare_synthetic_2k")
 }
+TRANSCODERS = RESULTS / "compare_transcoders_demo.json"
 # the rows of ours whose lead is told
 LEADS = (
     ("compare_demo", "mutual_choice"),
@@ -117,6 +118,26 @@ def comparison_parts() -> dict[str, str]:
             measured[name], row
         )
     return parts
+
+
+def transcoder_parts() -> dict[str, str]:
+    """The tables of docs/transcoders.md, or that there are none yet."""
+    command = "sae-lens-alloc compare configs/compare_transcoders_demo.yaml"
+    if not TRANSCODERS.exists():
+        missing = f"Not measured yet. `{command}` writes the figures."
+        return {
+            "transcoders on": missing,
+            "transcoders lead": "",
+            "transcoders all": "",
+        }
+    results = json.loads(TRANSCODERS.read_text())
+    return {
+        "transcoders on": comparison_tables.compared_on(results, command),
+        "transcoders lead": comparison_tables.lead_table(
+            results, "mutual_choice_transcoder"
+        ),
+        "transcoders all": comparison_tables.all_rows(results),
+    }
 
 
 def compared_on(name: str, results: dict[str, Any]) -> str:

@@ -3,9 +3,9 @@ Writes what the documents take from code and from result files, so that no figur
 
     python docs/render.py           rewrites docs/config.md, the marked parts of README.md,
                                     docs/performance.md, docs/fine-tuning.md,
-                                    docs/experiments.md, docs/results.md, docs/faults.md,
-                                    docs/host-tests.md and docs/distributed.md, and their
-                                    pictures
+                                    docs/experiments.md, docs/results.md,
+                                    docs/transcoders.md, docs/faults.md, docs/host-tests.md
+                                    and docs/distributed.md, and their pictures
     python docs/render.py --check   exits with 1 if they are not up to date
 
 Drawing a picture needs kaleido and a Chrome or Chromium; only new measurements need it.
@@ -18,7 +18,13 @@ from pathlib import Path
 from benchmarks import tables
 from benchmarks.gpu.tables import section_of
 from benchmarks.plot import comparison, continuations, draw, growth, is_drawn_from
-from docs.comparisons import COMPARISONS, comparison_parts, experiment_parts
+from docs.comparisons import (
+    COMPARISONS,
+    TRANSCODERS,
+    comparison_parts,
+    experiment_parts,
+    transcoder_parts,
+)
 from docs.measured import (
     FINE_TUNING,
     demo_table,
@@ -45,6 +51,9 @@ PICTURES = {
     DOCS / "images" / "fine_tuning.svg": (FINE_TUNING, continuations),
     DOCS / "images" / "compare_demo.svg": (COMPARISONS["compare_demo"], comparison),
 }
+if TRANSCODERS.exists():
+    picture = DOCS / "images" / "compare_transcoders_demo.svg"
+    PICTURES[picture] = (TRANSCODERS, comparison)
 
 
 def main() -> None:
@@ -57,6 +66,7 @@ def main() -> None:
             "timed switch": timed_switch_table(),
         },
         DOCS / "results.md": comparison_parts(),
+        DOCS / "transcoders.md": transcoder_parts(),
         DOCS / "faults.md": {"faults": faults_table()},
         DOCS / "host-tests.md": host_tests_parts(),
         DOCS / "distributed.md": {

@@ -6,7 +6,10 @@ from typing import Any
 from docstring_parser import parse
 from sae_lens.saes.sae import TrainingSAEConfig
 
-from sae_lens_alloc.config.run_config import AllocSAETrainerConfig
+from sae_lens_alloc.config.run_config import (
+    AllocSAERunnerConfig,
+    AllocSAETrainerConfig,
+)
 from sae_lens_alloc.saes.allocation_sae_config import AllocationTrainingSAEConfig
 from sae_lens_alloc.saes.auxiliary_loss import AuxiliaryLossTrainingSAEConfig
 from sae_lens_alloc.saes.feature_choice_sae import FeatureChoiceTrainingSAEConfig
@@ -14,6 +17,7 @@ from sae_lens_alloc.saes.matryoshka_mutual_choice_sae import (
     MatryoshkaMutualChoiceTrainingSAEConfig,
 )
 from sae_lens_alloc.saes.mutual_choice_sae import MutualChoiceTrainingSAEConfig
+from sae_lens_alloc.saes.transcoder_config import TranscoderTrainingConfig
 
 
 def config_reference() -> str:
@@ -37,7 +41,7 @@ def config_reference() -> str:
         "config classes. The other keys of a YAML config are those of SAELens' "
         "`LanguageModelSAERunnerConfig`, "
         "[with a few differences](checks.md#where-the-keys-differ-from-saelens), and "
-        "[two of ours](#the-run). `python docs/render.py` writes this page from the docstrings.\n",
+        "[three of ours](#the-run). `python docs/render.py` writes this page from the docstrings.\n",
         "## Common to all three architectures\n",
         "`mutual_choice`, `matryoshka_mutual_choice` and `feature_choice` have these fields:\n",
         _field_table(AllocationTrainingSAEConfig, shared),
@@ -51,6 +55,13 @@ def config_reference() -> str:
         ),
         "## `feature_choice`\n",
         _field_table(FeatureChoiceTrainingSAEConfig, own - shared),
+        "## `mutual_choice_transcoder`, `feature_choice_transcoder`\n",
+        "The fields of `mutual_choice` or `feature_choice`, with these differences and additions "
+        "([transcoders](transcoders.md)):\n",
+        _field_table(
+            TranscoderTrainingConfig,
+            {"d_out", "skip_connection", "apply_b_dec_to_input"},
+        ),
         "## `batchtopk_aux_zipf`, `gated_aux_zipf`, `jumprelu_aux_zipf`, "
         "`matryoshka_batchtopk_aux_zipf`, `standard_aux_zipf`, `topk_aux_zipf`\n",
         "The fields of SAELens' own architecture and:\n",
@@ -60,6 +71,8 @@ def config_reference() -> str:
         "`AllocSAERunnerConfig`, for `AllocSAETrainingRunner`, and to `AllocSAETrainerConfig`, for "
         "`AllocSAETrainer`. Runner and trainer accept SAELens' own configs, too.\n",
         _field_table(AllocSAETrainerConfig, {"optimizer", "cuda_graph"}),
+        "And of `AllocSAERunnerConfig` alone:\n",
+        _field_table(AllocSAERunnerConfig, {"hook_name_out"}),
     ]
     return "\n".join(sections)
 

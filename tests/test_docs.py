@@ -9,11 +9,20 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 from sae_lens import LanguageModelSAERunnerConfig
+from safetensors.torch import load_file
 
-from sae_lens_alloc import MutualChoiceTrainingSAEConfig, load_runner_config
+from sae_lens_alloc import (
+    AllocSAERunnerConfig,
+    AllocSAETrainingRunner,
+    MutualChoiceTrainingSAEConfig,
+    MutualChoiceTrainingTranscoderConfig,
+    load_runner_config,
+)
 from sae_lens_alloc.demo.methods import CORPUS, HERE
+from sae_lens_alloc.training import runner as runner_module
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "sae_lens_alloc"
@@ -67,6 +76,49 @@ def test_python_in_the_readme_and_in_inference_runs(
     exec(inference_code, names)
     assert names["sae"].cfg.architecture() == "jumprelu"
     assert names["sae"].cfg.metadata.calibration["target_l0"] == 8
+
+
+def test_python_in_the_page_of_transcoders_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    cfg = load_runner_config(
+        ROOT / "configs" / "transcoder_demo.yaml",
+        [
+            *(f"model_name={HERE / 'model'}", f"dataset_path={CORPUS}"),
+            *("training_tokens=4096", "n_batches_in_buffer=16"),
+            *("sae.d_sae=256", "sae.skip_connection=true"),
+        ],
+    )
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(runner_module, "CALIBRATION_TOKENS", 1024)
+    AllocSAETrainingRunner(cfg).run()
+    names: dict[str, Any] = {}
+    for code in code_blocks(ROOT / "docs" / "transcoders.md", "python"):
+        exec(code, names)
+    # what circuit-tracer makes of the tensors: pre-activations by nn.functional.linear, a JumpReLU,
+    # the decoder, and the skip connection
+    tensors = load_file("layer_2.safetensors")
+    assert {name: tuple(tensor.shape) for name, tensor in tensors.items()} == {
+        "W_enc": (256, 192),
+        "b_enc": (256,),
+        "W_dec": (256, 192),
+        "b_dec": (192,),
+        "W_skip": (192, 192),
+        "activation_function.threshold": (256,),
+    }
+    x = torch.randn(50, 192, generator=torch.Generator().manual_seed(0))
+    pre_acts = torch.nn.functional.linear(x, tensors["W_enc"], tensors["b_enc"])
+    acts = pre_acts * (pre_acts > tensors["activation_function.threshold"])
+    out = acts @ tensors["W_dec"] + tensors["b_dec"] + x @ tensors["W_skip"].T
+    torch.testing.assert_close(out, names["transcoder"](x), rtol=1e-4, atol=1e-4)
+
+
+def test_yaml_in_the_page_of_transcoders_names_real_fields():
+    (block,) = code_blocks(ROOT / "docs" / "transcoders.md", "yaml")
+    settings = yaml.safe_load(block)
+    valid = {field.name for field in fields(MutualChoiceTrainingTranscoderConfig)}
+    assert set(settings.pop("sae")) - {"architecture"} <= valid
+    assert set(settings) <= {field.name for field in fields(AllocSAERunnerConfig)}
 
 
 def test_yaml_in_the_readme_names_real_fields():

@@ -246,10 +246,11 @@ def test_buffer_counts_the_positions_that_are_kept(config_path: Path):
         (
             "  architecture: mutual_choice\n",
             "sae.architecture is missing; it may be abstopk, batchtopk, "
-            "batchtopk_aux_zipf, feature_choice, gated, gated_aux_zipf, jumprelu, "
-            "jumprelu_aux_zipf, matching_pursuit, matryoshka_batchtopk, "
-            "matryoshka_batchtopk_aux_zipf, matryoshka_mutual_choice, mutual_choice, "
-            "standard, standard_aux_zipf, topk, topk_aux_zipf.",
+            "batchtopk_aux_zipf, batchtopk_transcoder, feature_choice, "
+            "feature_choice_transcoder, gated, gated_aux_zipf, jumprelu, jumprelu_aux_zipf, "
+            "matching_pursuit, matryoshka_batchtopk, matryoshka_batchtopk_aux_zipf, "
+            "matryoshka_mutual_choice, mutual_choice, mutual_choice_transcoder, standard, "
+            "standard_aux_zipf, topk, topk_aux_zipf, topk_transcoder.",
         ),
     ],
 )
