@@ -55,6 +55,8 @@ from tests.distributed.processes import on_ranks
 from tests.saes.conftest import changed, state_of
 from tests.training.conftest import (
     D_MODEL,
+    HOOK,
+    OTHER_HOOK,
     few_calibration_tokens,
     lm_config,
     load_demo_model,
@@ -186,6 +188,33 @@ def test_the_store_of_sae_lens_reads_all_its_epochs_through_our_places():
     assert store.rows[:6] == 2 * list(text["text"]), seam
     store.begin_epoch()
     assert store.get_batch_tokens(1)[0].tolist() == epoch[0], seam
+
+
+def test_the_store_of_sae_lens_reads_the_hooks_that_it_is_told():
+    cfg = lm_config(TopKTrainingSAEConfig(d_in=D_MODEL, d_sae=64, k=4))
+    model, text = load_demo_model(), short_documents(3)
+    widths = {HOOK: D_MODEL, OTHER_HOOK: D_MODEL}
+    stock = ActivationsStore.from_config_multi_hook(
+        model,
+        dataset=text,
+        hook_names=list(widths),
+        hook_d_ins=widths,
+        context_size=cfg.context_size,
+        streaming=False,
+    )
+    ours = NotingStore.from_config(model, cfg, text)
+    assert isinstance(ours, NotingStore)
+    ours.read_hooks(widths)
+    seam = changed_host("ContextsStore.read_hooks")
+    for name in ("_hook_names", "_hook_d_ins", "_hook_head_indices"):
+        assert getattr(ours, name) == getattr(stock, name), seam
+    tokens = torch.arange(2 * cfg.context_size).view(2, -1)
+    found, expected = (
+        store.get_multi_hook_activations(tokens) for store in (ours, stock)
+    )
+    assert list(found) == list(widths), seam
+    for hook, activations in expected.items():
+        assert torch.equal(found[hook], activations), seam
 
 
 def numbered(sizes: list[int]) -> Iterator[torch.Tensor]:
