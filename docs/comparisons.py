@@ -131,8 +131,9 @@ def transcoder_parts() -> dict[str, str]:
             "transcoders all": "",
         }
     results = json.loads(TRANSCODERS.read_text())
+    picture = "![Variance and cross-entropy](images/compare_transcoders_demo.svg)"
     return {
-        "transcoders on": comparison_tables.compared_on(results, command),
+        "transcoders on": f"{picture}\n\n{comparison_tables.compared_on(results, command)}",
         "transcoders lead": comparison_tables.lead_table(
             results, "mutual_choice_transcoder"
         ),

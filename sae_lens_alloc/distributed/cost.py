@@ -28,6 +28,7 @@ class Step:
         renews_flags: Whether features are flagged for the auxiliary loss, as at every tenth
             step.
         fits_law: Whether the Zipf law is fitted for that.
+        d_out: Output dimension of a transcoder, None for an SAE.
     """
 
     n_tokens: int
@@ -40,6 +41,7 @@ class Step:
     subtracts_b_dec: bool = True
     renews_flags: bool = False
     fits_law: bool = True
+    d_out: int | None = None
 
 
 @dataclass(frozen=True)
@@ -76,9 +78,11 @@ def messages(step: Step, n_ranks: int) -> list[Message]:
     largest_shard = -(-step.n_features // n_ranks)
     densities = Message("densities", "gather", largest_shard * FLOAT)
     n_sets = 1 + step.n_inner_levels + (step.k_aux > 0)
+    own_tokens = step.n_tokens // n_ranks
+    d_row, d_out = step.d_in + (step.d_out or 0), step.d_out or step.d_in
     found = [
-        Message("activations", "gather", step.n_tokens // n_ranks * step.d_in * FLOAT),
-        Message("reconstructions", "sum", n_sets * step.n_tokens * step.d_in * FLOAT),
+        Message("activations", "gather", own_tokens * d_row * FLOAT),
+        Message("reconstructions", "sum", n_sets * step.n_tokens * d_out * FLOAT),
         Message("gradient norm", "sum", FLOAT),
     ]
     if step.subtracts_b_dec:

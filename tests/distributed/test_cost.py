@@ -31,6 +31,7 @@ STEPS: dict[str, Step] = {
     "feature_choice": Step(N_TOKENS, D_IN, D_SAE, rule="feature", k_aux=4),
     "nested": Step(N_TOKENS, D_IN, D_SAE, k_aux=4, n_inner_levels=2),
     "plain": Step(N_TOKENS, D_IN, D_SAE, has_margin=False),
+    "transcoder": Step(N_TOKENS, 7, D_SAE, k_aux=4, subtracts_b_dec=False, d_out=5),
     "raw": Step(N_TOKENS, D_IN, D_SAE, k_aux=3, subtracts_b_dec=False),
 }
 

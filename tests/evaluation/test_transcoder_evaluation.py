@@ -1,6 +1,7 @@
 """A transcoder in place of an MLP: a ReLU MLP is itself a transcoder, so it changes nothing."""
 
 import copy
+from typing import Any
 
 import pytest
 import torch
@@ -43,7 +44,7 @@ def tokens() -> torch.Tensor:
 
 @pytest.fixture
 def transcoder(model: HookedTransformer) -> SkipTranscoder:
-    mlp = model.blocks[0].mlp
+    mlp: Any = model.blocks[0].mlp
     config = SkipTranscoderConfig(
         d_in=D_MODEL,
         d_sae=D_MLP,

@@ -18,7 +18,13 @@ from tests.saes.transcoders import D_IN, D_OUT, D_SAE, make_rows, make_transcode
 def reference(architecture: str, **overrides: Any) -> TrainingSAE[Any]:
     sae_class, config_class = SAE_TRAINING_CLASS_REGISTRY[architecture]
     torch.manual_seed(0)
-    settings = {"d_in": D_IN, "d_out": D_OUT, "d_sae": D_SAE, "k": 3, **overrides}
+    settings: dict[str, Any] = {
+        "d_in": D_IN,
+        "d_out": D_OUT,
+        "d_sae": D_SAE,
+        "k": 3,
+        **overrides,
+    }
     return sae_class(config_class(**settings))
 
 

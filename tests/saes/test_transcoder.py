@@ -171,6 +171,27 @@ def test_skip_connection_learns_what_is_linear(architecture: str, optimizer: str
     assert (sae.W_skip - mixing).norm() < 0.3 * mixing.norm()
 
 
+def test_kernels_take_the_step_that_torch_takes(
+    triton_device: torch.device, monkeypatch: pytest.MonkeyPatch
+):
+    settings: dict[str, Any] = {
+        "aux_loss": "aux_k",
+        "k_aux": 2,
+        "selection_margin": 1.0,
+        "skip_connection": True,
+    }
+    rows = make_rows(16).to(triton_device)
+    dead = torch.arange(D_SAE, device=triton_device) % 3 == 0
+    outputs, grads = [], []
+    for backend in ("triton", "torch"):
+        monkeypatch.setenv("SAE_LENS_ALLOC_BACKEND", backend)
+        sae = make_transcoder(**settings).to(triton_device)
+        outputs.append(training_step(sae, rows, dead=dead))
+        grads.append(gradients(sae, outputs[-1].loss))
+    torch.testing.assert_close(outputs[0].losses, outputs[1].losses)
+    assert_grads_equal(grads[0], grads[1], rtol=1e-4, atol=1e-5)
+
+
 def test_new_transcoder_has_an_encoder_of_its_own():
     torch.manual_seed(0)
     sae = MutualChoiceTrainingTranscoder(

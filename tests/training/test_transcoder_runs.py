@@ -1,6 +1,7 @@
 """Runs of transcoders on the shipped language model: two hooks, one pass."""
 
 import json
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -40,14 +41,10 @@ def transcoder_run(
         sae = MutualChoiceTrainingTranscoderConfig(
             d_in=D_MODEL, d_out=D_MODEL, d_sae=256, k=8, skip_connection=True
         )
-    names = {"hook_name": MLP_IN, "hook_name_out": MLP_OUT}
-    stock = lm_config(sae, hook_name=overrides.get("hook_name", MLP_IN)).__dict__
-    settings = {
-        name: stock[name]
-        for name in AllocSAERunnerConfig.__dataclass_fields__
-        if name in stock and name not in names
-    }
-    return AllocSAERunnerConfig(**{**settings, **names, **overrides})
+    stock = lm_config(sae)
+    settings: dict[str, Any] = {f.name: getattr(stock, f.name) for f in fields(stock)}
+    hooks = {"hook_name": MLP_IN, "hook_name_out": MLP_OUT}
+    return AllocSAERunnerConfig(**{**settings, **hooks, **overrides})
 
 
 @pytest.fixture(scope="module")
