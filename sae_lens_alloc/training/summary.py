@@ -80,6 +80,7 @@ def _costliest_step(cfg: LanguageModelSAERunnerConfig[Any]) -> Step:
         k_aux=0 if sae.aux_loss == "none" else sae.features_per_token_in_aux_loss(),
         n_inner_levels=_n_nested(sae),
         subtracts_b_dec=sae.apply_b_dec_to_input,
+        d_out=output_width(sae),
     )
 
 
