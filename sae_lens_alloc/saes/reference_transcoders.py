@@ -24,7 +24,7 @@ from sae_lens.saes.transcoder import (
 from torch import nn
 from typing_extensions import override
 
-from sae_lens_alloc.saes.initial_weights import initial_rows
+from sae_lens_alloc.saes.initial_weights import initial_decoder, initial_encoder
 from sae_lens_alloc.saes.rows import encoded_and_target
 
 
@@ -93,8 +93,9 @@ class _OtherOutput(TrainingSAE[Any]):
     @override
     def initialize_weights(self) -> None:
         cfg = self.cfg
-        W_dec = initial_rows(torch.empty(cfg.d_sae, cfg.d_out, device=self.device), cfg)
-        W_enc = initial_rows(torch.empty(cfg.d_sae, cfg.d_in, device=self.device), cfg)
+        W_dec = torch.empty(cfg.d_sae, cfg.d_out, device=self.device)
+        W_enc = torch.empty(cfg.d_sae, cfg.d_in, device=self.device)
+        W_dec, W_enc = initial_decoder(W_dec, cfg), initial_encoder(W_enc, cfg)
         self.W_dec = nn.Parameter(W_dec)
         self.W_enc = nn.Parameter(W_enc.T.contiguous())
         self.b_dec = nn.Parameter(torch.zeros(cfg.d_out, device=self.device))

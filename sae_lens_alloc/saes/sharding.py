@@ -1,16 +1,17 @@
 """SAEs of which each rank holds its own features (docs/distributed.md)."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
-from sae_lens.saes.sae import TrainingSAE
+from sae_lens.saes.sae import TrainingSAE, TrainingSAEConfig
 from torch import nn
 
 from sae_lens_alloc.distributed.feature_shard import FeatureShard
 from sae_lens_alloc.saes.allocation_sae import AllocationTrainingSAE
 from sae_lens_alloc.saes.allocation_sae_config import AllocationTrainingSAEConfig
 from sae_lens_alloc.saes.allocation_statistics import AllocationStatistics
-from sae_lens_alloc.saes.initial_weights import initial_rows
+from sae_lens_alloc.saes.initial_weights import initial_decoder, initial_encoder
 from sae_lens_alloc.saes.rows import output_width
 from sae_lens_alloc.saes.weight_names import OF_NO_FEATURE
 
@@ -34,10 +35,12 @@ def new_shard(
     sae = TrainingSAE.from_dict({**cfg.to_dict(), "device": "meta"})
     assert isinstance(sae, AllocationTrainingSAE)
     d_out = output_width(cfg)
-    W_dec = _drawn_rows(cfg, d_out or cfg.d_in, sae.dtype, shard).to(cfg.device)
+    W_dec = _drawn_rows(cfg, d_out or cfg.d_in, initial_decoder, sae.dtype, shard)
+    W_dec = W_dec.to(cfg.device)
     columns = W_dec
     if d_out is not None:  # a transcoder's encoder is drawn by itself
-        columns = _drawn_rows(cfg, cfg.d_in, sae.dtype, shard).to(cfg.device)
+        columns = _drawn_rows(cfg, cfg.d_in, initial_encoder, sae.dtype, shard)
+        columns = columns.to(cfg.device)
     zeros = {
         name: torch.zeros_like(weight, device=cfg.device)
         for name, weight in sae.named_parameters()
@@ -84,15 +87,16 @@ def keep_own_features(sae: AllocationTrainingSAE[Any], shard: FeatureShard) -> N
 def _drawn_rows(
     cfg: AllocationTrainingSAEConfig,
     width: int,
+    draw: Callable[[torch.Tensor, TrainingSAEConfig], torch.Tensor],
     dtype: torch.dtype,
     shard: FeatureShard,
 ) -> torch.Tensor:
-    """The own rows of what `initial_rows` draws, a part of the whole at a time."""
+    """The own rows of what `draw` fills, a part of the whole at a time."""
     own = torch.empty(len(shard), width, dtype=dtype)
     n_rows = max(1, BLOCK_ELEMENTS // width)
     for start in range(0, cfg.d_sae, n_rows):
         stop = min(start + n_rows, cfg.d_sae)
-        rows = initial_rows(torch.empty(stop - start, width, dtype=dtype), cfg)
+        rows = draw(torch.empty(stop - start, width, dtype=dtype), cfg)
         here = slice(shard.n_below(start), shard.n_below(stop))
         own[here] = rows[shard.ids()[here] - start]
     return own

@@ -8,7 +8,7 @@ from torch import nn
 from typing_extensions import override
 
 from sae_lens_alloc.saes.allocation_sae import AllocationTrainingSAE
-from sae_lens_alloc.saes.initial_weights import initial_rows
+from sae_lens_alloc.saes.initial_weights import initial_decoder, initial_encoder
 from sae_lens_alloc.saes.skip_connection import with_past
 from sae_lens_alloc.saes.transcoder_config import TranscoderTrainingConfig
 
@@ -33,8 +33,8 @@ class TrainingTranscoder(AllocationTrainingSAE[Any]):
         cfg: TranscoderTrainingConfig = self.cfg
         where: dict[str, Any] = {"dtype": self.dtype, "device": self.device}
         # no transpose of the decoder, which lives in another space
-        W_dec = initial_rows(torch.empty(cfg.d_sae, cfg.d_out, **where), cfg)
-        W_enc = initial_rows(torch.empty(cfg.d_sae, cfg.d_in, **where), cfg)
+        W_dec = initial_decoder(torch.empty(cfg.d_sae, cfg.d_out, **where), cfg)
+        W_enc = initial_encoder(torch.empty(cfg.d_sae, cfg.d_in, **where), cfg)
         self.W_dec = nn.Parameter(W_dec)
         self.W_enc = nn.Parameter(W_enc.T.contiguous())
         self.b_enc = nn.Parameter(torch.zeros(cfg.d_sae, **where))

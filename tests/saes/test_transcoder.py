@@ -200,8 +200,10 @@ def test_new_transcoder_has_an_encoder_of_its_own():
         )
     )
     torch.testing.assert_close(sae.W_dec.norm(dim=1), torch.full((32,), 0.1))
-    torch.testing.assert_close(sae.W_enc.norm(dim=0), torch.full((32,), 0.1))
-    assert (sae.W_enc.T - sae.W_dec).norm() > 0.3
+    # as kaiming_uniform_ draws it for SAELens' transcoders: variance 2 / d_sae
+    bound = (6 / 32) ** 0.5
+    assert 0.9 * bound < sae.W_enc.abs().max() < bound
+    assert sae.W_enc.var().item() == pytest.approx(2 / 32, rel=0.2)
     assert sae.W_skip.shape == (8, 8) and not sae.W_skip.any()
 
 
