@@ -43,7 +43,7 @@ def transcoder_run(
         )
     stock = lm_config(sae)
     settings: dict[str, Any] = {f.name: getattr(stock, f.name) for f in fields(stock)}
-    hooks = {"hook_name": MLP_IN, "hook_name_out": MLP_OUT}
+    hooks: dict[str, Any] = {"hook_name": MLP_IN, "hook_name_out": MLP_OUT}
     return AllocSAERunnerConfig(**{**settings, **hooks, **overrides})
 
 
@@ -58,7 +58,8 @@ def test_rows_are_both_activations_of_a_token_from_one_pass(
     cfg = transcoder_run(store_batch_size_prompts=2)
     store = ResumableActivationsStore.from_config(model, cfg, demo_text)
     passes: list[int] = []
-    counted = model.model.register_forward_hook(lambda *_: passes.append(1))
+    language_model: Any = model.model
+    counted = language_model.register_forward_hook(lambda *_: passes.append(1))
     batch = store.get_batch_tokens()
     rows = store.get_activations(batch)
     counted.remove()
@@ -67,7 +68,7 @@ def test_rows_are_both_activations_of_a_token_from_one_pass(
     assert torch.equal(rows[..., :D_MODEL], cache[MLP_IN])
     assert torch.equal(rows[..., D_MODEL:], cache[MLP_OUT])
     # and the MLP leads from one to the other, also in what training gets
-    mlp = model.model.get_submodule(MLP_OUT)
+    mlp = language_model.get_submodule(MLP_OUT)
     for got in (store.get_filtered_llm_batch(), next(store)):
         x, y = got.split(D_MODEL, dim=-1)
         with torch.no_grad():
@@ -94,7 +95,7 @@ def test_run_saves_what_sae_lens_loads_with_the_metrics_of_the_output(
     assert isinstance(trained, MutualChoiceTrainingTranscoder)
     saved = SAE.load_from_disk(tmp_path)
     assert isinstance(saved, JumpReLUSkipTranscoder)
-    metadata = saved.cfg.metadata
+    metadata: Any = saved.cfg.metadata
     assert (metadata.hook_name, metadata.hook_name_out) == (MLP_IN, MLP_OUT)
     assert metadata.calibration["l0"] == pytest.approx(8, rel=0.02)
     # by hand, on the activations as the language model gives them
@@ -215,10 +216,8 @@ def test_transformer_bridge(demo_text: Dataset):
     runner = AllocSAETrainingRunner(cfg, demo_text, bridge)
     mlp_in, mlp_out = runner.held_out.split(D_MODEL, dim=-1)
     # what the MLP of the same model makes of it
-    norm, mlp = (
-        load_language_model(transcoder_run()).model.get_submodule(name)
-        for name in (MLP_IN, MLP_OUT)
-    )
+    language_model: Any = load_language_model(transcoder_run()).model
+    norm, mlp = (language_model.get_submodule(name) for name in (MLP_IN, MLP_OUT))
     with torch.no_grad():
         expected = mlp(mlp_in * norm.weight + norm.bias)
     torch.testing.assert_close(mlp_out, expected, rtol=1e-3, atol=1e-3)
