@@ -2,7 +2,7 @@
 
 import typer
 
-from sae_lens_alloc.cli import calibrate, compare, demo, finetune, run, train
+from sae_lens_alloc.cli import calibrate, compare, demo, features, finetune, run, train
 
 app = typer.Typer(
     name="sae-lens-alloc",
@@ -20,6 +20,7 @@ app.command(
 app.command()(demo.demo)
 app.command()(calibrate.calibrate)
 app.command()(compare.compare)
+app.command()(features.features)
 
 
 def main() -> None:

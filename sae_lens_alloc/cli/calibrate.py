@@ -1,19 +1,23 @@
 """`sae-lens-alloc calibrate`: the thresholds of a saved SAE set to a wanted L0."""
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 from rich.console import Console
 from rich.table import Table
-from sae_lens.config import LanguageModelSAERunnerConfig
 from sae_lens.saes.topk_sae import TopKSAE
 
-from sae_lens_alloc.activations.on_text import gather_activations, text_of_sae
+from sae_lens_alloc.activations.on_text import gather_activations
 from sae_lens_alloc.cli.arguments import OverwriteOption
 from sae_lens_alloc.cli.endings import by_one_process, ends_when_interrupted
+from sae_lens_alloc.cli.text_to_read import (
+    DatasetOption,
+    ModelOption,
+    TextConfigOption,
+    text_to_read,
+)
 from sae_lens_alloc.config.run_checks import check_device
-from sae_lens_alloc.config.run_file import load_runner_config
 from sae_lens_alloc.saes.saved_sae import trained_k
 from sae_lens_alloc.thresholds.factor import Thresholded
 from sae_lens_alloc.thresholds.recalibration import (
@@ -66,22 +70,9 @@ def calibrate(
         int,
         typer.Option(help="Tokens of text: half set the thresholds, half check them."),
     ] = 2 * CALIBRATION_TOKENS,
-    model: Annotated[
-        str | None,
-        typer.Option(help="Language model, if not that of the SAE's training."),
-    ] = None,
-    dataset: Annotated[
-        str | None,
-        typer.Option(help="Text, if not that of the SAE's training."),
-    ] = None,
-    config: Annotated[
-        Path | None,
-        typer.Option(
-            exists=True,
-            dir_okay=False,
-            help="YAML file of a run, as for `train`. Its model and text are used.",
-        ),
-    ] = None,
+    model: ModelOption = None,
+    dataset: DatasetOption = None,
+    config: TextConfigOption = None,
     device: Annotated[
         str, typer.Option(help="Torch device for the SAE and the language model.")
     ] = "cpu",
@@ -102,7 +93,7 @@ def calibrate(
             raise ValueError(
                 f"--tokens must be at least {MIN_TOKENS}, two for each half, got {tokens}."
             )
-        cfg = _text(given, model, dataset, config, device)
+        cfg = text_to_read(given, model, dataset, config, device)
         check_devices(cfg)
         check_activations(cfg)
         require_other_folder(output, sae, "the SAE itself")
@@ -116,22 +107,6 @@ def calibrate(
                 report.sae.save_model(folder)
     Console().print(_calibration_table(report))
     typer.echo(f"saved in {output}")
-
-
-def _text(
-    sae: Thresholded | TopKSAE,
-    model: str | None,
-    dataset: str | None,
-    config: Path | None,
-    device: str,
-) -> LanguageModelSAERunnerConfig[Any]:
-    """A run with the language model and the text to calibrate on."""
-    if config is None:
-        return text_of_sae(sae, model, dataset, device)
-    cfg = load_runner_config(config, [f"device={device}"])
-    cfg.model_name = model or cfg.model_name
-    cfg.dataset_path = dataset or cfg.dataset_path
-    return cfg
 
 
 def _trained_l0(sae: Thresholded | TopKSAE) -> float:

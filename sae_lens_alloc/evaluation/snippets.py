@@ -1,6 +1,6 @@
 """Parts of the evaluated text, to show the number of active features of each token."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -52,6 +52,23 @@ def take_snippets(
     return [_take(tokens, tokenizer, context, max_tokens) for context in contexts]
 
 
+def token_texts(
+    tokenizer: PreTrainedTokenizerBase, token_ids: Sequence[int]
+) -> list[str]:
+    """
+    The text of each token within a text, with the space before a word, which some tokenizers
+    leave out where nothing comes before.
+    """
+    before = tokenizer("a", add_special_tokens=False)["input_ids"]
+    n = len(_decode(tokenizer, before))
+    return [_decode(tokenizer, [*before, token])[n:] for token in token_ids]
+
+
+def _decode(tokenizer: PreTrainedTokenizerBase, token_ids: Sequence[int]) -> str:
+    text = tokenizer.decode(token_ids, clean_up_tokenization_spaces=False)
+    return str(text)
+
+
 def _take(
     tokens: torch.Tensor,
     tokenizer: PreTrainedTokenizerBase,
@@ -59,9 +76,7 @@ def _take(
     max_tokens: int,
 ) -> Snippet:
     start = max(tokens.shape[1] - max_tokens, 1)
-    texts = [
-        str(tokenizer.decode([token])) for token in tokens[context, start:].tolist()
-    ]
+    texts = token_texts(tokenizer, tokens[context, start:].tolist())
     line_ends = (
         i + 1 for i, text in enumerate(texts[: max_tokens // 4]) if "\n" in text
     )

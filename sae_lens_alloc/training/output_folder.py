@@ -168,6 +168,29 @@ def mark_launch(folder: Path, launch: str) -> Generator[None, None, None]:
             mark.unlink(missing_ok=True)
 
 
+def require_new_file(path: Path, setting: str, overwrite: bool) -> None:
+    """
+    Raises ValueError if a file cannot be written at a path: it is there already and `overwrite`
+    is not given, or it is a folder, or the folder that it would be in is none or cannot be
+    written to. Nothing is created.
+    """
+    if path.is_dir():
+        raise ValueError(
+            f"{setting} {str(path)!r} is a folder: give the name of a file."
+        )
+    if path.exists() and not overwrite:
+        raise ValueError(
+            f"{setting} {str(path)!r} exists: give --overwrite to replace it, or another "
+            f"{setting}."
+        )
+    there = next(folder for folder in path.absolute().parents if folder.exists())
+    if not (there.is_dir() and os.access(there, os.W_OK)):
+        raise ValueError(
+            f"{setting} is {str(path)!r}, but {str(there)!r} is not a folder that can be "
+            "written to."
+        )
+
+
 def require_other_folder(
     output: str | Path | None, source: str | Path, what: str
 ) -> None:

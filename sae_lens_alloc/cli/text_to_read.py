@@ -1,0 +1,54 @@
+"""The language model and the text that a command reads for a saved SAE, and its options for them."""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from sae_lens import SAE
+from sae_lens.config import LanguageModelSAERunnerConfig
+
+from sae_lens_alloc.activations.on_text import text_of_sae
+from sae_lens_alloc.config.run_file import load_runner_config
+
+ModelOption = Annotated[
+    str | None,
+    typer.Option(help="Language model, if not that of the SAE's training."),
+]
+DatasetOption = Annotated[
+    str | None,
+    typer.Option(help="Text, if not that of the SAE's training."),
+]
+TextConfigOption = Annotated[
+    Path | None,
+    typer.Option(
+        exists=True,
+        dir_okay=False,
+        help="YAML file of a run, as for `train`. Its model and text are used.",
+    ),
+]
+
+
+def text_to_read(
+    sae: SAE[Any],
+    model: str | None,
+    dataset: str | None,
+    config: Path | None,
+    device: str,
+) -> LanguageModelSAERunnerConfig[Any]:
+    """
+    A run with the language model and the text to read.
+
+    Raises:
+        ValueError: as `text_of_sae`, or if the run is one of another width than the SAE's.
+    """
+    if config is None:
+        return text_of_sae(sae, model, dataset, device)
+    cfg = load_runner_config(config, [f"device={device}"])
+    if cfg.sae.d_in != sae.cfg.d_in:
+        raise ValueError(
+            f"the SAE takes activations of {sae.cfg.d_in} dimensions, but sae.d_in of "
+            f"{str(config)!r} is {cfg.sae.d_in}: give the config of a run on its activations."
+        )
+    cfg.model_name = model or cfg.model_name
+    cfg.dataset_path = dataset or cfg.dataset_path
+    return cfg

@@ -1,0 +1,1 @@
+"""What the features of an SAE do on text, and the page that shows it."""

@@ -1,0 +1,45 @@
+"""The SAE of a feature page, by folder or release."""
+
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from sae_lens import SAE
+from sae_lens.saes.sae import TrainingSAE
+from sae_lens.saes.temporal_sae import TemporalSAE
+from sae_lens.saes.transcoder import Transcoder
+
+from sae_lens_alloc.training.source_sae import load_source_sae
+
+
+def load_readable_sae(name: str) -> SAE[Any]:
+    """
+    Loads an SAE whose features can be looked at one by one.
+
+    Args:
+        name: A folder with an SAE or a training checkpoint, or RELEASE:ID. A checkpoint is read
+            as the SAE that it would be saved as.
+
+    Returns:
+        An inference SAE on the CPU that takes activations of shape (B, d_in).
+
+    Raises:
+        ValueError: if there is none, or it is a transcoder or a temporal SAE.
+    """
+    sae = load_source_sae(name, "cpu").sae
+    if isinstance(sae, Transcoder | TemporalSAE):
+        why = (
+            "reads one place of the model and writes to another"
+            if isinstance(sae, Transcoder)
+            else "encodes a whole context at a time"
+        )
+        raise ValueError(
+            f"{name!r} is of the architecture {sae.cfg.architecture()!r}, which {why}: give an "
+            "SAE."
+        )
+    if isinstance(sae, TrainingSAE):
+        with TemporaryDirectory() as folder:
+            sae.save_inference_model(folder)
+            sae = SAE.load_from_disk(folder)
+    # activations come flat, one vector a token
+    sae.turn_off_forward_pass_hook_z_reshaping()
+    return sae
