@@ -23,6 +23,7 @@ LAYERS = (
     ("thresholds",),
     ("config",),
     ("training",),
+    ("features",),
     ("comparison", "demo"),
     ("cli",),
 )

@@ -15,6 +15,7 @@ from sae_lens.load_model import load_model
 from safetensors.torch import save_file
 
 from sae_lens_alloc.activations.contexts import held_out_contexts
+from sae_lens_alloc.activations.on_text import text_of_sae
 from sae_lens_alloc.demo.methods import (
     CORPUS,
     RunnerConfig,
@@ -29,6 +30,9 @@ from sae_lens_alloc.evaluation.report import write_report
 from sae_lens_alloc.evaluation.report_run import ReportRun, read_history
 from sae_lens_alloc.evaluation.results_table import results_table
 from sae_lens_alloc.evaluation.snippets import Snippet, take_snippets
+from sae_lens_alloc.features.loading import load_readable_sae
+from sae_lens_alloc.features.measure import measure_features
+from sae_lens_alloc.features.page import FeaturePage
 from sae_lens_alloc.training.output_folder import (
     OWN_PREFIX,
     locked_folder,
@@ -45,14 +49,16 @@ N_SNIPPETS = 3
 
 RESULTS_FILENAME = "results.json"
 REPORT_FILENAME = "report.html"
+FEATURES_FILENAME = "features.html"
+HELD_OUT_TEXT = CORPUS / "heldout.parquet"
 DENSITIES_FILENAME = "densities.safetensors"
 
 
 def run_demo(output: Path, quick: bool, overwrite: bool) -> None:
     """
     Trains a Mutual Choice SAE and a stock batchtopk SAE on the same tokens, and evaluates the
-    saved SAEs on held-out text. Prints a table, and writes the SAEs, `results.json` and
-    `report.html`. Needs no network.
+    saved SAEs on held-out text. Prints a table, and writes the SAEs, `results.json`,
+    `report.html`, and `features.html` about the features of the first. Needs no network.
 
     Args:
         output: Folder to write to.
@@ -82,8 +88,11 @@ def _run_demo(output: Path, quick: bool, overwrite: bool) -> None:
         console.print(f"Training [bold]{name}[/] on {cfg.training_tokens:,} tokens")
         trained.append(train(name, cfg, overwrite))
     console.print("Evaluating the saved SAEs on held-out text")
-    runs, snippets = evaluate(trained, QUICK_CONTEXTS if quick else CONTEXTS)
+    n_contexts = QUICK_CONTEXTS if quick else CONTEXTS
+    runs, snippets = evaluate(trained, n_contexts)
     console.print(results_table(runs))
+    console.print(f"Looking at the features of [bold]{trained[0].name}[/]")
+    features = _features(trained[0], n_contexts)
     with new_files(output, "the report") as folder:
         write_results(folder, trained, runs, quick)
         write_report(
@@ -93,7 +102,9 @@ def _run_demo(output: Path, quick: bool, overwrite: bool) -> None:
             runs,
             snippets,
             _facts(trained[0].cfg),
+            {f"What each feature of {trained[0].name} does": FEATURES_FILENAME},
         )
+        features.write(folder / FEATURES_FILENAME)
     console.print(f"Saved in {output}; open {output / REPORT_FILENAME} in a browser")
 
 
@@ -106,7 +117,7 @@ def evaluate(
         cfg.model_class_name, cfg.model_name, cfg.device, hook_names=[cfg.hook_name]
     )
     tokenizer: Any = model.tokenizer
-    texts = pq.read_table(CORPUS / "heldout.parquet", columns=["text"])["text"]
+    texts = pq.read_table(HELD_OUT_TEXT, columns=["text"])["text"]
     tokens = held_out_contexts(
         texts.to_pylist(), tokenizer, cfg.context_size, max_contexts
     )
@@ -158,6 +169,16 @@ def write_results(
                 {"densities": shown.evaluation.densities}, folder / DENSITIES_FILENAME
             )
     (output / RESULTS_FILENAME).write_text(json.dumps(results, indent=2) + "\n")
+
+
+def _features(run: Trained, n_contexts: int) -> FeaturePage:
+    """What the features of a saved SAE do on about as much held-out text as is evaluated."""
+    sae = load_readable_sae(str(run.folder))
+    text = text_of_sae(sae, dataset_path=str(HELD_OUT_TEXT))
+    features = torch.arange(sae.cfg.d_sae)
+    return measure_features(
+        sae, text, n_contexts * run.cfg.context_size, features, run.name
+    )
 
 
 def _intro(cfg: RunnerConfig, quick: bool) -> str:

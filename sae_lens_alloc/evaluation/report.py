@@ -90,6 +90,7 @@ def write_report(
     runs: Sequence[ReportRun],
     snippets: Sequence[Snippet] = (),
     facts: Mapping[str, str] | None = None,
+    links: Mapping[str, str] | None = None,
 ) -> None:
     """
     Writes the report of some runs that were evaluated on the same tokens.
@@ -101,9 +102,10 @@ def write_report(
         runs: Any number of runs, the one of interest first.
         snippets: Parts of the evaluated text to colour.
         facts: What the runs have in common, such as the model's name.
+        links: Other pages, by what is said of them, relative to this one.
     """
     path.write_text(
-        render_report(title, intro, runs, snippets, facts), encoding="utf-8"
+        render_report(title, intro, runs, snippets, facts, links), encoding="utf-8"
     )
 
 
@@ -113,6 +115,7 @@ def render_report(
     runs: Sequence[ReportRun],
     snippets: Sequence[Snippet] = (),
     facts: Mapping[str, str] | None = None,
+    links: Mapping[str, str] | None = None,
 ) -> str:
     """The report as HTML; see write_report."""
     environment = Environment(
@@ -135,6 +138,7 @@ def render_report(
         title=title,
         intro=intro,
         facts=facts or {},
+        links=links or {},
         runs=runs,
         colours=[colour(i) for i in range(len(runs))],
         laws=[run.evaluation.zipf_law() for run in runs],

@@ -6,6 +6,9 @@ from dataclasses import dataclass
 import torch
 from transformers import PreTrainedTokenizerBase
 
+# What stands for bytes that are no character.
+NO_CHARACTER = "\N{REPLACEMENT CHARACTER}"
+
 
 @dataclass(frozen=True)
 class Snippet:
@@ -57,11 +60,16 @@ def token_texts(
 ) -> list[str]:
     """
     The text of each token within a text, with the space before a word, which some tokenizers
-    leave out where nothing comes before.
+    leave out where nothing comes before. A token that is a part of a character only is given as
+    the tokenizer writes it.
     """
     before = tokenizer("a", add_special_tokens=False)["input_ids"]
     n = len(_decode(tokenizer, before))
-    return [_decode(tokenizer, [*before, token])[n:] for token in token_ids]
+    texts = [_decode(tokenizer, [*before, token])[n:] for token in token_ids]
+    return [
+        str(tokenizer.convert_ids_to_tokens(token)) if NO_CHARACTER in text else text
+        for token, text in zip(token_ids, texts, strict=True)
+    ]
 
 
 def _decode(tokenizer: PreTrainedTokenizerBase, token_ids: Sequence[int]) -> str:

@@ -16,12 +16,12 @@ function showFeature(model, row, place, beside) {
       make("h2", { tabindex: "-1", id: "feature-name" }, `Feature ${model.number(row)}`,
         model.isDead(row) ? make("span", { class: "tag" }, "dead") : model.isRare(row) ? make("span", { class: "tag" }, "rare") : null),
       make("span", { class: "steps" }, link(-1, "←", "Previous feature of the list"), link(1, "→", "Next feature of the list"))),
-    figures(model, row),
-    model.isDead(row) ? null : histogram(model, row),
+    make("section", { class: "summary" }, figures(model, row),
+      model.isDead(row) ? make("p", { class: "muted" }, "It is active on no token of this text.") : histogram(model, row)),
+    ...examples(model, row, [0]),
     data.no_lens ? make("p", { class: "muted" }, data.no_lens) : lens(model, row),
     neighbours(model, row),
-    ...examples(model, row),
-    model.isDead(row) ? make("p", { class: "muted" }, "It is active on no token of this text.") : null,
+    ...examples(model, row, [1, 2, 3, 4]),
   );
 }
 
@@ -38,24 +38,26 @@ function figures(model, row) {
 }
 
 function histogram(model, row) {
-  const counts = Array.from(model.histogram(row)), most = Math.max(...counts), largest = model.largest(row);
+  const counts = Array.from(model.histogram(row)), most = Math.max(...counts);
+  const largest = model.largest(row), median = model.quantiles(row)[2];
   const bars = counts.map((count, i) => make("i", {
     style: `height:${count ? Math.max(2, 100 * count / most) : 0}%`,
     title: `${short(largest * i / counts.length)} to ${short(largest * (i + 1) / counts.length)}: ${number(count)} tokens`,
   }));
-  return make("section", {},
-    make("h3", {}, "Activations"),
-    make("div", { class: "histogram", role: "img", "aria-label": `Histogram of ${number(model.data.firings[row])} activations from 0 to ${short(largest)}; half of them are below ${short(model.quantiles(row)[2])}.` }, ...bars),
-    make("div", { class: "axis muted", "aria-hidden": "true" }, make("span", {}, "0"), make("span", {}, `median ${short(model.quantiles(row)[2])}`), make("span", {}, short(largest))));
+  return make("figure", {},
+    make("figcaption", {}, "activations, by number of tokens"),
+    make("div", { class: "histogram", role: "img", "aria-label": `Histogram of ${number(model.data.firings[row])} activations from 0 to ${short(largest)}; half of them are below ${short(median)}.` }, ...bars),
+    make("div", { class: "axis", "aria-hidden": "true", style: `--median:${(100 * median / largest).toFixed(1)}%` },
+      make("span", {}, "0"), make("span", { class: "median" }, `median ${short(median)}`), make("span", {}, short(largest))));
 }
 
 function lens(model, row) {
   const ends = { promoted: "Promoted next tokens", suppressed: "Suppressed next tokens" };
   const most = Math.max(...Object.keys(ends).flatMap(end => model.lens(row, end).map(({ effect }) => Math.abs(effect))), 1e-9);
-  return make("section", {}, make("h3", {}, "Logit lens"),
+  return make("section", {}, make("h3", {}, "Logit lens", make("small", {}, "what one unit of activation adds to the logits by itself, against the average token")),
     make("div", { class: "pair" }, ...Object.entries(ends).map(([end, title]) =>
       make("div", {}, make("h4", {}, title), make("ol", { class: `bars ${end}` }, ...model.lens(row, end).map(({ word, effect }) =>
-        make("li", {}, token(word), make("i", { style: `--w:${Math.abs(effect) / most}` }), make("span", { class: "value" }, effect.toFixed(2)))))))));
+        make("li", {}, token(word), make("i", { style: `--w:${Math.abs(effect) / most}` }), make("span", { class: "value" }, effect.toFixed(2).replace("-", "−")))))))));
 }
 
 function neighbours(model, row) {
@@ -78,13 +80,13 @@ function featureLink(model, feature) {
   if (row === undefined) return make("span", { class: "to muted" }, make("span", { class: "number" }, String(feature)), "not on this page");
   const peaks = model.peaks(row);
   return make("a", { class: "to", href: `#f${feature}` }, make("span", { class: "number" }, String(feature)),
-    make("span", { class: "peaks" }, ...(peaks.length ? peaks.map(token) : ["dead"])));
+    make("span", { class: "peaks" }, ...(peaks.length ? peaks.map(token) : [make("span", { class: "muted" }, "dead")])));
 }
 
-function examples(model, row) {
+function examples(model, row, bands) {
   const found = model.examples(row), edges = model.quantiles(row);
-  return BANDS.map((title, band) => {
-    const texts = found.filter(example => example.band === band);
+  return bands.map(band => {
+    const texts = found.filter(example => example.band === band), title = BANDS[band];
     if (texts.length === 0) return null;
     const range = band ? `${short(edges[5 - band])} to ${short(edges[4 - band])}` : null;
     return make("section", { class: "examples" },

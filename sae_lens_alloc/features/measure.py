@@ -103,5 +103,6 @@ def _facts(
 
 
 def _name(name: str) -> str:
-    """A name of the hub as it is, and of a path its last part: a page may be given to others."""
-    return Path(name).resolve().name if Path(name).exists() else name
+    """A name of the hub as it is, and the end of a path: a page may be given to others."""
+    path = Path(name)
+    return "/".join(path.resolve().parts[-2:]) if path.exists() else name

@@ -79,9 +79,11 @@ function makeModel(data) {
 
 // A token as something to read: blanks and ends of lines made visible.
 function visible(word) {
-  const text = word.replace(/\r/g, "").replace(/\n/g, "↵").replace(/\t/g, "⇥");
-  if (text.trim() === "") return text.length > 3 ? `␣×${text.length}` : "␣".repeat(text.length) || "∅";
-  return text.trim() === text ? text : text.replace(/^ +| +$/g, blanks => blanks.length > 1 ? "␣".repeat(Math.min(blanks.length, 3)) : "·");
+  if (word === "") return "∅";
+  return word.replace(/\r/g, "").replace(/\n/g, "↵").replace(/\t/g, "⇥")
+    .replace(/ {3,}/g, blanks => `␣×${blanks.length}`)
+    .replace(/^ (?=\S)/, "·")
+    .replace(/ /g, "␣");
 }
 
 function percent(share) {
@@ -91,7 +93,7 @@ function percent(share) {
 }
 
 const number = value => value.toLocaleString("en-US");
-const short = value => Number(value.toPrecision(3)).toString();
+const short = value => value === 0 ? "0" : Math.abs(value) >= 1000 ? number(Math.round(value)) : value.toPrecision(3);
 
 // An element: make("p", { class: "muted" }, "text", other)
 function make(tag, attributes = {}, ...children) {

@@ -15,6 +15,7 @@ function makeTextView(model) {
         counts.push(data.token_features_from[n + 1] - data.token_features_from[n]);
         const span = make("span", {
           role: "option", id: `token-${n}`, "aria-selected": "false",
+          title: model.special.has(word) ? null : `${counts[n]} features`,
           class: model.special.has(word) ? "special" : null, onclick: () => choose(at),
         }, data.words[word]);
         span.setAttribute("aria-label", `${visible(data.words[word])}, ${counts[n]} features`);
