@@ -13,11 +13,34 @@ FINAL_NORMS = (
     *("norm", "ln_f", "final_layer_norm", "final_layernorm", "norm_f", "ln_out"),
     *("decoder.final_layer_norm", "decoder.norm", "language_model.norm"),
 )
-# Ends of the names of hooks that do not add to the residual stream.
-INNER_HOOKS = (
-    *("hook_q", "hook_k", "hook_v", "hook_z", "hook_rot_q", "hook_rot_k"),
-    *("hook_pre", "hook_pre_linear", "hook_post", "hook_mid", "hook_normalized"),
-    *("q_proj", "k_proj", "v_proj", "c_attn", "c_fc", "up_proj", "gate_proj", "act"),
+# Parts of the names of hooks that do not add to the residual stream.
+INNER_PARTS = frozenset(
+    (
+        *("hook_q", "hook_k", "hook_v", "hook_z", "hook_rot_q", "hook_rot_k"),
+        *("hook_pre", "hook_pre_linear", "hook_post", "hook_mid", "hook_normalized"),
+        *("ln1", "ln2", "ln_1", "ln_2", "input_layernorm", "pre_feedforward_layernorm"),
+        *(
+            "q",
+            "k",
+            "v",
+            "qkv",
+            "q_proj",
+            "k_proj",
+            "v_proj",
+            "c_attn",
+            "query_key_value",
+        ),
+        *(
+            "in",
+            "gate",
+            "c_fc",
+            "up_proj",
+            "gate_proj",
+            "act",
+            "act_fn",
+            "dense_h_to_4h",
+        ),
+    )
 )
 # Elements of a block of logits.
 LARGEST_BLOCK = 2**25
@@ -108,7 +131,7 @@ def find_unembedding(
     Returns:
         The unembedding, or in one sentence why there is no lens.
     """
-    if head is not None or hook_name.split(".")[-1] in INNER_HOOKS:
+    if head is not None or INNER_PARTS.intersection(hook_name.split(".")):
         return f"There is no logit lens, as {hook_name} does not add to the residual stream."
     if isinstance(model, HookedProxyLM):
         weight, norm = _of_hugging_face(model)
