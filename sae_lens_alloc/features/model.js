@@ -49,7 +49,7 @@ function makeModel(data) {
       if (!most[row]) {
         const words = new Set();
         for (let i = data.examples_from[row]; i < data.examples_from[row + 1] && words.size < N_PEAKS; i++) {
-          if (data.example_bands[i] === 0) words.add(data.words[model.wordAt(data.example_rows[i], data.example_positions[i])]);
+          if (data.example_bands[i] === 0) words.add(model.characterAt(data.example_rows[i], data.example_positions[i]));
         }
         most[row] = [...words];
       }
@@ -57,6 +57,12 @@ function makeModel(data) {
     },
 
     wordAt: (textRow, position) => data.text[textRow * data.length + position],
+
+    // The text of a token. Of several tokens that are one character, the first has the text.
+    characterAt(textRow, position) {
+      while (position > 0 && data.words[model.wordAt(textRow, position)] === "") position--;
+      return data.words[model.wordAt(textRow, position)];
+    },
 
     // [{ textRow, position, band, value, shades }], with the shade of each position of the context
     examples(row) {

@@ -11,7 +11,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 from transformers import PreTrainedTokenizerBase
 
-from sae_lens_alloc.evaluation.snippets import Snippet, token_texts
+from sae_lens_alloc.evaluation.snippets import Snippet, TokenTexts
 from sae_lens_alloc.evaluation.usage import RARE_DENSITY
 from sae_lens_alloc.features.activity import Activity
 from sae_lens_alloc.features.examples import Examples
@@ -98,22 +98,39 @@ class FeaturePage:
         return contexts, rows
 
     def _words(self, contexts: torch.Tensor) -> tuple[list[str], dict[str, Any]]:
-        """The text of each token that the page shows, and where which one is shown."""
-        shown = [self.activity.tokens[contexts].flatten()]
+        """The words that the page shows, and where which one is shown."""
+        texts_of = TokenTexts(self.tokenizer)
+        # a special token is another word than the same characters in a text
+        words: dict[tuple[str, bool], int] = {}
+
+        def number(text: str, is_special: bool) -> int:
+            return words.setdefault((text, is_special), len(words))
+
+        shown = zip(
+            self.activity.tokens[contexts].tolist(),
+            self.activity.ordinary[contexts].tolist(),
+            strict=True,
+        )
+        text = [
+            number(word, not is_ordinary)
+            for tokens, ordinary in shown
+            for word, is_ordinary in zip(
+                texts_of.in_context(tokens), ordinary, strict=True
+            )
+        ]
+        arrays = {"text": _uint32(torch.tensor(text))}
         if isinstance(self.lens, LogitLens):
-            shown += [self.lens.largest.flatten(), self.lens.smallest.flatten()]
-        token_ids, words = torch.cat(shown).unique(return_inverse=True)
-        text, *ends = words.split([len(part) for part in shown])
-        arrays = {"text": _uint32(text)}
-        # a token is special everywhere or nowhere
-        measured = torch.zeros(len(token_ids), dtype=torch.bool)
-        measured[text[self.activity.ordinary[contexts].flatten()]] = True
-        arrays["special_words"] = _uint32(_without(text.unique(), measured))
-        if isinstance(self.lens, LogitLens):
-            arrays["promoted"], arrays["suppressed"] = map(_uint32, ends)
+            for name, tokens in (
+                ("promoted", self.lens.largest),
+                ("suppressed", self.lens.smallest),
+            ):
+                found = [number(texts_of.of_token(t), False) for t in _numbers(tokens)]
+                arrays[name] = _uint32(torch.tensor(found))
             arrays["promoted_effects"] = _float32(self.lens.largest_effects)
             arrays["suppressed_effects"] = _float32(self.lens.smallest_effects)
-        return token_texts(self.tokenizer, token_ids.tolist()), arrays
+        special = [i for (_, is_special), i in words.items() if is_special]
+        arrays["special_words"] = _uint32(torch.tensor(special))
+        return [word for word, _ in words], arrays
 
     def _of_features(self) -> dict[str, Any]:
         figures = self.figures
@@ -173,8 +190,8 @@ class FeaturePage:
         }
 
 
-def _without(values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    return values[~mask[values]]
+def _numbers(tensor: torch.Tensor) -> list[int]:
+    return tensor.flatten().tolist()
 
 
 def _uint32(tensor: torch.Tensor) -> Any:

@@ -6,12 +6,18 @@ from sae_lens import JumpReLUSAE, JumpReLUSAEConfig
 from sae_lens.saes.sae import SAEMetadata
 
 from sae_lens_alloc.activations.on_text import text_of_sae
-
 from sae_lens_alloc.allocation.sparse_activations import SparseActivations
 from sae_lens_alloc.features.measure import measure_features
 from sae_lens_alloc.features.page import FeaturePage
 from tests.helpers import one_thread
-from tests.training.conftest import CORPUS, D_MODEL, HOOK, MODEL, MODEL_CLASS, demo_model
+from tests.training.conftest import (
+    CORPUS,
+    D_MODEL,
+    HOOK,
+    MODEL,
+    MODEL_CLASS,
+    demo_model,
+)
 
 __all__ = ["demo_model", "one_thread"]
 
@@ -31,8 +37,8 @@ def pairs_of(dense: torch.Tensor) -> SparseActivations:
 
 
 N_FEATURES, LENGTH, N_TOKENS = 150, 64, 2048
-# features that are never active, and one that is active on a few tokens
-DEAD, RARE = (7, 149), 20
+# features that are never active
+DEAD = (7, 149)
 
 
 def make_readable_sae(hook_name: str = HOOK) -> JumpReLUSAE:
@@ -53,7 +59,7 @@ def make_readable_sae(hook_name: str = HOOK) -> JumpReLUSAE:
         sae.W_enc.normal_()
         sae.W_dec.normal_()
         sae.b_enc.zero_()
-        sae.threshold.copy_(torch.linspace(10, 60, N_FEATURES))
+        sae.threshold.copy_(torch.linspace(8, 24, N_FEATURES))
         sae.threshold[list(DEAD)] = torch.inf
     return sae
 
