@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -15,6 +16,15 @@ CHROMIUM = next(
     filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))),
     None,
 )
+# Chromium reads its commands from file 3 and writes its answers to file 4.
+LAUNCHER = """
+import fcntl, os, sys
+# out of the way first, as they may be 4 and 3
+reads, writes = (fcntl.fcntl(int(file), fcntl.F_DUPFD, 5) for file in sys.argv[1:3])
+os.dup2(reads, 3)
+os.dup2(writes, 4)
+os.execvp(sys.argv[3], sys.argv[3:])
+"""
 # What `press` takes: key, code of the key, and the text that it types.
 KEYS = {
     "Enter": (13, "\r"),
@@ -45,13 +55,10 @@ class Browser:
         assert CHROMIUM is not None
         ours_in, theirs_out = os.pipe()
         theirs_in, ours_out = os.pipe()
-        # Chromium reads from 3 and writes to 4
         self._process = subprocess.Popen(
             [
-                "/bin/sh",
-                "-c",
-                f'exec "$@" 3<&{theirs_in} 4>&{theirs_out}',
-                *("sh", CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu"),
+                *(sys.executable, "-c", LAUNCHER, str(theirs_in), str(theirs_out)),
+                *(CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu"),
                 *("--remote-debugging-pipe", f"--user-data-dir={profile}"),
                 *("--hide-scrollbars", "--disable-dev-shm-usage", "about:blank"),
             ],

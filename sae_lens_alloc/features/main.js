@@ -3,7 +3,7 @@ async function main() {
   const model = makeModel(await unpack(document.getElementById("data").textContent));
   const detail = document.getElementById("detail");
   const views = { features: document.getElementById("view-features"), text: document.getElementById("view-text") };
-  let hasText = false;
+  let hasText = false, goesToSearch = false;
   views.features.hidden = false;
   const list = makeList(model, row => { location.hash = `f${model.number(row)}`; });
 
@@ -27,7 +27,8 @@ async function main() {
         list.show(list.first());
         showFeature(model, list.first(), detail, list.beside);
       }
-      if (event) list.focus();
+      if (event && goesToSearch) list.focusSearch(); else if (event) list.focus();
+      goesToSearch = false;
       return;
     }
     list.show(row);
@@ -40,8 +41,11 @@ async function main() {
   document.addEventListener("keydown", event => {
     if (views.features.hidden || event.ctrlKey || event.metaKey || event.altKey) return;
     const isTyping = /^(INPUT|SELECT|TEXTAREA)$/.test(event.target.tagName);
-    if (event.key === "/" && !isTyping) { event.preventDefault(); location.hash = "features"; list.focusSearch(); }
-    else if (event.key === "Escape" && !isTyping) location.hash = "features";
+    if (event.key === "/" && !isTyping) {
+      event.preventDefault();
+      goesToSearch = document.body.classList.contains("opened");
+      if (goesToSearch) location.hash = "features"; else list.focusSearch();
+    } else if (event.key === "Escape" && !isTyping) location.hash = "features";
   });
   route(null);
 }
