@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 
 from sae_lens_alloc.demo.methods import CORPUS, demo_configs
 from sae_lens_alloc.demo.run import run_demo
+from tests.features.reading import data_of
 
 pytestmark = pytest.mark.slow
 
@@ -83,6 +84,18 @@ def test_the_report_stands_alone(output: Path):
     for name in NAMES:
         assert name in own
     assert "Feature Choice → Mutual Choice" in own or "\\u2192 Mutual Choice" in own
+
+
+def test_the_report_leads_to_the_features(output: Path, results: dict[str, Any]):
+    assert '<a href="features.html">' in (output / "report.html").read_text("utf-8")
+    page = output / "features.html"
+    assert page.stat().st_size < 15_000_000
+    data = data_of(page)
+    assert data["title"] == "mutual_choice"
+    assert len(data["features"]) == 3072
+    # on the text of the report, where it is not shortened
+    used = sum(data["firings"]) / data["n_tokens"]
+    assert used == pytest.approx(results["runs"]["mutual_choice"]["l0"], rel=0.15)
 
 
 def test_training_is_on_record(output: Path):

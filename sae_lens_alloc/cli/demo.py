@@ -17,13 +17,16 @@ def demo(
         ),
     ] = False,
     output: Annotated[
-        Path, typer.Option(help="Folder for the SAEs, the figures and report.html.")
+        Path,
+        typer.Option(
+            help="Folder for the SAEs, the figures, report.html and features.html."
+        ),
     ] = Path("demo-output"),
     overwrite: OverwriteOption = False,
 ) -> None:
     """
     Train a Mutual Choice SAE and a stock batchtopk SAE on the shipped language model, compare
-    them on held-out text, and write a report. Needs no network.
+    them on held-out text, and write a report and a page of features. Needs no network.
     """
     from sae_lens_alloc.demo.run import run_demo
 

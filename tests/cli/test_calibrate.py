@@ -87,6 +87,16 @@ def test_calibrate_takes_a_stock_topk_sae_and_a_config(tmp_path: Path):
     assert calibrated.cfg.metadata.l0 == pytest.approx(4, rel=1e-2)
 
 
+def test_calibrate_refuses_the_config_of_another_width(tmp_path: Path):
+    sae = JumpReLUSAE(JumpReLUSAEConfig(d_in=100, d_sae=64))
+    sae.save_model(tmp_path / "source")
+    options = ("--output", str(tmp_path / "output"), "--l0", "3", "--config", CONFIG)
+    result = invoke("calibrate", str(tmp_path / "source"), *options)
+    assert result.exit_code == 1
+    assert "takes activations of 100 dimensions, but sae.d_in of" in result.stderr
+    assert len(result.stderr.strip().splitlines()) == 1
+
+
 @pytest.mark.parametrize(
     ("options", "sentence"),
     [

@@ -141,6 +141,11 @@ def test_text_is_shown_and_not_run(page: str):
     assert f'data-n="{count}">&lt;script&gt;' in own
 
 
+def test_other_pages_are_linked(runs: list[ReportRun]):
+    page = render_report("t", "i", runs, links={"Features & more": "features.html"})
+    assert '<a href="features.html">Features &amp; more</a>' in page
+
+
 @pytest.mark.parametrize("n_runs", [1, 2, 5])
 def test_any_number_of_runs(n_runs: int):
     page = render_report("t", "i", [make_run(f"run {i}", i) for i in range(n_runs)])

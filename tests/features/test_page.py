@@ -1,9 +1,6 @@
 """What is in the page's file: that it stands alone, and that its numbers are those measured."""
 
-import base64
 import dataclasses
-import gzip
-import json
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -12,25 +9,19 @@ import numpy as np
 import pytest
 import torch
 
+from sae_lens_alloc.activations.on_text import text_of_sae
 from sae_lens_alloc.features.lens import LogitLens
+from sae_lens_alloc.features.measure import measure_features
 from sae_lens_alloc.features.packing import pack
 from sae_lens_alloc.features.page import N_SHADES, FeaturePage
-from tests.features.conftest import DEAD, LENGTH, N_FEATURES, N_TOKENS
-
-DTYPES = {"Uint8Array": "<u1", "Uint16Array": "<u2", "Uint32Array": "<u4"}
-DTYPES |= {"Int32Array": "<i4", "Float32Array": "<f4"}
-
-
-def unpacked(text: str) -> dict[str, Any]:
-    """What a page finds in its data."""
-    content = gzip.decompress(base64.b64decode(text))
-    size = int.from_bytes(content[:4], "little")
-    data = json.loads(content[4 : 4 + size])
-    for name, (kind, start, length) in data.pop("arrays").items():
-        place = 4 + size + start
-        assert place % 4 == 0
-        data[name] = np.frombuffer(content, DTYPES[kind], length, place)
-    return data
+from tests.features.conftest import (
+    DEAD,
+    LENGTH,
+    N_FEATURES,
+    N_TOKENS,
+    make_readable_sae,
+)
+from tests.features.reading import unpacked
 
 
 @pytest.fixture(scope="module")
@@ -135,10 +126,6 @@ def test_some_of_the_features(page: FeaturePage):
     """Rows are of the chosen features alone; neighbours are still of all."""
     some = torch.tensor([30, 90])
     assert page.by_activity.features[some].max() > 90
-    from sae_lens_alloc.activations.on_text import text_of_sae
-    from sae_lens_alloc.features.measure import measure_features
-    from tests.features.conftest import make_readable_sae
-
     sae = make_readable_sae()
     part = measure_features(sae, text_of_sae(sae), N_TOKENS, some, "part")
     assert torch.equal(part.figures.firings, page.figures.firings[some])
