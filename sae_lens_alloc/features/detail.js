@@ -10,7 +10,7 @@ function showFeature(model, row, place, beside) {
       ? make("span", { class: "button off", "aria-hidden": "true" }, text)
       : make("a", { class: "button", href: `#f${model.number(other)}`, "aria-label": label, title: label }, text);
   };
-  place.replaceChildren(
+  const parts = [
     make("div", { class: "bar" },
       make("a", { class: "back button", href: "#features" }, "← All features"),
       make("h2", { tabindex: "-1", id: "feature-name" }, `Feature ${model.number(row)}`,
@@ -22,7 +22,8 @@ function showFeature(model, row, place, beside) {
     data.no_lens ? make("p", { class: "muted" }, data.no_lens) : lens(model, row),
     neighbours(model, row),
     ...examples(model, row, [1, 2, 3, 4]),
-  );
+  ];
+  place.replaceChildren(...parts.filter(part => part !== null));
 }
 
 function figures(model, row) {

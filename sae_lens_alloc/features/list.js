@@ -66,6 +66,15 @@ function makeList(model, open) {
     draw();
   }
 
+  // where a search found a token that the row does not show: one that the feature promotes
+  function promotedMatch(row) {
+    const query = search.value.trim().toLowerCase();
+    const holds = word => word.toLowerCase().includes(query);
+    if (!query || !data.promoted || model.peaks(row).some(holds)) return null;
+    const found = model.lens(row, "promoted").find(({ word }) => holds(word));
+    return found ? make("span", { class: "promotes", title: "A next token that it promotes" }, "→ ", token(found.word)) : null;
+  }
+
   function draw() {
     const first = Math.max(0, Math.floor(rows.scrollTop / ROW_HEIGHT) - SPARE_ROWS);
     const last = Math.min(state.rows.length, Math.ceil((rows.scrollTop + rows.clientHeight) / ROW_HEIGHT) + SPARE_ROWS);
@@ -74,7 +83,7 @@ function makeList(model, open) {
     for (let i = first; i < last; i++) {
       const row = state.rows[i];
       const kind = model.isDead(row) ? "dead" : null;
-      const words = make("span", { class: "peaks" }, ...model.peaks(row).map(token), kind ? "dead" : null);
+      const words = make("span", { class: "peaks" }, ...model.peaks(row).map(token), kind ? "dead" : null, promotedMatch(row));
       drawn.push(make("div", {
         class: `feature${kind ? " dead" : ""}${i === state.at ? " at" : ""}`, id: `row-${i}`, role: "option",
         "aria-selected": String(row === state.opened), "aria-setsize": state.rows.length, "aria-posinset": i + 1,

@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 from datasets import Dataset
+from sae_lens.registry import SAE_CLASS_REGISTRY
 from sae_lens.saes.sae import SAE
 
 from sae_lens_alloc.activations.on_text import text_of_sae
@@ -82,9 +83,8 @@ def test_too_many_active_features_are_refused(
 
 
 def test_activations_of_abstopk_are_without_sign(demo_model: Any):
-    from sae_lens.registry import SAE_CLASS_REGISTRY
-
-    sae_class, config_class = SAE_CLASS_REGISTRY["abstopk"]
+    registered: Any = SAE_CLASS_REGISTRY["abstopk"]
+    sae_class, config_class = registered
     metadata = make_readable_sae().cfg.metadata
     sae = sae_class(config_class(d_in=D_MODEL, d_sae=20, k=4, metadata=metadata))
     found = measure_activity(sae, demo_model, text_of_sae(sae), LENGTH)

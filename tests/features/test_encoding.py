@@ -27,7 +27,7 @@ def make_inference_sae(name: str) -> SAE[Any]:
     with torch.no_grad():
         for parameter in sae.parameters():
             parameter.normal_()
-        sae.W_dec /= sae.W_dec.norm(dim=1, keepdim=True)
+        sae.W_dec.data /= sae.W_dec.norm(dim=1, keepdim=True)
     return sae
 
 

@@ -95,7 +95,7 @@ def test_dead_features_are_found_and_say_so(browser: Browser, page: FeaturePage)
     browser.wait_for(f"{NAME} === 'Feature {DEAD[0]}dead'")
     detail = browser.ask("document.getElementById('detail').innerText")
     assert "active on no token of this text" in detail
-    assert "Largest activations" not in detail
+    assert "Largest activations" not in detail and "null" not in detail
     browser.click("#filter label:nth-of-type(2)")
     assert browser.ask(FOUND) == f"{N_FEATURES - n_dead} of {N_FEATURES} features"
 
@@ -124,6 +124,11 @@ def test_search_by_number_by_range_and_by_token(browser: Browser, page: FeatureP
         }
         assert 0 < len(expected) < 20  # all are drawn
         assert set(search(word.upper())) == expected
+        # each row shows what was found in it
+        rows = browser.ask(
+            "[...document.querySelectorAll('.feature .peaks')].map(e => e.innerText)"
+        )
+        assert all(word in row.lower() for row in rows)
     assert search("no such token") == []
     assert "No feature matches." in browser.ask("document.body.innerText")
 

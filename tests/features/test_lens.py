@@ -107,7 +107,7 @@ def test_of_a_hooked_transformer():
 
 
 def test_of_a_bridge(demo_model: Any):
-    bridge = TransformerBridge.boot_transformers(MODEL, device="cpu")
+    bridge: Any = TransformerBridge.boot_transformers(MODEL, device="cpu")
     plain = demo_model.model
     found = find_unembedding(bridge, "blocks.2.hook_out", D_MODEL)
     check(found, plain.lm_head.weight.T, plain.transformer.ln_f.weight, True)
