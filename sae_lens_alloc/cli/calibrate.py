@@ -17,12 +17,6 @@ from sae_lens_alloc.cli.text_to_read import (
     TextConfigOption,
     text_to_read,
 )
-from sae_lens_alloc.cli.text_to_read import (
-    DatasetOption,
-    ModelOption,
-    TextConfigOption,
-    text_to_read,
-)
 from sae_lens_alloc.config.run_checks import check_device
 from sae_lens_alloc.saes.saved_sae import trained_k
 from sae_lens_alloc.thresholds.factor import Thresholded

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from sae_lens_alloc.cli.endings import ends_when_interrupted, one_sentence_errors
+from sae_lens_alloc.cli.endings import by_one_process, ends_when_interrupted
 from sae_lens_alloc.cli.text_to_read import (
     DatasetOption,
     ModelOption,
@@ -61,7 +61,7 @@ def features(
     The text and the language model are those that SAELens recorded in the SAE, unless an
     option says otherwise.
     """
-    with one_sentence_errors(), ends_when_interrupted():
+    with by_one_process("features"), ends_when_interrupted():
         require_new_file(output, "--output", overwrite)
         check_device("--device", device)
         given = load_readable_sae(sae)
