@@ -11,6 +11,8 @@ from sae_lens_alloc.features.ragged import offsets_of, places_of_runs
 N_NEIGHBOURS = 8
 # Elements of a matrix of some features by all, and pairs of pairs counted at once.
 LARGEST_BLOCK = 2**24
+# Pairs of features that are active together, over all tokens, beyond which some tokens must do.
+LARGEST_N_TOGETHER = 2**30
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,7 +62,10 @@ def nearest_by_activity(
         pairs: Active pairs of all features, in row order.
         features: Features to find neighbours of, int64 of shape (n,).
         k: Neighbours of each, if there are so many. Features that share no token are none.
+
+    An SAE of many features per token is measured on some of the tokens, evenly spread.
     """
+    pairs = _on_some_tokens(pairs)
     n_features = pairs.shape[1]
     firings = pairs.feature_counts()
     first_of_token = offsets_of(pairs.token_counts())
@@ -87,6 +92,17 @@ def nearest_by_activity(
         either = firings[block, None] + firings - both
         found.append(_nearest(both / either.clamp(min=1), block, k, 0.0))
     return _joined(found)
+
+
+def _on_some_tokens(pairs: SparseActivations) -> SparseActivations:
+    """The pairs of as many tokens, evenly spread, as LARGEST_N_TOGETHER allows."""
+    together = pairs.token_counts().double().square().sum().item()
+    if together <= LARGEST_N_TOGETHER:
+        return pairs
+    share = LARGEST_N_TOGETHER / together
+    steps = (torch.arange(pairs.shape[0] + 1, dtype=torch.float64) * share).floor()
+    kept = steps.diff() > 0
+    return pairs.at(kept[pairs.token_indices].nonzero().squeeze(1)).without_padding()
 
 
 def _pieces(sizes: torch.Tensor) -> list[slice]:

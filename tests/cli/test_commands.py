@@ -62,7 +62,7 @@ def test_the_demo_ends_on_a_signal_and_shares_its_folder_with_nobody(
     assert result.stderr == "interrupted\n"
 
 
-@pytest.mark.parametrize("command", ["demo", "compare", "calibrate"])
+@pytest.mark.parametrize("command", ["demo", "compare", "calibrate", "features"])
 def test_commands_for_one_process_say_so_to_several(
     command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
@@ -72,6 +72,7 @@ def test_commands_for_one_process_say_so_to_several(
         "demo": [],
         "compare": [str(tmp_path / "config.yaml")],
         "calibrate": [str(tmp_path / "given")],
+        "features": [str(tmp_path / "given")],
     }[command]
     monkeypatch.setenv("WORLD_SIZE", "2")
     for rank in ("0", "1"):

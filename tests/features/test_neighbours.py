@@ -55,6 +55,21 @@ def test_by_activity(monkeypatch: pytest.MonkeyPatch, largest_block: int):
     assert found.features[3].tolist() == [-1] * 6
 
 
+def test_of_many_active_features_some_tokens_do(monkeypatch: pytest.MonkeyPatch):
+    """A quarter of the tokens, every fourth."""
+    torch.manual_seed(0)
+    dense = torch.rand(100, 20) * (torch.arange(20) % 2 == 0)  # 10 on each token
+    monkeypatch.setattr(neighbours, "LARGEST_N_TOGETHER", 100 * 10**2 // 4)
+    dense[3::4, 2:5:2] = 0.0
+    dense[3::4, 1:4:2] = 1.0
+    found = nearest_by_activity(pairs_of(dense), torch.tensor([0, 2]), k=12)
+    # of what is looked at, all these are active on all tokens, and 2 and 4 on none
+    together = [1, 3, 6, 8, 10, 12, 14, 16, 18]
+    assert sorted(found.features[0].tolist()) == [-1, -1, -1, *together]
+    assert found.nearness[0].tolist() == [1.0] * 9 + [0.0] * 3
+    assert found.features[1].tolist() == [-1] * 12
+
+
 def test_fewer_features_than_neighbours():
     found = nearest_by_decoder(torch.eye(3), torch.arange(3))
     assert found.features.shape == (3, 2)
