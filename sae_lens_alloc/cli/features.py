@@ -70,9 +70,11 @@ def features(
         check_devices(cfg)
         check_activations(cfg)
         given.to(device)
-        page = measure_features(given, cfg, tokens, chosen, Path(sae).name)
-        with new_files(output.parent, "the page") as folder:
-            page.write(folder / output.name)
+        folder = Path(sae)
+        title = folder.resolve().name if folder.is_dir() else sae
+        page = measure_features(given, cfg, tokens, chosen, title)
+        with new_files(output.parent, "the page") as new_folder:
+            page.write(new_folder / output.name)
     found = page.activity.tokens.numel()
     if found < tokens:
         typer.echo(f"the text ended after {found:,} of {tokens:,} tokens")

@@ -82,7 +82,8 @@ def _snippets(activity: Activity, tokenizer: Any) -> list[Snippet]:
     n = len(activity.tokens)
     contexts = sorted({n * (2 * i + 1) // (2 * N_SNIPPETS) for i in range(N_SNIPPETS)})
     longest = min(LONGEST_SNIPPET, activity.length - 1)
-    return take_snippets(activity.tokens, tokenizer, contexts, longest)
+    taken = take_snippets(activity.tokens, tokenizer, contexts, longest)
+    return [snippet for snippet in taken if snippet.tokens]
 
 
 def _facts(
