@@ -26,6 +26,10 @@ def load_readable_sae(name: str) -> SAE[Any]:
         ValueError: if there is none, or it is a transcoder or a temporal SAE.
     """
     sae = load_source_sae(name, "cpu").sae
+    if isinstance(sae, TrainingSAE):
+        with TemporaryDirectory() as folder:
+            sae.save_inference_model(folder)
+            sae = SAE.load_from_disk(folder)
     if isinstance(sae, Transcoder | TemporalSAE):
         why = (
             "reads one place of the model and writes to another"
@@ -36,10 +40,6 @@ def load_readable_sae(name: str) -> SAE[Any]:
             f"{name!r} is of the architecture {sae.cfg.architecture()!r}, which {why}: give an "
             "SAE."
         )
-    if isinstance(sae, TrainingSAE):
-        with TemporaryDirectory() as folder:
-            sae.save_inference_model(folder)
-            sae = SAE.load_from_disk(folder)
     # activations come flat, one vector a token
     sae.turn_off_forward_pass_hook_z_reshaping()
     return sae

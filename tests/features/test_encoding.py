@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 from sae_lens import SAE
-from sae_lens.registry import SAE_CLASS_REGISTRY
+from sae_lens.registry import SAE_CLASS_REGISTRY, SAE_TRAINING_CLASS_REGISTRY
 
 from sae_lens_alloc.features import encoding
 from sae_lens_alloc.features.encoding import encode_pairs
@@ -97,3 +97,16 @@ def test_what_has_no_features_of_a_token_is_refused(
     with pytest.raises(ValueError, match=name) as caught:
         load_readable_sae(str(tmp_path))
     assert why in str(caught.value)
+
+
+TRANSCODERS = [name for name in SAE_TRAINING_CLASS_REGISTRY if "transcoder" in name]
+
+
+@pytest.mark.parametrize("name", TRANSCODERS)
+def test_checkpoints_of_transcoders_are_refused(name: str, tmp_path: Path):
+    registered: Any = SAE_TRAINING_CLASS_REGISTRY[name]
+    sae_class, config_class = registered
+    settings: dict[str, Any] = {"d_in": D_IN, "d_out": D_IN, "d_sae": D_SAE, "k": K}
+    sae_class(config_class(**settings, apply_b_dec_to_input=False)).save_model(tmp_path)
+    with pytest.raises(ValueError, match="which reads one place of the model and"):
+        load_readable_sae(str(tmp_path))
