@@ -8,12 +8,12 @@ from typing import Any
 import pytest
 import typer
 
-from sae_lens_alloc.cli.endings import (
+from sae_lens_alloc.errors import LONGEST_SENTENCE, in_one_sentence
+from sae_lens_alloc_cli.endings import (
     TRACEBACK_VARIABLE,
     ends_when_interrupted,
     one_sentence_errors,
 )
-from sae_lens_alloc.errors import LONGEST_SENTENCE, in_one_sentence
 
 
 def chained(error: Exception, cause: Exception) -> Exception:

@@ -77,8 +77,8 @@ def test_an_endless_run_and_a_traceback_would_be_counted(
     monkeypatch: pytest.MonkeyPatch,
 ):
     """The script can find what it looks for."""
-    from sae_lens_alloc import cli
-    from sae_lens_alloc.cli.endings import TRACEBACK_VARIABLE
+    from sae_lens_alloc.training import preflight
+    from sae_lens_alloc_cli.endings import TRACEBACK_VARIABLE
     from scripts.faults import configs
 
     text = yaml.safe_dump(BASE)
@@ -88,13 +88,13 @@ def test_an_endless_run_and_a_traceback_would_be_counted(
         while True:
             pass
 
-    monkeypatch.setattr(cli.train, "check_training", never_ends)
+    monkeypatch.setattr(preflight, "check_training", never_ends)
     assert try_case("endless", text).outcome == "endless"
 
     def fails(*_: Any) -> None:
         raise KeyError("oh")
 
-    monkeypatch.setattr(cli.train, "check_training", fails)
+    monkeypatch.setattr(preflight, "check_training", fails)
     assert try_case("unforeseen", text).outcome == "unexpected"
     monkeypatch.setenv(TRACEBACK_VARIABLE, "1")
     assert try_case("traceback", text).outcome == "traceback"

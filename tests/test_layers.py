@@ -25,7 +25,6 @@ LAYERS = (
     ("training",),
     ("features",),
     ("comparison", "demo"),
-    ("cli",),
 )
 # Only these import every layer: the public names, and `python -m sae_lens_alloc`.
 ENTRANCES = ("__init__", "__main__")
@@ -86,7 +85,16 @@ def test_imports_run_downwards(module: str):
 
 def test_no_file_imports_itself_by_way_of_others():
     order = list(TopologicalSorter(GRAPH).static_order())  # CycleError otherwise
-    assert order.index("errors") < order.index("cli") < order.index("__main__")
+    assert order.index("errors") < order.index("training") < order.index("__init__")
+
+
+def test_nothing_imports_the_command_line_but_what_starts_it():
+    importing = [
+        module
+        for module, path in MODULES.items()
+        if any(name.startswith("sae_lens_alloc_cli") for name in imported(path))
+    ]
+    assert importing == ["__main__"]
 
 
 def test_the_mathematics_knows_no_sae_lens():
@@ -97,7 +105,14 @@ def test_the_mathematics_knows_no_sae_lens():
 
 
 def source_files() -> list[Path]:
-    folders = ("sae_lens_alloc", "benchmarks", "docs", "scripts", "tests")
+    folders = (
+        "sae_lens_alloc",
+        "sae_lens_alloc_cli",
+        "benchmarks",
+        "docs",
+        "scripts",
+        "tests",
+    )
     return [path for name in folders for path in sorted((ROOT / name).rglob("*.py"))]
 
 

@@ -29,9 +29,9 @@ from typer.testing import CliRunner  # noqa: E402
 
 import sae_lens_alloc  # noqa: E402
 from sae_lens_alloc import MutualChoiceTrainingSAEConfig  # noqa: E402
-from sae_lens_alloc.cli import app  # noqa: E402
-from sae_lens_alloc.cli.endings import TRACEBACK_VARIABLE  # noqa: E402
 from sae_lens_alloc.training import runner  # noqa: E402
+from sae_lens_alloc_cli import app  # noqa: E402
+from sae_lens_alloc_cli.endings import TRACEBACK_VARIABLE  # noqa: E402
 from scripts.faults.counting import (  # noqa: E402
     Outcome,
     chosen,

@@ -13,9 +13,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from sae_lens_alloc import cli
+import sae_lens_alloc_cli as cli
 from sae_lens_alloc.activations.store import ResumableActivationsStore
-from sae_lens_alloc.cli import calibrate
+from sae_lens_alloc.thresholds import recalibration
 from sae_lens_alloc.training import (
     checkpointing_trainer,
     final_sae,
@@ -44,7 +44,7 @@ PHASES: dict[str, tuple[Any, str]] = {
     "check": (runner, "check_saved_sae"),
 }
 OTHER_PHASES: dict[str, tuple[Any, str]] = {
-    "recalibration": (calibrate, "recalibrate"),
+    "recalibration": (recalibration, "recalibrate"),
     "report": (fine_tuning_run, "write_report"),
 }
 

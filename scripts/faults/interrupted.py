@@ -11,11 +11,12 @@ from typing import Any
 import yaml
 from sae_lens.training.activation_scaler import ActivationScaler
 
-from sae_lens_alloc import cli
+import sae_lens_alloc_cli as cli
+from sae_lens_alloc.activations import on_text
 from sae_lens_alloc.activations.store import ResumableActivationsStore
-from sae_lens_alloc.cli import calibrate
 from sae_lens_alloc.comparison import pool, worker
 from sae_lens_alloc.demo import run as demo_run
+from sae_lens_alloc.thresholds import recalibration
 from sae_lens_alloc.training import fine_tuning, fine_tuning_run, preflight, trainer
 from scripts.faults.forks import PHASES, Action, Case, before_first_call, send
 from scripts.faults.older_run import finetune, train
@@ -34,9 +35,9 @@ IN_FINE_TUNING: dict[str, Place] = {
     "first step": IN_TRAINING["first step"],
 }
 IN_CALIBRATION: dict[str, Place] = {
-    "model": (calibrate, "gather_activations"),
+    "model": (on_text, "gather_activations"),
     "tokens": IN_TRAINING["tokens"],
-    "recalibration": (calibrate, "recalibrate"),
+    "recalibration": (recalibration, "recalibrate"),
 }
 
 

@@ -31,8 +31,8 @@ from sae_lens.saes.sae import SAEMetadata
 from typer.testing import CliRunner
 
 import sae_lens_alloc
-from sae_lens_alloc.cli import app
 from sae_lens_alloc.saes.saved_sae import load_sae
+from sae_lens_alloc_cli import app
 from scripts.faults.counting import Outcome, chosen, finish, read_options
 from scripts.faults.sae_damages import CFG, Damage, damages
 

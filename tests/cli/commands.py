@@ -6,7 +6,7 @@ from typing import Any
 from typer.testing import CliRunner
 
 import sae_lens_alloc
-from sae_lens_alloc.cli import app
+from sae_lens_alloc_cli import app
 
 DEMO = Path(sae_lens_alloc.__file__).parent / "demo"
 CONFIG = str(DEMO / "mutual_choice.yaml")

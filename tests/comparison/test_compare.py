@@ -13,11 +13,11 @@ import torch
 from sae_lens import SAE
 from typer.testing import CliRunner
 
-from sae_lens_alloc.cli import app
 from sae_lens_alloc.comparison.finished import known_cells
 from sae_lens_alloc.comparison.results import SCHEMA, summary
 from sae_lens_alloc.comparison.stream import StoredStream
 from sae_lens_alloc.evaluation.usage import as_user, measure_usage
+from sae_lens_alloc_cli import app
 from tests.comparison.conftest import small_settings, write_config
 
 pytestmark = pytest.mark.slow

@@ -1,40 +1,27 @@
 """`sae-lens-alloc calibrate`: the thresholds of a saved SAE set to a wanted L0."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.console import Console
-from rich.table import Table
-from sae_lens.saes.topk_sae import TopKSAE
 
-from sae_lens_alloc.activations.on_text import gather_activations
-from sae_lens_alloc.cli.arguments import OverwriteOption
-from sae_lens_alloc.cli.endings import by_one_process, ends_when_interrupted
-from sae_lens_alloc.cli.text_to_read import (
+from sae_lens_alloc_cli.arguments import OverwriteOption
+from sae_lens_alloc_cli.text_to_read import (
     DatasetOption,
     ModelOption,
     TextConfigOption,
     text_to_read,
 )
-from sae_lens_alloc.config.run_checks import check_device
-from sae_lens_alloc.saes.saved_sae import trained_k
-from sae_lens_alloc.thresholds.factor import Thresholded
-from sae_lens_alloc.thresholds.recalibration import (
-    MIN_TOKENS,
-    Recalibration,
-    load_saved_sae,
-    recalibrate,
-)
-from sae_lens_alloc.thresholds.requirements import require_target_l0
-from sae_lens_alloc.training.output_folder import (
-    locked_folder,
-    new_files,
-    require_empty,
-    require_other_folder,
-)
-from sae_lens_alloc.training.preflight import check_activations, check_devices
-from sae_lens_alloc.training.runner import CALIBRATION_TOKENS
+
+if TYPE_CHECKING:
+    from rich.table import Table
+    from sae_lens.saes.topk_sae import TopKSAE
+
+    from sae_lens_alloc.thresholds.factor import Thresholded
+    from sae_lens_alloc.thresholds.recalibration import Recalibration
+
+# the same as at the end of a training (tests/cli/test_light.py)
+TOKENS = 2 * 65_536
 
 
 def calibrate(
@@ -69,7 +56,7 @@ def calibrate(
     tokens: Annotated[
         int,
         typer.Option(help="Tokens of text: half set the thresholds, half check them."),
-    ] = 2 * CALIBRATION_TOKENS,
+    ] = TOKENS,
     model: ModelOption = None,
     dataset: DatasetOption = None,
     config: TextConfigOption = None,
@@ -84,6 +71,25 @@ def calibrate(
     The text and the language model are those that SAELens recorded in the SAE, unless an
     option says otherwise. A topk SAE becomes a jumprelu SAE.
     """
+    from rich.console import Console
+
+    from sae_lens_alloc.activations.on_text import gather_activations
+    from sae_lens_alloc.config.run_checks import check_device
+    from sae_lens_alloc.thresholds.recalibration import (
+        MIN_TOKENS,
+        load_saved_sae,
+        recalibrate,
+    )
+    from sae_lens_alloc.thresholds.requirements import require_target_l0
+    from sae_lens_alloc.training.output_folder import (
+        locked_folder,
+        new_files,
+        require_empty,
+        require_other_folder,
+    )
+    from sae_lens_alloc.training.preflight import check_activations, check_devices
+    from sae_lens_alloc_cli.endings import by_one_process, ends_when_interrupted
+
     with by_one_process("calibrate"), ends_when_interrupted():
         check_device("--device", device)
         given = load_saved_sae(sae)
@@ -109,7 +115,9 @@ def calibrate(
     typer.echo(f"saved in {output}")
 
 
-def _trained_l0(sae: Thresholded | TopKSAE) -> float:
+def _trained_l0(sae: "Thresholded | TopKSAE") -> float:
+    from sae_lens_alloc.saes.saved_sae import trained_k
+
     k = trained_k(sae)
     if k is None:
         raise ValueError(
@@ -118,7 +126,9 @@ def _trained_l0(sae: Thresholded | TopKSAE) -> float:
     return k
 
 
-def _calibration_table(report: Recalibration) -> Table:
+def _calibration_table(report: "Recalibration") -> "Table":
+    from rich.table import Table
+
     how = "each feature's share kept" if report.per_feature else "one factor"
     table = Table(title=f"L0 {report.target_l0:g} wanted, {how}")
     table.add_column("on", style="bold")

@@ -2,22 +2,12 @@
 
 import typer
 
-from sae_lens_alloc.cli.arguments import (
+from sae_lens_alloc_cli.arguments import (
     ConfigArgument,
     DryRunOption,
     OverridesArgument,
     OverwriteOption,
 )
-from sae_lens_alloc.cli.endings import ends_when_interrupted, one_sentence_errors
-from sae_lens_alloc.config.run_file import load_runner_config
-from sae_lens_alloc.distributed.agreement import failing_together
-from sae_lens_alloc.distributed.launch import leave
-from sae_lens_alloc.training.preflight import check_output, check_training
-from sae_lens_alloc.training.resuming import settle_resumed_run
-from sae_lens_alloc.training.run_folders import claimed_folders
-from sae_lens_alloc.training.run_on_ranks import ranks_of_run, settle_on_ranks
-from sae_lens_alloc.training.runner import AllocSAETrainingRunner
-from sae_lens_alloc.training.summary import describe_run
 
 
 def train(
@@ -33,6 +23,17 @@ def train(
     empty is refused unless --overwrite is given. Where torchrun starts several processes, they
     train the SAE together.
     """
+    from sae_lens_alloc.config.run_file import load_runner_config
+    from sae_lens_alloc.distributed.agreement import failing_together
+    from sae_lens_alloc.distributed.launch import leave
+    from sae_lens_alloc.training.preflight import check_output, check_training
+    from sae_lens_alloc.training.resuming import settle_resumed_run
+    from sae_lens_alloc.training.run_folders import claimed_folders
+    from sae_lens_alloc.training.run_on_ranks import ranks_of_run, settle_on_ranks
+    from sae_lens_alloc.training.runner import AllocSAETrainingRunner
+    from sae_lens_alloc.training.summary import describe_run
+    from sae_lens_alloc_cli.endings import ends_when_interrupted, one_sentence_errors
+
     with one_sentence_errors(), ends_when_interrupted():
         ranks = ranks_of_run()
         with failing_together(ranks):

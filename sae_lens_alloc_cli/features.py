@@ -5,19 +5,12 @@ from typing import Annotated
 
 import typer
 
-from sae_lens_alloc.cli.endings import by_one_process, ends_when_interrupted
-from sae_lens_alloc.cli.text_to_read import (
+from sae_lens_alloc_cli.text_to_read import (
     DatasetOption,
     ModelOption,
     TextConfigOption,
     text_to_read,
 )
-from sae_lens_alloc.config.run_checks import check_device
-from sae_lens_alloc.features.choice import chosen_features
-from sae_lens_alloc.features.loading import load_readable_sae
-from sae_lens_alloc.features.measure import measure_features
-from sae_lens_alloc.training.output_folder import new_files, require_new_file
-from sae_lens_alloc.training.preflight import check_activations, check_devices
 
 TOKENS = 100_000
 
@@ -60,7 +53,20 @@ def features(
 
     The text and the language model are those that SAELens recorded in the SAE, unless an
     option says otherwise.
+
+    \b
+    Examples:
+      sae-lens-alloc features SAE --output features.html
+      sae-lens-alloc features SAE --features 0-99 --output features.html
     """
+    from sae_lens_alloc.config.run_checks import check_device
+    from sae_lens_alloc.features.choice import chosen_features
+    from sae_lens_alloc.features.loading import load_readable_sae
+    from sae_lens_alloc.features.measure import measure_features
+    from sae_lens_alloc.training.output_folder import new_files, require_new_file
+    from sae_lens_alloc.training.preflight import check_activations, check_devices
+    from sae_lens_alloc_cli.endings import by_one_process, ends_when_interrupted
+
     with by_one_process("features"), ends_when_interrupted():
         require_new_file(output, "--output", overwrite)
         check_device("--device", device)

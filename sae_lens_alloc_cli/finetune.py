@@ -3,28 +3,13 @@
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
-from sae_lens_alloc.cli.arguments import (
+from sae_lens_alloc_cli.arguments import (
     ConfigArgument,
     DryRunOption,
     OverridesArgument,
     OverwriteOption,
 )
-from sae_lens_alloc.cli.endings import ends_when_interrupted, one_sentence_errors
-from sae_lens_alloc.config.run_file import load_fine_tuning_config
-from sae_lens_alloc.distributed.agreement import failing_together
-from sae_lens_alloc.distributed.launch import leave
-from sae_lens_alloc.evaluation.results_table import results_table
-from sae_lens_alloc.training.conversion import require_convertible
-from sae_lens_alloc.training.fine_tuning_run import fine_tune
-from sae_lens_alloc.training.output_folder import require_other_folder
-from sae_lens_alloc.training.preflight import check_output, check_training
-from sae_lens_alloc.training.resuming import settle_resumed_run
-from sae_lens_alloc.training.run_folders import claimed_folders
-from sae_lens_alloc.training.run_on_ranks import ranks_of_run, settle_on_ranks
-from sae_lens_alloc.training.source_sae import load_source_sae
-from sae_lens_alloc.training.summary import describe_run
 
 
 def finetune(
@@ -49,6 +34,23 @@ def finetune(
     The SAE may be of SAELens' topk, batchtopk, matryoshka_batchtopk, jumprelu, gated or
     standard architecture, or one of ours. It is not changed.
     """
+    from rich.console import Console
+
+    from sae_lens_alloc.config.run_file import load_fine_tuning_config
+    from sae_lens_alloc.distributed.agreement import failing_together
+    from sae_lens_alloc.distributed.launch import leave
+    from sae_lens_alloc.evaluation.results_table import results_table
+    from sae_lens_alloc.training.conversion import require_convertible
+    from sae_lens_alloc.training.fine_tuning_run import fine_tune
+    from sae_lens_alloc.training.output_folder import require_other_folder
+    from sae_lens_alloc.training.preflight import check_output, check_training
+    from sae_lens_alloc.training.resuming import settle_resumed_run
+    from sae_lens_alloc.training.run_folders import claimed_folders
+    from sae_lens_alloc.training.run_on_ranks import ranks_of_run, settle_on_ranks
+    from sae_lens_alloc.training.source_sae import load_source_sae
+    from sae_lens_alloc.training.summary import describe_run
+    from sae_lens_alloc_cli.endings import ends_when_interrupted, one_sentence_errors
+
     with one_sentence_errors(), ends_when_interrupted():
         ranks = ranks_of_run()
         with failing_together(ranks):

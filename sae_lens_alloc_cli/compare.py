@@ -4,9 +4,6 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
-
-from sae_lens_alloc.cli.endings import by_one_process, ends_when_interrupted
 
 
 def compare(
@@ -49,7 +46,10 @@ def compare(
     Finished SAEs are kept, so the same command continues after an interruption. With --finished
     it compares the finished SAEs, also while another command trains.
     """
+    from rich.console import Console
+
     from sae_lens_alloc.comparison.run import run_comparison
+    from sae_lens_alloc_cli.endings import by_one_process, ends_when_interrupted
 
     with by_one_process("compare"), ends_when_interrupted():
         run_comparison(config, overrides or [], output, jobs, finished, Console())

@@ -1,14 +1,13 @@
 """The language model and the text that a command reads for a saved SAE, and its options for them."""
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from sae_lens import SAE
-from sae_lens.config import LanguageModelSAERunnerConfig
 
-from sae_lens_alloc.activations.on_text import text_of_sae
-from sae_lens_alloc.config.run_file import load_runner_config
+if TYPE_CHECKING:
+    from sae_lens import SAE
+    from sae_lens.config import LanguageModelSAERunnerConfig
 
 ModelOption = Annotated[
     str | None,
@@ -29,18 +28,21 @@ TextConfigOption = Annotated[
 
 
 def text_to_read(
-    sae: SAE[Any],
+    sae: "SAE[Any]",
     model: str | None,
     dataset: str | None,
     config: Path | None,
     device: str,
-) -> LanguageModelSAERunnerConfig[Any]:
+) -> "LanguageModelSAERunnerConfig[Any]":
     """
     A run with the language model and the text to read.
 
     Raises:
         ValueError: as `text_of_sae`, or if the run is one of another width than the SAE's.
     """
+    from sae_lens_alloc.activations.on_text import text_of_sae
+    from sae_lens_alloc.config.run_file import load_runner_config
+
     if config is None:
         return text_of_sae(sae, model, dataset, device)
     cfg = load_runner_config(config, [f"device={device}"])

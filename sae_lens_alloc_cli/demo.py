@@ -5,8 +5,7 @@ from typing import Annotated
 
 import typer
 
-from sae_lens_alloc.cli.arguments import OverwriteOption
-from sae_lens_alloc.cli.endings import by_one_process, ends_when_interrupted
+from sae_lens_alloc_cli.arguments import OverwriteOption
 
 
 def demo(
@@ -29,6 +28,7 @@ def demo(
     them on held-out text, and write a report and a page of features. Needs no network.
     """
     from sae_lens_alloc.demo.run import run_demo
+    from sae_lens_alloc_cli.endings import by_one_process, ends_when_interrupted
 
     with by_one_process("demo"), ends_when_interrupted():
         run_demo(output, quick, overwrite)

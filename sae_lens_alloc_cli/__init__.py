@@ -1,0 +1,55 @@
+"""
+The console script `sae-lens-alloc`, one command in each file.
+
+A package beside `sae_lens_alloc`, which imports SAELens and takes seconds. Here nothing heavy is
+imported before a command runs, so that `--help` answers at once (`tests/cli/test_light.py`).
+"""
+
+from importlib.metadata import version
+from typing import Annotated
+
+import typer
+
+from sae_lens_alloc_cli import calibrate, compare, demo, features, finetune, run, train
+
+app = typer.Typer(
+    name="sae-lens-alloc",
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+)
+app.command()(train.train)
+app.command()(finetune.finetune)
+app.command(
+    context_settings={"allow_interspersed_args": False, "ignore_unknown_options": True}
+)(run.run)
+app.command()(demo.demo)
+app.command()(calibrate.calibrate)
+app.command()(compare.compare)
+app.command()(features.features)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"sae-lens-alloc {version('sae-lens-alloc')}")
+        raise typer.Exit
+
+
+@app.callback()
+def sae_lens_alloc(
+    _version: Annotated[
+        bool,
+        typer.Option(
+            "--version",
+            help="Print the version and exit.",
+            callback=_print_version,
+            is_eager=True,
+        ),
+    ] = False,
+) -> None:
+    """Train SAELens SAEs that allocate one sparsity budget over a whole batch."""
+
+
+def main() -> None:
+    """Runs the command line. It exits with 1 or 2 after an error."""
+    app()

@@ -1,0 +1,5 @@
+"""`python -m sae_lens_alloc_cli` is the console script `sae-lens-alloc`."""
+
+from sae_lens_alloc_cli import main
+
+main()
