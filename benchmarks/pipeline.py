@@ -26,6 +26,7 @@ from sae_lens.training.activations_store import ActivationsStore
 from sae_lens.training.prefetch import PrefetchingIterator
 from sae_lens.training.sae_trainer import SAETrainer
 
+import sae_lens_alloc_cli as cli
 from benchmarks.clock import Clock
 from benchmarks.results import (
     describe_machine,
@@ -33,7 +34,6 @@ from benchmarks.results import (
     load_results,
     write_results,
 )
-from sae_lens_alloc import cli
 from sae_lens_alloc.activations.store import ResumableActivationsStore
 from sae_lens_alloc.config.run_file import load_runner_config
 from sae_lens_alloc.training import after_training

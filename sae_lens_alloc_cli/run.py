@@ -24,9 +24,9 @@ def run(
     For example: sae-lens-alloc run -- sae_lens.llm_sae_training_runner --architecture
     mutual_choice --k 32 ...
     """
-    import sae_lens_alloc  # noqa: F401 (registers the architectures)
     from sae_lens_alloc_cli.endings import one_sentence_errors
 
+    importlib.import_module("sae_lens_alloc")  # registers the architectures
     sys.path.insert(0, os.getcwd())
     with one_sentence_errors():
         _require_runnable(module)

@@ -7,13 +7,16 @@ from sae_lens.config import LanguageModelSAERunnerConfig, SAETrainerConfig
 from sae_lens.saes.sae import T_TRAINING_SAE_CONFIG
 from typing_extensions import override
 
+from sae_lens_alloc.shares import settle_shares, steps_of
+
 OPTIMIZERS = ("adam", "row_sparse_adam")
 
 
 @dataclass
 class AllocSAETrainerConfig(SAETrainerConfig):
     """
-    SAELens' `SAETrainerConfig` with the settings that `AllocSAETrainer` adds.
+    SAELens' `SAETrainerConfig` with the settings that `AllocSAETrainer` adds. `lr_warm_up_steps`,
+    `lr_decay_steps` and `dead_feature_window` may be shares of the training, such as "10%".
 
     Args:
         optimizer (str): "adam", or "row_sparse_adam", which does not update the features that a
@@ -25,6 +28,10 @@ class AllocSAETrainerConfig(SAETrainerConfig):
     optimizer: str = "adam"
     cuda_graph: bool = False
 
+    def __post_init__(self) -> None:
+        steps = steps_of(self.total_training_samples, self.train_batch_size_samples)
+        settle_shares(self, steps)
+
 
 @dataclass
 class AllocSAERunnerConfig(
@@ -32,7 +39,8 @@ class AllocSAERunnerConfig(
 ):
     """
     SAELens' `LanguageModelSAERunnerConfig` with the settings of `AllocSAETrainerConfig`, for
-    `AllocSAETrainingRunner` and YAML files.
+    `AllocSAETrainingRunner` and YAML files. `lr_warm_up_steps`, `lr_decay_steps` and
+    `dead_feature_window` may be shares of the training, such as "10%".
 
     Args:
         optimizer (str): As for `AllocSAETrainerConfig`.
@@ -44,6 +52,14 @@ class AllocSAERunnerConfig(
     optimizer: str = "adam"
     cuda_graph: bool = False
     hook_name_out: str | None = None
+
+    @override
+    def __post_init__(self) -> None:
+        # before SAELens computes with them
+        settle_shares(
+            self, steps_of(self.training_tokens, self.train_batch_size_tokens)
+        )
+        super().__post_init__()
 
     @override
     def to_sae_trainer_config(self) -> AllocSAETrainerConfig:

@@ -1,6 +1,5 @@
 """From a YAML file with SAELens' own keys to an AllocSAERunnerConfig that has been checked."""
 
-import re
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import MISSING, fields
@@ -18,22 +17,13 @@ from sae_lens_alloc.config.run_config import AllocSAERunnerConfig
 from sae_lens_alloc.config.yaml_file import parse_value, read_mapping
 from sae_lens_alloc.saes.allocation_sae_config import AllocationTrainingSAEConfig
 from sae_lens_alloc.saes.mutual_choice_sae import with_schedule
-from sae_lens_alloc.typed_values import check_choice, convert, in_words, nearest, shown
-
-# Step counts that may be given as a share of the training steps, such as "75%".
-SHARE_KEYS = (
-    "lr_warm_up_steps",
-    "lr_decay_steps",
-    "dead_feature_window",
-    "sae.l1_warm_up_steps",
-    "sae.l0_warm_up_steps",
-    "sae.feature_choice_steps",
-    "sae.mutual_choice_steps",
-    "sae.aux_loss_decay_start",
-    "sae.k_decay_steps",
+from sae_lens_alloc.shares import (
+    BUDGET_SHARE_KEY,
+    SHARE_KEYS,
+    multiple_of_k,
+    share_of,
 )
-# May be given as a share of k, such as "200%".
-BUDGET_SHARE_KEY = "sae.k_start"
+from sae_lens_alloc.typed_values import check_choice, convert, in_words, nearest, shown
 
 
 def load_runner_config(
@@ -277,11 +267,10 @@ def _typed(
     for name, value in settings.items():
         key = f"{prefix}{name}"
         if key in SHARE_KEYS and isinstance(value, str):
-            value = _share_of(steps, key, value)
+            value = share_of(steps, key, value)
         elif key == BUDGET_SHARE_KEY and isinstance(value, str):
-            value = _multiple_of_k(
-                settings.get("k", AllocationTrainingSAEConfig.k), key, value
-            )
+            k = settings.get("k", AllocationTrainingSAEConfig.k)
+            value = multiple_of_k(_typed_value("sae.k", k, float), key, value)
         values[name] = _typed_value(key, value, hints[name])
     return values
 
@@ -295,29 +284,3 @@ def _typed_value(key: str, value: Any, hint: Any) -> Any:
         ) from None
     check_value(key, converted)
     return converted
-
-
-def _percentage(text: str) -> Fraction | None:
-    """The number of a text such as "75%", None if it is no percentage."""
-    number = re.fullmatch(r"\s*([-+]?\d{1,9}(\.\d{0,9})?)\s*%\s*", text, re.ASCII)
-    return None if number is None else Fraction(number[1]) / 100
-
-
-def _multiple_of_k(k: Any, key: str, text: str) -> float:
-    share = _percentage(text)
-    if share is None or share < 1:
-        raise ValueError(
-            f"{key} must be a number of features or a share of k from '100%' on, got "
-            f"{shown(text)}."
-        )
-    return float(share * Fraction(str(_typed_value("sae.k", k, float))))
-
-
-def _share_of(steps: Fraction, key: str, text: str) -> int:
-    share = _percentage(text)
-    if share is None or not 0 <= share <= 1:
-        raise ValueError(
-            f"{key} must be a number of steps or a share of them from '0%' to '100%', "
-            f"got {shown(text)}."
-        )
-    return int(share * steps)

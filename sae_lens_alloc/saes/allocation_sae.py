@@ -17,6 +17,7 @@ from sae_lens_alloc.saes.rows import row_width
 from sae_lens_alloc.saes.step_plan import StepPlan
 from sae_lens_alloc.saes.threshold_sae import T_CONFIG
 from sae_lens_alloc.saes.training_step import SparseStepTrainingSAE
+from sae_lens_alloc.shares import require_step_counts
 
 
 class AllocationTrainingSAE(SparseStepTrainingSAE[T_CONFIG]):
@@ -64,6 +65,7 @@ class AllocationTrainingSAE(SparseStepTrainingSAE[T_CONFIG]):
         """
         # The number of pairs differs from batch to batch, which torch.compile would answer
         # with a recompilation per step; `compile_sae` therefore leaves the step as it is.
+        require_step_counts(self.cfg)
         settle_backend(self, self._training_step, step_input)
         eager: Any = torch.compiler.disable(self._training_step)
         return eager(step_input)
@@ -115,6 +117,8 @@ class AllocationTrainingSAE(SparseStepTrainingSAE[T_CONFIG]):
 
     @override
     def get_coefficients(self) -> dict[str, float | TrainCoefficientConfig]:
+        # asked by a trainer when it is made, before the first step
+        require_step_counts(self.cfg)
         return {}
 
     @override

@@ -10,6 +10,7 @@ from typing_extensions import override
 
 from sae_lens_alloc.allocation.quotas import MAX_DENSITY
 from sae_lens_alloc.saes.auxiliary_loss import AuxiliaryLossTrainingSAEConfig, require
+from sae_lens_alloc.shares import multiple_of_k
 
 
 @dataclass
@@ -21,9 +22,10 @@ class AllocationTrainingSAEConfig(AuxiliaryLossTrainingSAEConfig):
         k (float): Average number of active features per token: a batch of B tokens has a
             budget of floor(k * B) token-feature pairs. May be fractional.
         k_start (float | None): Budget per token at step 0. It falls linearly to `k` over
-            `k_decay_steps` steps. None starts at `k`. A YAML config may give a share of k.
-        k_decay_steps (int): Steps over which the budget falls from `k_start` to `k`. A YAML
-            config may give a share of the training steps.
+            `k_decay_steps` steps. None starts at `k`. May be a share of k, such as
+            "200%".
+        k_decay_steps (int): Steps over which the budget falls from `k_start` to `k`. May be a
+            share of the training steps, such as "25%".
         selection_margin (float): Under Mutual Choice the encoder also learns from the pairs
             that just missed the budget: from this share of the budget. Each learns by how
             much the error would have fallen if it had been active. 0 turns this off.
@@ -33,8 +35,8 @@ class AllocationTrainingSAEConfig(AuxiliaryLossTrainingSAEConfig):
             they are looked for at every tenth step instead of at each. "none": no feature.
         aux_loss_coefficient (float): Coefficient of the auxiliary loss.
         aux_loss_decay_start (int | None): Training step at which the auxiliary loss starts to
-            fade; it is gone a tenth of that many steps later. None keeps it to the end. A
-            YAML config may give a share of the training steps.
+            fade; it is gone a tenth of that many steps later. None keeps it to the end. May
+            be a share of the training steps, such as "80%".
         k_aux (int | None): Features per token in the auxiliary loss. None means k, rounded
             up, for "aux_zipf" and d_in / 2 for "aux_k".
         underuse_fraction (float): A feature is underutilised when its density is below this
@@ -76,6 +78,8 @@ class AllocationTrainingSAEConfig(AuxiliaryLossTrainingSAEConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         require(0 < self.k <= self.d_sae, "k", self.k, f"in (0, d_sae = {self.d_sae}]")
+        if isinstance(self.k_start, str):
+            self.k_start = multiple_of_k(self.k, "k_start", self.k_start)
         if self.k_start is not None:
             require(
                 self.k <= self.k_start <= self.d_sae,
@@ -84,12 +88,17 @@ class AllocationTrainingSAEConfig(AuxiliaryLossTrainingSAEConfig):
                 f"in [k = {self.k}, d_sae = {self.d_sae}], since the budget only falls",
             )
             require(
-                self.k_decay_steps > 0,
+                isinstance(self.k_decay_steps, str) or self.k_decay_steps > 0,
                 "k_decay_steps",
                 self.k_decay_steps,
                 "at least 1 when k_start is set, or the budget would never reach k",
             )
-        require(self.k_decay_steps >= 0, "k_decay_steps", self.k_decay_steps, ">= 0")
+        require(
+            isinstance(self.k_decay_steps, str) or self.k_decay_steps >= 0,
+            "k_decay_steps",
+            self.k_decay_steps,
+            ">= 0",
+        )
         require(
             0 <= self.selection_margin <= 1,
             "selection_margin",

@@ -7,7 +7,12 @@ from typing import Any, ClassVar
 
 import torch
 from sae_lens.saes.gated_sae import GatedTrainingSAE
-from sae_lens.saes.sae import TrainingSAE, TrainStepInput, TrainStepOutput
+from sae_lens.saes.sae import (
+    TrainCoefficientConfig,
+    TrainingSAE,
+    TrainStepInput,
+    TrainStepOutput,
+)
 from sae_lens.saes.topk_sae import TopKTrainingSAE
 from torch import nn
 from typing_extensions import override
@@ -25,6 +30,7 @@ from sae_lens_alloc.saes.reconstruction import Weights, reconstruct
 from sae_lens_alloc.saes.running_statistics import remove_statistics
 from sae_lens_alloc.saes.step_count import StepCount
 from sae_lens_alloc.saes.step_metrics import density_metrics
+from sae_lens_alloc.shares import require_step_counts
 
 STATISTICS = "aux_zipf."  # prefix of their keys in a checkpoint
 
@@ -76,8 +82,15 @@ class AuxZipfLoss(TrainingSAE[AuxZipfTrainingSAEConfig]):
         return inputs
 
     @override
+    def get_coefficients(self) -> dict[str, float | TrainCoefficientConfig]:
+        # asked by a trainer when it is made, before the first step
+        require_step_counts(self.cfg)
+        return super().get_coefficients()  # pyright: ignore[reportAbstractUsage]
+
+    @override
     def training_forward_pass(self, step_input: TrainStepInput) -> TrainStepOutput:
         """The training step of the architecture with aux_zipf_loss, and densities updated."""
+        require_step_counts(self.cfg)
         step = self.step_count.begin(step_input.n_training_steps)
         self._in_training_step = True
         try:

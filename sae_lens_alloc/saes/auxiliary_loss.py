@@ -13,6 +13,7 @@ from sae_lens_alloc.distributed.feature_shard import FeatureShard
 from sae_lens_alloc.ops.block_encoder import Encoder
 from sae_lens_alloc.ops.topk_over_ranks import topk_over_ranks
 from sae_lens_alloc.ops.topk_selection import FeatureSubset, encode_topk
+from sae_lens_alloc.shares import check_shares
 
 
 @dataclass
@@ -23,8 +24,8 @@ class AuxiliaryLossTrainingSAEConfig(TrainingSAEConfig):
     Args:
         aux_loss_coefficient (float): Coefficient of the auxiliary loss.
         aux_loss_decay_start (int | None): Training step at which the auxiliary loss starts to
-            fade; it is gone a tenth of that many steps later. None keeps it to the end. A
-            YAML config may give a share of the training steps.
+            fade; it is gone a tenth of that many steps later. None keeps it to the end. May
+            be a share of the training steps, such as "80%".
         k_aux (int | None): Features per token in the auxiliary loss. None means k, rounded
             up, or, where the architecture has no k, the features per token at the time.
         underuse_fraction (float): A feature is underutilised when its density is below this
@@ -44,6 +45,7 @@ class AuxiliaryLossTrainingSAEConfig(TrainingSAEConfig):
         if isinstance(self.metadata, dict):  # as SAE.load_from_disk reads it
             self.metadata = SAEMetadata(**self.metadata)
         super().__post_init__()
+        check_shares(self)
         require(
             self.aux_loss_coefficient >= 0,
             "aux_loss_coefficient",
@@ -51,7 +53,9 @@ class AuxiliaryLossTrainingSAEConfig(TrainingSAEConfig):
             ">= 0",
         )
         require(
-            self.aux_loss_decay_start is None or self.aux_loss_decay_start >= 0,
+            self.aux_loss_decay_start is None
+            or isinstance(self.aux_loss_decay_start, str)
+            or self.aux_loss_decay_start >= 0,
             "aux_loss_decay_start",
             self.aux_loss_decay_start,
             "a step count >= 0 or None",

@@ -18,8 +18,8 @@ class FeatureChoiceTrainingSAEConfig(AllocationTrainingSAEConfig):
     Args:
         mutual_choice_steps (int): Number of first training steps that allocate by Mutual
             Choice instead: the order of the paper, whose Zipf law is then fitted to the
-            densities found by Mutual Choice. 0 uses Feature Choice from the start. A YAML
-            config may give a share of the training steps.
+            densities found by Mutual Choice. 0 uses Feature Choice from the start. May be
+            a share of the training steps, such as "75%".
         k (float): Average number of active features per token. The other fields are
             described in AllocationTrainingSAEConfig.
     """
@@ -30,7 +30,7 @@ class FeatureChoiceTrainingSAEConfig(AllocationTrainingSAEConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         require(
-            self.mutual_choice_steps >= 0,
+            isinstance(self.mutual_choice_steps, str) or self.mutual_choice_steps >= 0,
             "mutual_choice_steps",
             self.mutual_choice_steps,
             ">= 0",

@@ -1,6 +1,7 @@
 """Mutual Choice: the k * B largest affinities of a batch are active, whoever they belong to."""
 
 from dataclasses import dataclass, replace
+from fractions import Fraction
 from typing import Any, ClassVar, TypeVar
 
 from sae_lens.saes.sae import TrainingSAEConfig
@@ -10,6 +11,7 @@ from sae_lens_alloc.saes.allocation_sae import AllocationTrainingSAE
 from sae_lens_alloc.saes.allocation_sae_config import AllocationTrainingSAEConfig
 from sae_lens_alloc.saes.allocator import Rule
 from sae_lens_alloc.saes.auxiliary_loss import require
+from sae_lens_alloc.shares import sae_with_step_counts
 
 # The recipe (docs/experiments.md): while Feature Choice allocates, the budget falls to k from this
 # multiple of it.
@@ -30,8 +32,8 @@ class MutualChoiceTrainingSAEConfig(AllocationTrainingSAEConfig):
             which knows how long the training is, makes it a quarter of the steps, over which
             the budget falls from 2 k to k unless `k_start` says otherwise. SAELens' own
             trainers do not tell the SAE: there Feature Choice ends by itself, once it has
-            brought most of what it brings. A YAML config may give a share of the training
-            steps.
+            brought most of what it brings. May be a share of the training steps, such
+            as "25%", for our trainer and runner alone.
         k (float): Average number of active features per token. The other fields are
             described in AllocationTrainingSAEConfig.
     """
@@ -45,7 +47,9 @@ class MutualChoiceTrainingSAEConfig(AllocationTrainingSAEConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         require(
-            self.feature_choice_steps is None or self.feature_choice_steps >= 0,
+            self.feature_choice_steps is None
+            or isinstance(self.feature_choice_steps, str)
+            or self.feature_choice_steps >= 0,
             "feature_choice_steps",
             self.feature_choice_steps,
             ">= 0",
@@ -79,17 +83,22 @@ class MutualChoiceTrainingSAE(AllocationTrainingSAE[MutualChoiceTrainingSAEConfi
         return "feature" if step < steps else "mutual"
 
 
-def with_schedule(cfg: T_SAE_CONFIG, training_steps: int) -> T_SAE_CONFIG:
+def with_schedule(cfg: T_SAE_CONFIG, training_steps: int | Fraction) -> T_SAE_CONFIG:
     """
-    The config for a training of this many steps: where a Mutual Choice config leaves
-    `feature_choice_steps` open, with the recipe's schedule put in; any other as it is.
+    The config for a training of this many steps: with step counts for shares of the training,
+    and, where a Mutual Choice config leaves `feature_choice_steps` open, with the recipe's
+    schedule put in; any other as it is.
+
+    Raises:
+        ValueError: if the schedule could not work.
     """
+    cfg = sae_with_step_counts(cfg, training_steps)
     if (
         not isinstance(cfg, MutualChoiceTrainingSAEConfig)
         or cfg.feature_choice_steps is not None
     ):
         return cfg
-    steps = int(cfg.feature_choice_share * training_steps)
+    steps = int(cfg.feature_choice_share * int(training_steps))
     schedule: dict[str, Any] = {"feature_choice_steps": steps}
     if cfg.k_start is None and steps > 0:
         schedule["k_start"] = min(FIRST_BUDGET * cfg.k, cfg.d_sae)

@@ -20,6 +20,7 @@ from sae_lens_alloc.distributed.ranks import ALONE, Ranks
 from sae_lens_alloc.saes.allocation_sae import AllocationTrainingSAE
 from sae_lens_alloc.saes.mutual_choice_sae import with_schedule
 from sae_lens_alloc.saes.sharding import keep_own_features, new_shard
+from sae_lens_alloc.shares import settle_shares, steps_of
 from sae_lens_alloc.training.preflight import check_devices, check_memory
 from sae_lens_alloc.training.pretrained import load_pretrained
 from sae_lens_alloc.training.resuming import settle_resumed_run
@@ -55,7 +56,9 @@ def settled_run(
     if override_sae is not None:
         cfg.sae = override_sae.cfg
     settle_on_ranks(cfg, ranks)
-    cfg.sae = with_schedule(cfg.sae, cfg.total_training_steps)
+    steps = steps_of(cfg.training_tokens, cfg.train_batch_size_tokens)
+    settle_shares(cfg, steps)
+    cfg.sae = with_schedule(cfg.sae, steps)
     if override_sae is not None:
         override_sae.cfg = cfg.sae
     with failing_together(ranks):

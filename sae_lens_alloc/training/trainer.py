@@ -22,6 +22,7 @@ from sae_lens_alloc.config.run_config import uses_cuda_graph
 from sae_lens_alloc.saes.allocation_sae import AllocationTrainingSAE
 from sae_lens_alloc.saes.mutual_choice_sae import with_schedule
 from sae_lens_alloc.saes.rows import output_width, row_width
+from sae_lens_alloc.shares import steps_of
 from sae_lens_alloc.training.checkpointing_trainer import CheckpointingTrainer
 from sae_lens_alloc.training.held_out import held_out_metrics
 from sae_lens_alloc.training.metrics_file import append_row
@@ -82,7 +83,8 @@ class AllocSAETrainer(CheckpointingTrainer[T_TRAINING_SAE, T_TRAINING_SAE_CONFIG
                 "data_provider must be an iterator of batches of shape (B, d_in), such as "
                 f"iter(batches), got {type(data_provider).__name__}."
             )
-        sae.cfg = with_schedule(sae.cfg, cfg.total_training_steps)
+        steps = steps_of(cfg.total_training_samples, cfg.train_batch_size_samples)
+        sae.cfg = with_schedule(sae.cfg, steps)
         is_transcoder = output_width(sae.cfg) is not None
         if is_transcoder:
             evaluator = (

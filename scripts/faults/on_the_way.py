@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from sae_lens_alloc import cli
+import sae_lens_alloc_cli as cli
 from sae_lens_alloc.training import after_training
 from scripts.faults.forks import (
     PHASES,

@@ -22,7 +22,8 @@ if __name__ == "__main__":
     os.environ["WANDB_MODE"] = "offline"
     os.environ["WANDB_SILENT"] = "true"
 
-from sae_lens_alloc import cli, load_runner_config  # noqa: E402
+import sae_lens_alloc_cli as cli  # noqa: E402
+from sae_lens_alloc import load_runner_config  # noqa: E402
 from sae_lens_alloc.training import runner  # noqa: E402
 from scripts.faults.counting import finish, read_options  # noqa: E402
 from scripts.faults.forks import Case, start  # noqa: E402

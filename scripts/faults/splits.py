@@ -4,8 +4,8 @@ from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
-from sae_lens_alloc import cli
-from sae_lens_alloc.activations import on_text as activations
+import sae_lens_alloc_cli as cli
+from sae_lens_alloc.activations import on_text
 from sae_lens_alloc.activations.store import ResumableActivationsStore
 from sae_lens_alloc.training.fine_tuning_run import FineTuningRunner
 from scripts.faults.forks import Action, Case
@@ -86,7 +86,7 @@ def watched_halves(command: list[str]) -> Action:
     """A calibration that tells whether a token is in both of its halves."""
 
     def act() -> None:
-        gather = activations.gather_activations
+        gather = on_text.gather_activations
 
         def gathering(cfg: Any, n_tokens: int) -> Any:
             x = gather(cfg, n_tokens)
@@ -97,7 +97,7 @@ def watched_halves(command: list[str]) -> Action:
             print(f"{LEAK if n > half // 10 else 'clean'}: {n} of {half}")
             return x
 
-        cli.calibrate.gather_activations = gathering
+        on_text.gather_activations = gathering
         cli.app(command)
 
     return act

@@ -12,7 +12,7 @@ from sae_lens.config import LoggingConfig
 from transformer_lens.HookedTransformer import HookedRootModule
 
 from sae_lens_alloc import AllocSAETrainingRunner, MutualChoiceTrainingSAEConfig
-from sae_lens_alloc.config.run_file import SHARE_KEYS
+from sae_lens_alloc.shares import SHARE_KEYS
 from sae_lens_alloc.training.checkpoint import partial_path, publish_checkpoint
 from sae_lens_alloc.training.resuming import (
     FREE_KEYS,
