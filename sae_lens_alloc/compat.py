@@ -13,7 +13,11 @@ from functools import partialmethod
 from typing import IO, Any, TypeVar
 
 import torch
-from sae_lens.saes.sae import T_TRAINING_SAE, T_TRAINING_SAE_CONFIG
+from sae_lens.saes.sae import (
+    T_TRAINING_SAE,
+    T_TRAINING_SAE_CONFIG,
+    TrainStepOutput,
+)
 
 # What SAELens' runner raises when a run is interrupted, so that one `except` works for its
 # runner and ours. Only a private module defines it. If it moves, importing this package fails.
@@ -51,7 +55,7 @@ def require_methods(owner: type, names: Iterable[str]) -> None:
             raise ImportError(f"{owner.__name__} has no {name}", name=owner.__module__)
 
 
-require_methods(SAETrainer, ["_checkpoint_if_needed"])
+require_methods(SAETrainer, ["_checkpoint_if_needed", "_update_pbar"])
 require_methods(
     ActivationsStore,
     [
@@ -64,7 +68,8 @@ require_methods(
 
 class StepwiseTrainer(SAETrainer[T_TRAINING_SAE, T_TRAINING_SAE_CONFIG]):
     """
-    SAELens' trainer with a place between two steps, `between_steps`.
+    SAELens' trainer with a place between two steps, `between_steps`, and a bar that moves in short
+    runs, too.
 
     SAELens: `fit()` calls `_checkpoint_if_needed()` once after each step and its evaluations,
     and counts the step in `n_training_steps` right after that.
@@ -72,7 +77,21 @@ class StepwiseTrainer(SAETrainer[T_TRAINING_SAE, T_TRAINING_SAE_CONFIG]):
     and nothing public is called after the last step in all releases of 6.54.
     If it changes: checkpoints count a step too few or too many, so that a resumed run takes
     other steps than the one it resumes, or interrupted runs do not stop.
+
+    SAELens: `_update_pbar()` moves the bar at every 100th step, by so many steps.
+    No public way: no setting says how often.
+    If it changes: the bar of a run of under 100 steps stays at 0.
     """
+
+    @override
+    def _update_pbar(
+        self,
+        step_output: TrainStepOutput,
+        pbar: tqdm_std,  # type: ignore[type-arg]
+        update_interval: int = 100,
+    ) -> None:
+        hundredth = max(1, self.cfg.total_training_steps // 100)
+        super()._update_pbar(step_output, pbar, min(update_interval, hundredth))
 
     @override
     def _checkpoint_if_needed(self) -> None:

@@ -13,7 +13,7 @@ ROOT = PACKAGE.parent
 # Files and packages by layers: each may import those of the layers above it.
 LAYERS = (
     ("checksums", "errors", "host_release", "typed_values", "version"),
-    ("compat", "shares"),
+    ("compat", "progress", "shares"),
     ("distributed",),
     ("allocation",),
     ("ops",),

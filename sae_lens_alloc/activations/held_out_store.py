@@ -15,6 +15,7 @@ from typing_extensions import Self, override
 from sae_lens_alloc.activations.hook_names import hook_name_out_of, hook_names_of
 from sae_lens_alloc.compat import ContextsStore
 from sae_lens_alloc.errors import in_one_sentence
+from sae_lens_alloc.progress import token_bar
 from sae_lens_alloc.saes.rows import row_width
 
 
@@ -116,11 +117,15 @@ class HeldOutStore(ContextsStore):
         tokens_per_batch = self.store_batch_size_prompts * self.training_context_size
         held_out: list[torch.Tensor] = []
         try:
-            while (
-                len(held_out) * tokens_per_batch < n_tokens
-                or sum(map(len, held_out)) < 2  # one alone has no variance
-            ):
-                held_out.append(self.get_filtered_llm_batch(raise_on_epoch_end=True))
+            with token_bar(n_tokens, "holding out activations") as bar:
+                while (
+                    len(held_out) * tokens_per_batch < n_tokens
+                    or sum(map(len, held_out)) < 2  # one alone has no variance
+                ):
+                    held_out.append(
+                        self.get_filtered_llm_batch(raise_on_epoch_end=True)
+                    )
+                    bar.update(tokens_per_batch)
         except StopIteration:
             raise ValueError(
                 f"{self.dataset_name} has no {n_tokens:,} tokens to be held out for metrics, in "

@@ -18,6 +18,7 @@ from sae_lens_alloc.activations.language_model import (
 )
 from sae_lens_alloc.activations.local_dataset import override_for_local_dataset
 from sae_lens_alloc.activations.store import ResumableActivationsStore
+from sae_lens_alloc.progress import token_bar
 from sae_lens_alloc.saes.mutual_choice_transcoder import (
     MutualChoiceTrainingTranscoderConfig,
 )
@@ -178,19 +179,21 @@ def gather_activations(
     wanted = (n_tokens // 2, n_tokens - n_tokens // 2)
     halves: tuple[list[torch.Tensor], ...] = ([], [])
     missing = list(wanted)
-    while max(missing) > 0:
-        try:
-            context = store.get_filtered_llm_batch(raise_on_epoch_end=True)
-        except StopIteration:
-            given = 2 * min(n - m for n, m in zip(wanted, missing, strict=True))
-            raise ValueError(
-                f"{n_tokens:,} tokens are wanted, half of them to check what the other half "
-                f"sets, but {cfg.dataset_path!r} has only {given:,} if no context is to be in "
-                "both halves: give more text, or ask for fewer tokens."
-            ) from None
-        half = int(missing[1] > missing[0])
-        halves[half].append(context)
-        missing[half] -= len(context)
+    with token_bar(n_tokens, "reading activations") as bar:
+        while max(missing) > 0:
+            try:
+                context = store.get_filtered_llm_batch(raise_on_epoch_end=True)
+            except StopIteration:
+                given = 2 * min(n - m for n, m in zip(wanted, missing, strict=True))
+                raise ValueError(
+                    f"{n_tokens:,} tokens are wanted, half of them to check what the other "
+                    f"half sets, but {cfg.dataset_path!r} has only {given:,} if no context "
+                    "is to be in both halves: give more text, or ask for fewer tokens."
+                ) from None
+            half = int(missing[1] > missing[0])
+            halves[half].append(context)
+            missing[half] -= len(context)
+            bar.update(len(context))
     return torch.cat(
         [torch.cat(half)[:n] for n, half in zip(wanted, halves, strict=True)]
     ).to(cfg.device)
@@ -204,12 +207,14 @@ def take_tokens(batches: Iterator[torch.Tensor], n_tokens: int) -> torch.Tensor:
         ValueError: if there are too few batches.
     """
     taken: list[torch.Tensor] = []
-    while (n := sum(map(len, taken))) < n_tokens:
-        batch = next(batches, None)
-        if batch is None:
-            raise ValueError(
-                f"activations of {n_tokens:,} tokens are wanted, but they end after {n:,}: "
-                "give more activations."
-            )
-        taken.append(batch)
+    with token_bar(n_tokens, "reading activations") as bar:
+        while (n := sum(map(len, taken))) < n_tokens:
+            batch = next(batches, None)
+            if batch is None:
+                raise ValueError(
+                    f"activations of {n_tokens:,} tokens are wanted, but they end after {n:,}: "
+                    "give more activations."
+                )
+            taken.append(batch)
+            bar.update(len(batch))
     return torch.cat(taken)

@@ -8,6 +8,8 @@ import torch
 from torch.nn.functional import cross_entropy, kl_div
 from transformer_lens.HookedTransformer import HookedRootModule
 
+from sae_lens_alloc.progress import shown
+
 # From the activations of ordinary tokens where they are read, shape (n, d_in), and where they are
 # replaced, shape (n, d_out), to the replacement.
 Replace = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
@@ -61,7 +63,7 @@ def spliced_loss(
         ValueError: if no prediction counts.
     """
     total, count = 0.0, 0
-    for batch in tokens.split(contexts_per_batch):
+    for batch in shown(tokens.split(contexts_per_batch), "running the model"):
         logits, targets = _predictions(model, batch, special_token_ids, site, replace)
         losses = cross_entropy(logits, targets, reduction="none")
         total += losses.double().sum().item()
@@ -84,7 +86,7 @@ def loss_and_divergence(
     replaced.
     """
     loss, divergence, count = 0.0, 0.0, 0
-    for batch in tokens.split(contexts_per_batch):
+    for batch in shown(tokens.split(contexts_per_batch), "running the model"):
         spliced, targets = _predictions(model, batch, special_token_ids, site, replace)
         untouched, _ = _predictions(
             model, batch, special_token_ids, site, lambda _, activations: activations

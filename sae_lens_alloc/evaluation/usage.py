@@ -11,6 +11,7 @@ from sae_lens import SAE
 from sae_lens_alloc.allocation.sparse_activations import SparseActivations
 from sae_lens_alloc.allocation.zipf import ZipfLaw
 from sae_lens_alloc.distributed.feature_shard import FeatureShard
+from sae_lens_alloc.progress import shown
 from sae_lens_alloc.saes.skip_connection import with_past
 
 # Of activations (n, d_in): on how many tokens each feature is active (d_sae,), how many features
@@ -271,7 +272,11 @@ def measure_usages(
     meters = [UsageMeter(autoencode) for autoencode in autoencoders]
     if target is None:
         target = activations
-    batches = zip(activations.split(batch_size), target.split(batch_size), strict=True)
+    batches = zip(
+        shown(activations.split(batch_size), "measuring the SAE"),
+        target.split(batch_size),
+        strict=True,
+    )
     for batch, target_batch in batches:
         for meter in meters:
             meter.reconstruct(batch, target_batch)
