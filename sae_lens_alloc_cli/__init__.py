@@ -5,6 +5,8 @@ A package beside `sae_lens_alloc`, which imports SAELens and takes seconds. Here
 imported before a command runs, so that `--help` answers at once (`tests/cli/test_light.py`).
 """
 
+import os
+import sys
 from importlib.metadata import version
 from typing import Annotated
 
@@ -52,4 +54,20 @@ def sae_lens_alloc(
 
 def main() -> None:
     """Runs the command line. It exits with 1 or 2 after an error."""
-    app()
+    app(with_home(sys.argv[1:]))
+
+
+def with_home(arguments: list[str]) -> list[str]:
+    """
+    Arguments with the home folder for `~`, which shells leave in `output_path=~/sae` and in
+    `--output=~/sae`. The arguments of another module, behind `run`, stay as they are.
+    """
+    if arguments[:1] == ["run"]:
+        return arguments
+    return [
+        f"{name}{equals}{os.path.expanduser(value)}"
+        if equals
+        else os.path.expanduser(word)
+        for word in arguments
+        for name, equals, value in [word.partition("=")]
+    ]

@@ -2,6 +2,7 @@
 
 import os
 import shlex
+import warnings
 from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,6 +21,9 @@ from sae_lens_alloc.training.interruption import interruptible
 
 # Set in the environment, it shows the traceback of an error.
 TRACEBACK_VARIABLE = "SAE_LENS_ALLOC_TRACEBACK"
+# What libraries warn of as they are used here, and nobody can change: text is tokenized as it is
+# read (`is_dataset_tokenized: false`).
+NOT_FOR_USERS = ("Dataset is not tokenized",)
 LOST_PEER = (
     "another process of the training has ended unexpectedly, killed or out of memory, and the "
     "others end, too"
@@ -29,6 +33,8 @@ LOST_PEER = (
 @contextmanager
 def one_sentence_errors() -> Generator[None, None, None]:
     """Prints an error as one sentence and exits with 1. Of several processes, one prints it."""
+    for said in NOT_FOR_USERS:
+        warnings.filterwarnings("ignore", said)
     try:
         yield
     except (typer.Exit, click.ClickException):

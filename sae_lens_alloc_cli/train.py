@@ -26,6 +26,7 @@ def train(
     from sae_lens_alloc.config.run_file import load_runner_config
     from sae_lens_alloc.distributed.agreement import failing_together
     from sae_lens_alloc.distributed.launch import leave
+    from sae_lens_alloc.training.outcome import describe_outcome
     from sae_lens_alloc.training.preflight import check_output, check_training
     from sae_lens_alloc.training.resuming import settle_resumed_run
     from sae_lens_alloc.training.run_folders import claimed_folders
@@ -53,7 +54,7 @@ def train(
         # locked and checked now, so that saving does not fail after a long training
         claimed = claimed_folders(cfg, overwrite, only_if_empty=True, ranks=ranks)
         with claimed, ends_when_interrupted(cfg):
-            AllocSAETrainingRunner(cfg, overwrite=overwrite).run()
+            sae = AllocSAETrainingRunner(cfg, overwrite=overwrite).run()
         leave()
     if ranks.rank == 0:
-        typer.echo(f"saved in {cfg.output_path}")
+        typer.echo(describe_outcome(sae.cfg, cfg))

@@ -12,6 +12,7 @@ from sae_lens.registry import SAE_TRAINING_CLASS_REGISTRY
 from sae_lens.saes.sae import SAEConfig, SAEMetadata
 
 from sae_lens_alloc.activations.buffer_setting import with_known_buffer_setting
+from sae_lens_alloc.config.paths import settle_paths
 from sae_lens_alloc.config.run_checks import check_run, check_value
 from sae_lens_alloc.config.run_config import AllocSAERunnerConfig
 from sae_lens_alloc.config.yaml_file import parse_value, read_mapping
@@ -184,6 +185,7 @@ def build_runner_config(
         if name in top:  # Adam refuses a pair of an integer and a float
             top[name] = float(top[name])
     cfg = AllocSAERunnerConfig(sae=sae, logger=logger, **top)
+    settle_paths(cfg)
     check_run(cfg)
     return cfg
 

@@ -12,6 +12,7 @@ from sae_lens import logger
 from sae_lens.config import HfDataset, LanguageModelSAERunnerConfig
 from sae_lens.saes.sae import TrainingSAE
 
+from sae_lens_alloc.config.paths import settle_paths
 from sae_lens_alloc.config.rank_checks import require_no_hooks
 from sae_lens_alloc.config.run_checks import check_run
 from sae_lens_alloc.distributed.agreement import failing_together
@@ -52,6 +53,7 @@ def settled_run(
         OSError: if its folders cannot be written to.
     """
     cfg = copy.copy(cfg)
+    settle_paths(cfg)
     # what is checked and recorded is the SAE that is trained
     if override_sae is not None:
         cfg.sae = override_sae.cfg

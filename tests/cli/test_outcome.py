@@ -1,0 +1,74 @@
+"""What `train` says at its end, and what it does not say."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from sae_lens import SAE
+
+from tests.cli.commands import CONFIG, TINY, invoke, train
+
+pytestmark = pytest.mark.usefixtures("few_calibration_tokens")
+
+
+def test_train_ends_with_its_figures(tmp_path: Path):
+    output = tmp_path / "my sae"
+    result = train(output)
+    held_out = json.loads((output / "cfg.json").read_text())["metadata"]["held_out"]
+    assert result.stdout.splitlines()[-7:] == [
+        f"L0          {held_out['l0']:.2f} features per token, 4 wanted",
+        f"explained   {held_out['explained_variance']:.4f} of the variance",
+        f"dead        {held_out['dead_features']} of 64 features, active on none of "
+        f"{held_out['n_tokens']:,} held-out tokens",
+        f"saved in {output}",
+        "next:",
+        f"  sae-lens-alloc calibrate '{output}' --l0 L0 --output NEW   # another sparsity",
+        f"  sae_lens.SAE.load_from_disk('{output}')   # in Python",
+    ]
+
+
+def test_a_training_that_is_not_saved_says_so(tmp_path: Path):
+    result = invoke("train", CONFIG, *TINY, "output_path=null")
+    assert result.stdout.splitlines()[-1] == "not saved, since output_path is null"
+    assert "variance" in result.stdout
+
+
+@pytest.mark.slow
+def test_a_training_by_relative_paths_is_calibrated_elsewhere_and_nothing_is_noise(
+    tmp_path: Path,
+):
+    demo, elsewhere = tmp_path / "demo", tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    demo.symlink_to(Path(CONFIG).parent)
+    command = [sys.executable, "-m", "sae_lens_alloc_cli"]
+    settings = [s for s in TINY if not s.startswith(("model_name", "dataset_path"))]
+    first = subprocess.run(
+        [
+            *(*command, "train", CONFIG, *settings, "output_path=sae"),
+            *("model_name=demo/model", "dataset_path=demo/corpus"),
+        ],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": os.getcwd(), "TQDM_DISABLE": "1"},
+    )
+    assert first.returncode == 0, first.stderr
+    assert "Warning" not in first.stderr
+    assert SAE.load_from_disk(tmp_path / "sae").cfg.metadata.model_name == str(
+        demo / "model"
+    )
+    again = subprocess.run(
+        [
+            *(*command, "calibrate", "../sae", "--output", "new"),
+            *("--l0", "3", "--tokens", "2000"),
+        ],
+        cwd=elsewhere,
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": os.getcwd(), "TQDM_DISABLE": "1"},
+    )
+    assert again.returncode == 0, again.stderr
+    assert "Warning" not in again.stderr
