@@ -12,7 +12,17 @@ from typing import Annotated
 
 import typer
 
-from sae_lens_alloc_cli import calibrate, compare, demo, features, finetune, run, train
+from sae_lens_alloc_cli import (
+    architectures,
+    calibrate,
+    compare,
+    demo,
+    doctor,
+    features,
+    finetune,
+    run,
+    train,
+)
 
 app = typer.Typer(
     name="sae-lens-alloc",
@@ -29,6 +39,8 @@ app.command()(demo.demo)
 app.command()(calibrate.calibrate)
 app.command()(compare.compare)
 app.command()(features.features)
+app.command()(architectures.architectures)
+app.command()(doctor.doctor)
 
 
 def _print_version(wanted: bool) -> None:

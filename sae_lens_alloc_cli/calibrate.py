@@ -70,6 +70,11 @@ def calibrate(
 
     The text and the language model are those that SAELens recorded in the SAE, unless an
     option says otherwise. A topk SAE becomes a jumprelu SAE.
+
+    \b
+    Examples:
+      sae-lens-alloc calibrate SAE --l0 12 --output NEW
+      sae-lens-alloc calibrate SAE --dataset org/text --per-feature --output NEW
     """
     from rich.console import Console
 

@@ -45,6 +45,11 @@ def compare(
 
     Finished SAEs are kept, so the same command continues after an interruption. With --finished
     it compares the finished SAEs, also while another command trains.
+
+    \b
+    Examples:
+      sae-lens-alloc compare configs/compare_demo.yaml
+      sae-lens-alloc compare configs/compare_demo.yaml device=cuda --jobs 2 --output OUT
     """
     from rich.console import Console
 

@@ -26,6 +26,11 @@ def demo(
     """
     Train a Mutual Choice SAE and a stock batchtopk SAE on the shipped language model, compare
     them on held-out text, and write a report and a page of features. Needs no network.
+
+    \b
+    Examples:
+      sae-lens-alloc demo
+      sae-lens-alloc demo --quick --output demo-quick
     """
     from sae_lens_alloc.demo.run import run_demo
     from sae_lens_alloc_cli.endings import by_one_process, ends_when_interrupted

@@ -33,6 +33,11 @@ def finetune(
 
     The SAE may be of SAELens' topk, batchtopk, matryoshka_batchtopk, jumprelu, gated or
     standard architecture, or one of ours. It is not changed.
+
+    \b
+    Examples:
+      sae-lens-alloc finetune configs/finetune_demo.yaml --from SAE
+      sae-lens-alloc finetune configs/finetune_gpt2_openai.yaml --from RELEASE:ID
     """
     from rich.console import Console
 

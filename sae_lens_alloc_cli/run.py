@@ -21,8 +21,9 @@ def run(
     """
     Run a Python module, as `python -m` does, with our architectures registered in SAELens.
 
-    For example: sae-lens-alloc run -- sae_lens.llm_sae_training_runner --architecture
-    mutual_choice --k 32 ...
+    \b
+    Example:
+      sae-lens-alloc run -- sae_lens.llm_sae_training_runner --architecture mutual_choice --k 32
     """
     from sae_lens_alloc_cli.endings import one_sentence_errors
 

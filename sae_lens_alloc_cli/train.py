@@ -22,6 +22,12 @@ def train(
     The run is checked and described before any model is loaded. An output folder that is not
     empty is refused unless --overwrite is given. Where torchrun starts several processes, they
     train the SAE together.
+
+    \b
+    Examples:
+      sae-lens-alloc train configs/demo_mutual_choice.yaml --dry-run
+      sae-lens-alloc train configs/gpt2_mutual_choice.yaml sae.k=16 lr=3e-4
+      torchrun --standalone --nproc-per-node 8 -m sae_lens_alloc train CONFIG.yaml
     """
     from sae_lens_alloc.config.run_file import load_runner_config
     from sae_lens_alloc.distributed.agreement import failing_together
@@ -57,4 +63,4 @@ def train(
             sae = AllocSAETrainingRunner(cfg, overwrite=overwrite).run()
         leave()
     if ranks.rank == 0:
-        typer.echo(describe_outcome(sae.cfg, cfg))
+        typer.echo(describe_outcome(sae.cfg, str(cfg.output_path)))

@@ -3,21 +3,18 @@
 import shlex
 from typing import Any
 
-from sae_lens.config import LanguageModelSAERunnerConfig
 from sae_lens.saes.sae import TrainingSAEConfig
 
 from sae_lens_alloc.saes.allocation_sae_config import AllocationTrainingSAEConfig
 
 
-def describe_outcome(
-    sae: TrainingSAEConfig, cfg: LanguageModelSAERunnerConfig[Any]
-) -> str:
+def describe_outcome(sae: TrainingSAEConfig, output: str) -> str:
     """
     The figures of a trained SAE on held-out activations, where it is saved, and what to do next.
 
     Args:
         sae: The config of the trained SAE, with its metadata.
-        cfg: The run.
+        output: The folder that it is saved in.
     """
     lines: dict[str, str] = {}
     found: dict[str, Any] | None = sae.metadata.held_out
@@ -31,11 +28,7 @@ def describe_outcome(
             f"{found['n_tokens']:,} held-out tokens"
         )
     text = "\n".join(f"{name:<12}{value}" for name, value in lines.items())
-    if cfg.output_path is None:
-        return f"{text}\nnot saved, since output_path is null".lstrip()
-    return (
-        f"{text}\nsaved in {cfg.output_path}\n{_next_steps(cfg.output_path)}".lstrip()
-    )
+    return f"{text}\nsaved in {output}\n{_next_steps(output)}".lstrip()
 
 
 def _next_steps(output: str) -> str:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from sae_lens import SAE
 
-from tests.cli.commands import CONFIG, TINY, invoke, train
+from tests.cli.commands import CONFIG, TINY, train
 
 pytestmark = pytest.mark.usefixtures("few_calibration_tokens")
 
@@ -28,12 +28,6 @@ def test_train_ends_with_its_figures(tmp_path: Path):
         f"  sae-lens-alloc calibrate '{output}' --l0 L0 --output NEW   # another sparsity",
         f"  sae_lens.SAE.load_from_disk('{output}')   # in Python",
     ]
-
-
-def test_a_training_that_is_not_saved_says_so(tmp_path: Path):
-    result = invoke("train", CONFIG, *TINY, "output_path=null")
-    assert result.stdout.splitlines()[-1] == "not saved, since output_path is null"
-    assert "variance" in result.stdout
 
 
 @pytest.mark.slow
