@@ -87,7 +87,7 @@ class StepwiseTrainer(SAETrainer[T_TRAINING_SAE, T_TRAINING_SAE_CONFIG]):
     def _update_pbar(
         self,
         step_output: TrainStepOutput,
-        pbar: tqdm_std,  # type: ignore[type-arg]
+        pbar: Any,
         update_interval: int = 100,
     ) -> None:
         hundredth = max(1, self.cfg.total_training_steps // 100)
