@@ -447,22 +447,3 @@ def test_metadata_of_a_distributed_checkpoint_are_read_without_executing_anythin
     forbidden = pickle.dumps(subprocess.Popen)
     with pytest.raises(ValueError, match="it refers to subprocess.Popen"):
         read_checkpoint_metadata(io.BytesIO(forbidden))
-
-
-def test_the_bar_moves_in_short_runs_too(monkeypatch: pytest.MonkeyPatch):
-    at: list[int] = []
-
-    class Bar(sae_trainer.tqdm):  # type: ignore[type-arg]
-        def update(self, n: float | None = 1) -> bool | None:
-            at.append(int(n or 0))
-            return super().update(n)
-
-    monkeypatch.setattr(sae_trainer, "tqdm", Bar)
-    make_trainer(TopKTrainingSAE(TOPK), batches(5), 5, SAETrainer).fit()
-    assert at == [], changed_host("StepwiseTrainer")
-    make_trainer(TopKTrainingSAE(TOPK), batches(5), 5, AllocSAETrainer).fit()
-    assert at == [64] * 5
-    # every 2nd of 250
-    at.clear()
-    make_trainer(TopKTrainingSAE(TOPK), batches(250), 250, AllocSAETrainer).fit()
-    assert at == [128] * 125
