@@ -8,7 +8,7 @@ folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT
 
 # a copy without the bound, which only says what to install
-cp -r sae_lens_alloc pyproject.toml README.md LICENSE "$folder"
+cp -r sae_lens_alloc sae_lens_alloc_cli pyproject.toml README.md LICENSE "$folder"
 sed -i.bound -E 's/("sae-lens>=[0-9.]+),<[0-9.]+"/\1"/' "$folder/pyproject.toml"
 "${PYTHON:-python3}" -m venv "$folder/venv"
 python="$folder/venv/bin/python"
