@@ -36,8 +36,7 @@ from benchmarks.results import (
 )
 from sae_lens_alloc.activations.store import ResumableActivationsStore
 from sae_lens_alloc.config.run_file import load_runner_config
-from sae_lens_alloc.training import after_training
-from sae_lens_alloc.training import runner as runner_module
+from sae_lens_alloc.training import after_training, run_trainer
 from sae_lens_alloc.training import train_step as train_step_module
 from sae_lens_alloc.training import trainer as trainer_module
 from sae_lens_alloc.training.runner import AllocSAETrainingRunner
@@ -138,7 +137,7 @@ def time_the_parts(clock: Clock) -> None:
         (AllocSAETrainingRunner, "_calibration_activations", "calibration"),
         (after_training, "calibrate_thresholds", "calibration"),
         (after_training, "held_out_metrics", "saving and check"),
-        (runner_module, "provenance", "saving and check"),
+        (run_trainer, "provenance", "saving and check"),
         (after_training, "write_sae_somewhere", "saving and check"),
         (LanguageModelSAETrainingRunner, "save_final_sae", "saving and check"),
         (AllocSAETrainingRunner, "save_final_sae", "saving and check"),

@@ -16,7 +16,7 @@ OPTIMIZERS = ("adam", "row_sparse_adam")
 class AllocSAETrainerConfig(SAETrainerConfig):
     """
     SAELens' `SAETrainerConfig` with the settings that `AllocSAETrainer` adds. `lr_warm_up_steps`,
-    `lr_decay_steps` and `dead_feature_window` may be shares of the training, such as "10%".
+    `lr_decay_steps` and `dead_feature_window` may be shares of the training, as in YAML.
 
     Args:
         optimizer (str): "adam", or "row_sparse_adam", which does not update the features that a
@@ -40,7 +40,7 @@ class AllocSAERunnerConfig(
     """
     SAELens' `LanguageModelSAERunnerConfig` with the settings of `AllocSAETrainerConfig`, for
     `AllocSAETrainingRunner` and YAML files. `lr_warm_up_steps`, `lr_decay_steps` and
-    `dead_feature_window` may be shares of the training, such as "10%".
+    `dead_feature_window` may be shares of the training, as in YAML.
 
     Args:
         optimizer (str): As for `AllocSAETrainerConfig`.

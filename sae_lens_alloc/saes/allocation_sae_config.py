@@ -22,10 +22,9 @@ class AllocationTrainingSAEConfig(AuxiliaryLossTrainingSAEConfig):
         k (float): Average number of active features per token: a batch of B tokens has a
             budget of floor(k * B) token-feature pairs. May be fractional.
         k_start (float | None): Budget per token at step 0. It falls linearly to `k` over
-            `k_decay_steps` steps. None starts at `k`. May be a share of k, such as
-            "200%".
+            `k_decay_steps` steps. None starts at `k`. May be a share of k, as in YAML.
         k_decay_steps (int): Steps over which the budget falls from `k_start` to `k`. May be a
-            share of the training steps, such as "25%".
+            share of the training steps, as in YAML.
         selection_margin (float): Under Mutual Choice the encoder also learns from the pairs
             that just missed the budget: from this share of the budget. Each learns by how
             much the error would have fallen if it had been active. 0 turns this off.
@@ -36,7 +35,7 @@ class AllocationTrainingSAEConfig(AuxiliaryLossTrainingSAEConfig):
         aux_loss_coefficient (float): Coefficient of the auxiliary loss.
         aux_loss_decay_start (int | None): Training step at which the auxiliary loss starts to
             fade; it is gone a tenth of that many steps later. None keeps it to the end. May
-            be a share of the training steps, such as "80%".
+            be a share of the training steps, as in YAML.
         k_aux (int | None): Features per token in the auxiliary loss. None means k, rounded
             up, for "aux_zipf" and d_in / 2 for "aux_k".
         underuse_fraction (float): A feature is underutilised when its density is below this

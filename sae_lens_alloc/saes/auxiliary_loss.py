@@ -25,7 +25,7 @@ class AuxiliaryLossTrainingSAEConfig(TrainingSAEConfig):
         aux_loss_coefficient (float): Coefficient of the auxiliary loss.
         aux_loss_decay_start (int | None): Training step at which the auxiliary loss starts to
             fade; it is gone a tenth of that many steps later. None keeps it to the end. May
-            be a share of the training steps, such as "80%".
+            be a share of the training steps, as in YAML.
         k_aux (int | None): Features per token in the auxiliary loss. None means k, rounded
             up, or, where the architecture has no k, the features per token at the time.
         underuse_fraction (float): A feature is underutilised when its density is below this

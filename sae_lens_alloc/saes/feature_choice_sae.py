@@ -19,7 +19,7 @@ class FeatureChoiceTrainingSAEConfig(AllocationTrainingSAEConfig):
         mutual_choice_steps (int): Number of first training steps that allocate by Mutual
             Choice instead: the order of the paper, whose Zipf law is then fitted to the
             densities found by Mutual Choice. 0 uses Feature Choice from the start. May be
-            a share of the training steps, such as "75%".
+            a share of the training steps, as in YAML.
         k (float): Average number of active features per token. The other fields are
             described in AllocationTrainingSAEConfig.
     """

@@ -32,8 +32,8 @@ class MutualChoiceTrainingSAEConfig(AllocationTrainingSAEConfig):
             which knows how long the training is, makes it a quarter of the steps, over which
             the budget falls from 2 k to k unless `k_start` says otherwise. SAELens' own
             trainers do not tell the SAE: there Feature Choice ends by itself, once it has
-            brought most of what it brings. May be a share of the training steps, such
-            as "25%", for our trainer and runner alone.
+            brought most of what it brings. May be a share of the training steps, as in
+            YAML, for our trainer and runner alone.
         k (float): Average number of active features per token. The other fields are
             described in AllocationTrainingSAEConfig.
     """

@@ -58,8 +58,7 @@ def test_a_user_sees_one_training(undisturbed: Path):
         processes,
     )
     assert text.count("memory      about") == 1
-    assert text.count("Dataset is not tokenized") == 1
-    assert "Training SAE: 100%" not in text  # which SAELens moves every 100 steps
+    assert "Dataset is not tokenized" not in text  # which nobody here can help
     assert (
         text.count("Training SAE:   0%") <= 2
     )  # one bar, drawn when it begins and ends
