@@ -48,6 +48,7 @@ def tiny_demo_config(output: Path) -> LanguageModelSAERunnerConfig[Any]:
     )
 
 
+@pytest.mark.slow
 def test_generated_parts_are_up_to_date():
     result = subprocess.run(
         [sys.executable, ROOT / "docs" / "render.py", "--check"],
@@ -57,6 +58,7 @@ def test_generated_parts_are_up_to_date():
     assert result.returncode == 0, result.stderr
 
 
+@pytest.mark.slow
 def test_the_script_of_the_readme_runs_as_it_stands(tmp_path: Path):
     (code,) = code_blocks(ROOT / "README.md", "python")
     assert len(code.replace("\n\n", "\n").splitlines()) <= 12
@@ -136,6 +138,7 @@ def test_yaml_in_the_readme_names_real_fields():
     assert set(yaml.safe_load(block)["sae"]) - {"architecture"} <= valid
 
 
+@pytest.mark.slow
 def test_train_command_of_the_readme_is_accepted():
     (line,) = re.findall(
         r"sae-lens-alloc train (.*)", (ROOT / "README.md").read_text()

@@ -49,6 +49,7 @@ def test_help_imports_nothing_heavy(arguments: list[str]):
     assert {name.split(".")[0] for name in modules} & HEAVY == set()
 
 
+@pytest.mark.slow
 def test_importing_the_package_imports_what_sae_lens_imports():
     further = modules_after("import sae_lens, sae_lens_alloc") - modules_after(
         "import sae_lens"

@@ -168,6 +168,7 @@ print(json.dumps(found))
 """
 
 
+@pytest.mark.slow
 def test_saved_sae_is_a_stock_jumprelu_sae_that_needs_no_plugin(tmp_path: Path):
     folders: dict[str, AllocationTrainingSAE[Any]] = {}
     variants: list[dict[str, Any]] = [

@@ -64,6 +64,7 @@ def test_reloading_the_package_is_harmless():
     assert before == SAE_TRAINING_CLASS_REGISTRY
 
 
+@pytest.mark.slow
 def test_import_error_says_who_took_the_name():
     program = """
 from sae_lens import BatchTopKTrainingSAE, BatchTopKTrainingSAEConfig
