@@ -73,9 +73,8 @@ class RowSparseAdam(Optimizer):
                 )
             every_row = torch.zeros(1, dtype=torch.int64, device=weight.device)
             gradients[name] = RowGradient(every_row, weight.grad[None])
-        of_all = [gradients[name].rows for name in gradients if name in OF_NO_FEATURE]
-        own = [gradients[name].rows for name in gradients if name not in OF_NO_FEATURE]
-        norm = norm_over_ranks(own, of_all, self._sae.allocation.shard.ranks)
+        rows = {name: gradient.rows for name, gradient in gradients.items()}
+        norm = norm_over_ranks(rows, self._sae.shard.ranks)
         scale = (1.0 / (norm + 1e-6)).clamp(max=1.0)
         (group,) = self.param_groups
         for name, gradient in gradients.items():

@@ -9,7 +9,6 @@ from torch.nn.utils import clip_grads_with_norm_
 
 from sae_lens_alloc.compat import stored_entries
 from sae_lens_alloc.saes.allocation_sae import AllocationTrainingSAE
-from sae_lens_alloc.saes.weight_names import OF_NO_FEATURE
 from sae_lens_alloc.training.gradient_norm import norm_over_ranks
 from sae_lens_alloc.training.row_sparse_adam import RowSparseAdam
 from sae_lens_alloc.training.step_graph import StepGraph
@@ -65,11 +64,7 @@ def clip_gradients(trainer: SAETrainer[Any, Any]) -> None:
         for name, weight in sae.named_parameters()
         if weight.grad is not None
     }
-    of_all = [gradient for name, gradient in gradients.items() if name in OF_NO_FEATURE]
-    own = [
-        gradient for name, gradient in gradients.items() if name not in OF_NO_FEATURE
-    ]
-    norm = norm_over_ranks(own, of_all, sae.allocation.shard.ranks)
+    norm = norm_over_ranks(gradients, sae.shard.ranks)
     clip_grads_with_norm_(sae.parameters(), 1.0, norm)
 
 

@@ -37,32 +37,31 @@ def test_a_training_by_relative_paths_is_calibrated_elsewhere_and_nothing_is_noi
     demo, elsewhere = tmp_path / "demo", tmp_path / "elsewhere"
     elsewhere.mkdir()
     demo.symlink_to(Path(CONFIG).parent)
-    command = [sys.executable, "-m", "sae_lens_alloc_cli"]
     settings = [s for s in TINY if not s.startswith(("model_name", "dataset_path"))]
-    first = subprocess.run(
-        [
-            *(*command, "train", CONFIG, *settings, "output_path=sae"),
-            *("model_name=demo/model", "dataset_path=demo/corpus"),
-        ],
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        env={**os.environ, "PYTHONPATH": os.getcwd(), "TQDM_DISABLE": "1"},
+
+    def run(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [sys.executable, "-m", "sae_lens_alloc_cli", *arguments],
+            cwd=folder,
+            capture_output=True,
+            text=True,
+            env={**os.environ, "PYTHONPATH": os.getcwd(), "TQDM_DISABLE": "1"},
+        )
+
+    first = run(
+        tmp_path,
+        *("train", CONFIG, *settings, "output_path=sae"),
+        *("model_name=demo/model", "dataset_path=demo/corpus"),
     )
     assert first.returncode == 0, first.stderr
     assert "Warning" not in first.stderr
     assert SAE.load_from_disk(tmp_path / "sae").cfg.metadata.model_name == str(
         demo / "model"
     )
-    again = subprocess.run(
-        [
-            *(*command, "calibrate", "../sae", "--output", "new"),
-            *("--l0", "3", "--tokens", "2000"),
-        ],
-        cwd=elsewhere,
-        capture_output=True,
-        text=True,
-        env={**os.environ, "PYTHONPATH": os.getcwd(), "TQDM_DISABLE": "1"},
+    again = run(
+        elsewhere,
+        *("calibrate", "../sae", "--output", "new"),
+        *("--l0", "3", "--tokens", "2000"),
     )
     assert again.returncode == 0, again.stderr
     assert "Warning" not in again.stderr
