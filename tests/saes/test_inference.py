@@ -1,17 +1,12 @@
 """Evaluation mode, the saved JumpReLU SAE, and the folds that SAELens applies to an SAE."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import save_file
 
-import sae_lens_alloc
 from sae_lens_alloc import calibrate_thresholds
 from sae_lens_alloc.saes.allocation_sae import AllocationTrainingSAE
 from tests.saes.conftest import (
@@ -24,8 +19,7 @@ from tests.saes.conftest import (
     tokens,
     training_step,
 )
-
-REPOSITORY = Path(sae_lens_alloc.__file__).parents[1]
+from tests.saes.without_plugin import loaded_without_plugin, save_with_outputs
 
 
 def stepped_sae(
@@ -130,44 +124,6 @@ def test_decode_takes_sparse_activations(architecture: str):
     torch.testing.assert_close(sae.decode(acts.to_sparse()), sae.decode(acts))
 
 
-LOAD_WITHOUT_PLUGIN = """
-import json, sys
-from importlib.abc import MetaPathFinder
-
-class Block(MetaPathFinder):
-    def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] == "sae_lens_alloc":
-            raise ImportError("blocked: " + name)
-
-sys.meta_path.insert(0, Block())
-try:
-    import sae_lens_alloc
-except ImportError as error:
-    assert str(error).startswith("blocked")
-else:
-    raise AssertionError("the plugin could be imported")
-
-import torch
-from safetensors.torch import load_file
-from sae_lens import SAE
-
-found = {}
-for folder in sys.argv[1:]:
-    expected = load_file(folder + "/expected.safetensors")
-    sae = SAE.load_from_disk(folder)
-    acts = sae.encode(expected["x"])
-    found[folder] = {
-        "class": f"{type(sae).__module__}.{type(sae).__name__}",
-        "training": sae.cfg.metadata.training_architecture,
-        "l0": (acts > 0).sum(-1).float().mean().item(),
-        "flipped": ((acts > 0) != (expected["acts"] > 0)).sum().item(),
-        "acts": (acts - expected["acts"]).abs().max().item(),
-        "sae_out": (sae(expected["x"]) - expected["sae_out"]).abs().max().item(),
-    }
-print(json.dumps(found))
-"""
-
-
 @pytest.mark.slow
 def test_saved_sae_is_a_stock_jumprelu_sae_that_needs_no_plugin(tmp_path: Path):
     folders: dict[str, AllocationTrainingSAE[Any]] = {}
@@ -182,39 +138,16 @@ def test_saved_sae_is_a_stock_jumprelu_sae_that_needs_no_plugin(tmp_path: Path):
             sae = stepped_sae(architecture, **overrides)
             norms = sae.W_dec.norm(dim=1)
             assert norms.min() < 0.4 and norms.max() > 2.5  # not folded yet
-            before = state_of(sae)
             folder = tmp_path / f"{architecture}-{len(folders)}"
-            sae.save_inference_model(folder)
-            assert changed(before, sae) == set()
-            sae.eval()
-            x = tokens(4, 64, 8, seed=50)
-            with torch.no_grad():
-                expected = {"x": x, "acts": sae.encode(x), "sae_out": sae(x)}
-            save_file(expected, folder / "expected.safetensors")
+            save_with_outputs(sae, tokens(4, 64, 8, seed=50), folder)
             assert json.loads((folder / "cfg.json").read_text())["architecture"] == (
                 "jumprelu"
             )
             folders[str(folder)] = sae
 
-    done = subprocess.run(
-        [sys.executable, "-c", LOAD_WITHOUT_PLUGIN, *folders],
-        capture_output=True,
-        text=True,
-        cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": str(REPOSITORY)},
-    )
-    assert done.returncode == 0, done.stderr
-    found = json.loads(done.stdout.splitlines()[-1])
-    assert len(found) == 8
-    for folder, result in found.items():
-        sae = folders[folder]
-        assert result["class"] == "sae_lens.saes.jumprelu_sae.JumpReLUSAE"
-        assert result["training"] == sae.cfg.architecture()
-        assert 1 < result["l0"] < 10
-        # folding the norms rounds once more: a relative error of some 1e-7
-        assert result["flipped"] == 0, folder
-        assert result["acts"] < 1e-5, folder
-        assert result["sae_out"] < 1e-5, folder
+    assert len(folders) == 8
+    classes = loaded_without_plugin(folders, tmp_path)
+    assert set(classes.values()) == {"sae_lens.saes.jumprelu_sae.JumpReLUSAE"}
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)

@@ -1,9 +1,5 @@
 """Transcoders in evaluation mode, and as SAELens loads them."""
 
-import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,20 +8,19 @@ import torch
 from sae_lens import SAE
 from sae_lens.saes.sae import TrainingSAE
 from sae_lens.saes.transcoder import JumpReLUSkipTranscoder, JumpReLUTranscoder
-from safetensors.torch import save_file
 
 from sae_lens_alloc import calibrate_thresholds
 from sae_lens_alloc.saes.saved_sae import load_sae
 from sae_lens_alloc.saes.transcoder import TrainingTranscoder
 from sae_lens_alloc.training.held_out import held_out_metrics
 from tests.saes.conftest import changed, state_of
-from tests.saes.test_inference import LOAD_WITHOUT_PLUGIN, REPOSITORY
 from tests.saes.transcoders import (
     ARCHITECTURES,
     D_IN,
     make_rows,
     stepped_transcoder,
 )
+from tests.saes.without_plugin import loaded_without_plugin, save_with_outputs
 
 
 def test_saved_transcoder_is_a_stock_one_that_needs_no_plugin(tmp_path: Path):
@@ -42,40 +37,15 @@ def test_saved_transcoder_is_a_stock_one_that_needs_no_plugin(tmp_path: Path):
             sae = stepped_transcoder(architecture, **overrides)
             norms = sae.W_dec.norm(dim=1)
             assert norms.min() < 0.4 and norms.max() > 2.5  # not folded yet
-            before = state_of(sae)
             folder = tmp_path / f"{architecture}-{len(folders)}"
-            sae.save_inference_model(folder)
-            assert changed(before, sae) == set()
-            sae.eval()
             x = make_rows(256, seed=50)[:, :D_IN].reshape(4, 64, D_IN).contiguous()
-            with torch.no_grad():
-                expected = {"x": x, "acts": sae.encode(x), "sae_out": sae(x)}
-            save_file(expected, folder / "expected.safetensors")
+            save_with_outputs(sae, x, folder)
             folders[str(folder)] = sae
 
-    done = subprocess.run(
-        [sys.executable, "-c", LOAD_WITHOUT_PLUGIN, *folders],
-        capture_output=True,
-        text=True,
-        cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": str(REPOSITORY)},
-    )
-    assert done.returncode == 0, done.stderr
-    found = json.loads(done.stdout.splitlines()[-1])
-    assert len(found) == 10
-    for folder, result in found.items():
-        sae = folders[folder]
-        name = (
-            "JumpReLUSkipTranscoder"
-            if sae.cfg.skip_connection
-            else "JumpReLUTranscoder"
-        )
-        assert result["class"] == f"sae_lens.saes.transcoder.{name}"
-        assert result["training"] == sae.cfg.architecture()
-        assert 1 < result["l0"] < 10
-        assert result["flipped"] == 0, folder
-        assert result["acts"] < 1e-5, folder
-        assert result["sae_out"] < 1e-5, folder
+    assert len(folders) == 10
+    for folder, found in loaded_without_plugin(folders, tmp_path).items():
+        skip = "Skip" if folders[folder].cfg.skip_connection else ""
+        assert found == f"sae_lens.saes.transcoder.JumpReLU{skip}Transcoder"
 
 
 @pytest.mark.parametrize("skip", [True, False])
