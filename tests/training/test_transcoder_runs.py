@@ -77,18 +77,22 @@ def test_rows_are_both_activations_of_a_token_from_one_pass(
     assert len(store.get_filtered_llm_batch()) < 2 * 64
 
 
-@pytest.mark.parametrize("normalize", ["none", "expected_average_only_in"])
-def test_run_saves_what_sae_lens_loads_with_the_metrics_of_the_output(
-    normalize: str, model: HookedRootModule, demo_text: Dataset, tmp_path: Path
-):
-    sae = MutualChoiceTrainingTranscoderConfig(
+def skip_transcoder(normalize: Any) -> MutualChoiceTrainingTranscoderConfig:
+    return MutualChoiceTrainingTranscoderConfig(
         d_in=D_MODEL,
         d_out=D_MODEL,
         d_sae=256,
         k=8,
         skip_connection=True,
-        normalize_activations=normalize,  # type: ignore[arg-type]
+        normalize_activations=normalize,
     )
+
+
+@pytest.mark.parametrize("normalize", ["none", "expected_average_only_in"])
+def test_run_saves_what_sae_lens_loads_with_the_metrics_of_the_output(
+    normalize: str, model: HookedRootModule, demo_text: Dataset, tmp_path: Path
+):
+    sae = skip_transcoder(normalize)
     cfg = transcoder_run(sae, output_path=str(tmp_path), training_tokens=40 * 256)
     runner = AllocSAETrainingRunner(cfg, demo_text, model)
     trained = runner.run()
@@ -119,14 +123,7 @@ def test_run_saves_what_sae_lens_loads_with_the_metrics_of_the_output(
 def test_resumed_run_is_the_run_that_was_not_interrupted(
     optimizer: str, model: HookedRootModule, demo_text: Dataset, tmp_path: Path
 ):
-    sae = MutualChoiceTrainingTranscoderConfig(
-        d_in=D_MODEL,
-        d_out=D_MODEL,
-        d_sae=256,
-        k=8,
-        skip_connection=True,
-        normalize_activations="expected_average_only_in",
-    )
+    sae = skip_transcoder("expected_average_only_in")
     settings: dict[str, Any] = {
         "optimizer": optimizer,
         "checkpoint_path": str(tmp_path / "checkpoints"),
