@@ -16,7 +16,7 @@ from sae_lens_alloc.distributed.stored_tensors import (
     read_stored_tensors,
 )
 from sae_lens_alloc.saes.allocation_statistics import AllocationStatistics
-from sae_lens_alloc.saes.weight_names import OF_NO_FEATURE
+from sae_lens_alloc.saes.weight_names import INPUT_MEAN, OF_NO_FEATURE
 
 STATISTICS = "allocation."  # prefix of their keys in a state dict
 
@@ -44,7 +44,7 @@ def is_by_feature(name: str) -> bool:
     """Whether what an SAE has by this name is a part for each feature."""
     if name.startswith(STATISTICS):
         return name.removeprefix(STATISTICS) in AllocationStatistics.by_feature
-    return name not in OF_NO_FEATURE
+    return name not in (*OF_NO_FEATURE, INPUT_MEAN)
 
 
 def feature_rows(name: str, tensor: torch.Tensor) -> torch.Tensor:

@@ -43,6 +43,8 @@ class InferenceBlocks:
                 rows = feature_rows(name, part)[features]
                 part = feature_rows(name, rows)
             setattr(view, name, nn.Parameter(part))
+        for name, buffer in sae.named_buffers(recurse=False):  # of no feature
+            setattr(view, name, buffer)
         for name in sae.allocation.by_feature:
             setattr(view.allocation, name, getattr(sae.allocation, name)[features])
         state = view.state_dict()

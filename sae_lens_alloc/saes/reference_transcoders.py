@@ -26,6 +26,11 @@ from typing_extensions import override
 
 from sae_lens_alloc.saes.initial_weights import initial_decoder, initial_encoder
 from sae_lens_alloc.saes.rows import encoded_and_target
+from sae_lens_alloc.saes.transcoder_start import (
+    add_input_mean,
+    fold_input_mean,
+    start_transcoder,
+)
 
 
 @dataclass
@@ -55,6 +60,7 @@ class TopKTrainingTranscoderConfig(TopKTrainingSAEConfig):
     """SAELens' TopK with an output of `d_out` dimensions."""
 
     d_out: int = field(kw_only=True)
+    center_inputs: bool = True
     apply_b_dec_to_input: bool = False
 
     @override
@@ -72,6 +78,7 @@ class BatchTopKTrainingTranscoderConfig(BatchTopKTrainingSAEConfig):
     """SAELens' BatchTopK with an output of `d_out` dimensions."""
 
     d_out: int = field(kw_only=True)
+    center_inputs: bool = True
     apply_b_dec_to_input: bool = False
 
     @override
@@ -87,8 +94,11 @@ class BatchTopKTrainingTranscoderConfig(BatchTopKTrainingSAEConfig):
 class _OtherOutput(TrainingSAE[Any]):
     """
     Comes behind SAELens' class in the bases, in place of what all its training SAEs share: rows
-    [x, y] are trained on, with the initial weights of our transcoders.
+    [x, y] are trained on, with the initial weights and the start of our transcoders, so that what
+    is compared is who gets the budget.
     """
+
+    input_mean: torch.Tensor
 
     @override
     def initialize_weights(self) -> None:
@@ -99,13 +109,24 @@ class _OtherOutput(TrainingSAE[Any]):
         self.W_dec = nn.Parameter(W_dec)
         self.W_enc = nn.Parameter(W_enc.T.contiguous())
         self.b_dec = nn.Parameter(torch.zeros(cfg.d_out, device=self.device))
+        add_input_mean(self)
 
     @override
     def process_sae_in(self, sae_in: torch.Tensor) -> torch.Tensor:
-        return self.hook_sae_input(sae_in)
+        inputs = self.hook_sae_input(sae_in)
+        return inputs - self.input_mean if self.cfg.center_inputs else inputs
+
+    @override
+    def process_state_dict_for_saving_inference(
+        self, state_dict: dict[str, Any]
+    ) -> None:
+        fold_input_mean(state_dict)
+        super().process_state_dict_for_saving_inference(state_dict)
 
     @override
     def training_forward_pass(self, step_input: TrainStepInput) -> TrainStepOutput:
+        if step_input.n_training_steps == 0:
+            start_transcoder(self, step_input.sae_in)
         x, y = encoded_and_target(self.cfg, step_input.sae_in)
         feature_acts, hidden_pre = self.encode_with_hidden_pre(x)
         sae_out = self.decode(feature_acts)

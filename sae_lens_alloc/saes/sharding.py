@@ -54,6 +54,8 @@ def new_shard(
         b_enc=torch.zeros(len(shard), dtype=sae.dtype, device=cfg.device),
         **zeros,
     )
+    for name, buffer in sae.named_buffers(recurse=False):  # of no feature
+        setattr(sae, name, torch.zeros_like(buffer, device=cfg.device))
     whole = AllocationStatistics(
         cfg.d_sae, cfg.density_window_tokens, torch.device("cpu")
     )

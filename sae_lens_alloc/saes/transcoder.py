@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from sae_lens.saes.sae import TrainStepInput, TrainStepOutput
 from torch import nn
 from typing_extensions import override
 
@@ -11,6 +12,12 @@ from sae_lens_alloc.saes.allocation_sae import AllocationTrainingSAE
 from sae_lens_alloc.saes.initial_weights import initial_decoder, initial_encoder
 from sae_lens_alloc.saes.skip_connection import with_past
 from sae_lens_alloc.saes.transcoder_config import TranscoderTrainingConfig
+from sae_lens_alloc.saes.transcoder_start import (
+    add_input_mean,
+    fold_input_mean,
+    require_input_mean,
+    start_transcoder,
+)
 
 
 class TrainingTranscoder(AllocationTrainingSAE[Any]):
@@ -23,10 +30,13 @@ class TrainingTranscoder(AllocationTrainingSAE[Any]):
     `jumprelu_transcoder`, or `jumprelu_skip_transcoder` with a skip connection.
 
     Weights: W_enc (d_in, d_sae), b_enc (d_sae,), W_dec (d_sae, d_out), b_dec (d_out,) and, with a
-    skip connection, W_skip (d_out, d_in), which starts at zero.
+    skip connection, W_skip (d_out, d_in), which starts at zero. The buffer `input_mean` (d_in,) is
+    subtracted from the inputs. The first training step measures it, and b_dec's start
+    (`saes/transcoder_start.py`).
     """
 
     W_skip: nn.Parameter
+    input_mean: torch.Tensor
 
     @override
     def initialize_weights(self) -> None:
@@ -39,14 +49,34 @@ class TrainingTranscoder(AllocationTrainingSAE[Any]):
         self.W_enc = nn.Parameter(W_enc.T.contiguous())
         self.b_enc = nn.Parameter(torch.zeros(cfg.d_sae, **where))
         self.b_dec = nn.Parameter(torch.zeros(cfg.d_out, **where))
+        add_input_mean(self)
         if cfg.skip_connection:
             self.W_skip = nn.Parameter(torch.zeros(cfg.d_out, cfg.d_in, **where))
 
     @override
     def process_sae_in(self, sae_in: torch.Tensor) -> torch.Tensor:
-        # as SAELens' transcoders, which subtract nothing
+        # as SAELens' transcoders, which do not subtract b_dec
         inputs = self.hook_sae_input(sae_in.to(self.dtype))
-        return self.run_time_activation_norm_fn_in(inputs)
+        inputs = self.run_time_activation_norm_fn_in(inputs)
+        return inputs - self.input_mean if self.cfg.center_inputs else inputs
+
+    @override
+    def training_forward_pass(self, step_input: TrainStepInput) -> TrainStepOutput:
+        if step_input.n_training_steps == 0 and step_input.sae_in.numel() > 0:
+            start_transcoder(self, step_input.sae_in)
+        return super().training_forward_pass(step_input)
+
+    @override
+    def process_state_dict_for_saving_inference(
+        self, state_dict: dict[str, Any]
+    ) -> None:
+        fold_input_mean(state_dict)
+        super().process_state_dict_for_saving_inference(state_dict)
+
+    @override
+    def process_state_dict_for_loading(self, state_dict: dict[str, Any]) -> None:
+        super().process_state_dict_for_loading(state_dict)
+        require_input_mean(self, state_dict)
 
     @override
     def _norm_out(self, recons: torch.Tensor) -> torch.Tensor:
@@ -83,5 +113,7 @@ class TrainingTranscoder(AllocationTrainingSAE[Any]):
         super().fold_activation_norm_scaling_factor(of_output)
         # which has multiplied the encoder by the factor of the output
         self.W_enc.data *= of_input / of_output
+        if self.cfg.center_inputs:
+            self.input_mean *= 1 / of_input
         if self.cfg.skip_connection:
             self.W_skip.data *= of_input / of_output

@@ -23,11 +23,15 @@ class TranscoderTrainingConfig(AllocationTrainingSAEConfig):
         d_out (int): Output dimension: that of the activations at `hook_name_out`.
         skip_connection (bool): Whether the output has a share that is linear in the input,
             W_skip x, beside that of the features.
+        center_inputs (bool): Whether the mean of the inputs, measured on the first batch, is
+            subtracted before they are encoded. Without it many features are never active. What
+            is saved has it in b_enc.
         apply_b_dec_to_input (bool): False, since b_dec belongs to the output.
     """
 
     d_out: int = field(kw_only=True)
     skip_connection: bool = False
+    center_inputs: bool = True
     apply_b_dec_to_input: bool = False
 
     @override

@@ -34,7 +34,8 @@ def test_from_activations_to_themselves_they_are_the_stock_saes(name: str):
     stock = sae_class(
         config_class(d_in=D_IN, d_sae=D_SAE, k=3, apply_b_dec_to_input=False)  # type: ignore[call-arg]
     )
-    ours = reference(f"{name}_transcoder", d_out=D_IN)
+    set_weights(stock, b_dec=0.1 * tokens(D_IN, seed=9))  # ours would start at the mean
+    ours = reference(f"{name}_transcoder", d_out=D_IN, center_inputs=False)
     set_weights(ours, **dict(stock.named_parameters()))
     x = tokens(64, D_IN)
     dead = torch.arange(D_SAE) % 3 == 0

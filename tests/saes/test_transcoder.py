@@ -46,7 +46,10 @@ def twins(
     """An SAE, and a transcoder of the same weights."""
     sae = make_sae(architecture, apply_b_dec_to_input=False, **overrides)
     transcoder = make_transcoder(
-        f"{architecture}_transcoder", d_out=sae.cfg.d_in, **overrides
+        f"{architecture}_transcoder",
+        d_out=sae.cfg.d_in,
+        center_inputs=False,
+        **overrides,
     )
     set_weights(transcoder, **dict(sae.named_parameters()))
     with torch.no_grad():
@@ -114,6 +117,7 @@ def test_step_equals_the_dense_formulas(normalize: str, skip: bool, rescale: boo
     )
     rows = make_rows(16, dtype=torch.float64)
     x, y = rows[:, :D_IN], rows[:, D_IN:]
+    sae.input_mean.copy_(tokens(D_IN, seed=8))  # as an earlier batch left it
     dead = torch.arange(D_SAE) % 3 == 0
     weights = {
         name: value.detach().clone().requires_grad_()
@@ -123,7 +127,7 @@ def test_step_equals_the_dense_formulas(normalize: str, skip: bool, rescale: boo
     if normalize == "layer_norm":
         centred = x - x.mean(1, keepdim=True)
         inputs = centred / (centred.std(1, keepdim=True) + 1e-5)
-    pre_acts = inputs @ weights["W_enc"] + weights["b_enc"]
+    pre_acts = (inputs - sae.input_mean) @ weights["W_enc"] + weights["b_enc"]
     norms = weights["W_dec"].norm(dim=1).detach()
     affinities = (pre_acts * norms if rescale else pre_acts).detach()
 
@@ -278,3 +282,59 @@ def test_training_in_units_of_its_own_is_folded_away(optimizer: str):
         outputs.append(sae(x * of_input) / of_output)
         assert (sae.encode(x * of_input) > 0).sum() > 100
     torch.testing.assert_close(outputs[0], outputs[1], rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("normalize", ["none", "layer_norm"])
+@pytest.mark.parametrize("skip", [True, False])
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_first_batch_gives_the_start(architecture: str, skip: bool, normalize: str):
+    sae = make_transcoder(
+        architecture,
+        skip_connection=skip,
+        normalize_activations=normalize,
+        dtype="float64",
+    )
+    d_out, d_in = D_OUT, D_IN
+    set_weights(sae, b_enc=torch.zeros(D_SAE), b_dec=torch.zeros(d_out))
+    if skip:
+        set_weights(sae, W_skip=torch.zeros(d_out, d_in))
+    before = state_of(sae)
+    rows = make_rows(64, dtype=torch.float64) + 3
+    x, y = rows[:, :d_in], rows[:, d_in:]
+    training_step(sae, rows, 0)
+
+    inputs = x
+    if normalize == "layer_norm":
+        inputs = (x - x.mean(1, keepdim=True)) / (x.std(1, keepdim=True) + 1e-5)
+    torch.testing.assert_close(sae.input_mean, inputs.mean(0))
+    torch.testing.assert_close(sae.b_dec.data, y.mean(0))
+    same = {"W_enc", "b_enc", "W_dec", *(["W_skip"] if skip else [])}
+    assert changed(before, sae).isdisjoint(same)
+    # the second batch changes none of it
+    started = state_of(sae)
+    training_step(sae, 2 * rows, 1)
+    assert changed(started, sae).isdisjoint({"input_mean", "b_dec", *same})
+
+
+@pytest.mark.parametrize("skip", [True, False])
+def test_trained_transcoder_stays_what_it_is_in_a_new_training(skip: bool):
+    sae = make_transcoder(skip_connection=skip, dtype="float64").eval()
+    rows = make_rows(64, dtype=torch.float64) + 3
+    before = sae(rows[:, :D_IN])
+    sae.train()
+    training_step(sae, rows, 0)  # without an optimizer
+    sae.eval()
+    sae.allocation.threshold.zero_()  # which the step moves
+    assert sae.input_mean.any()
+    torch.testing.assert_close(sae(rows[:, :D_IN]), before)
+
+
+def test_batch_that_is_not_finite_gives_no_start():
+    sae = make_transcoder(skip_connection=True)
+    set_weights(sae, W_skip=torch.zeros(D_OUT, D_IN), b_dec=torch.zeros(D_OUT))
+    before = state_of(sae)
+    rows = make_rows(16)
+    rows[3, 2] = torch.nan
+    with pytest.raises(ValueError, match="NaN"):
+        training_step(sae, rows, 0)
+    assert changed(before, sae) == set()
