@@ -16,6 +16,7 @@ SHARE_KEYS = (
     "sae.l0_warm_up_steps",
     "sae.feature_choice_steps",
     "sae.mutual_choice_steps",
+    "sae.topk_steps",
     "sae.aux_loss_decay_start",
     "sae.k_decay_steps",
 )

@@ -14,7 +14,8 @@ class Margin:
 
     Args:
         pairs: The pairs, N of them, in row order.
-        width: Largest minus smallest affinity, scalar tensor.
+        width: Largest minus smallest affinity, scalar tensor, or of shape (N,) where it differs
+            from token to token (`token_share.py`).
     """
 
     pairs: Pairs

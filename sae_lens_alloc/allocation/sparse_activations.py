@@ -55,6 +55,10 @@ class Pairs(ABC):
             values = values.where(self.real, torch.inf)
         return torch.cat([values, values.new_full((1,), torch.inf)]).min()
 
+    @abstractmethod
+    def with_values(self, values: torch.Tensor) -> "Pairs":
+        """The same places with other values, shape (N,)."""
+
     def at(self, indices: torch.Tensor) -> "Pairs":
         """The pairs at ascending places, int64 of shape (n,)."""
         places = self.places
@@ -158,6 +162,10 @@ class SparseActivations(Pairs):
         return None
 
     @override
+    def with_values(self, values: torch.Tensor) -> "SparseActivations":
+        return replace(self, values=values)
+
+    @override
     def without_padding(self) -> "SparseActivations":
         return self
 
@@ -187,6 +195,10 @@ class PaddedActivations(Pairs):
     @override
     def real(self) -> torch.Tensor:
         return self.is_real
+
+    @override
+    def with_values(self, values: torch.Tensor) -> "PaddedActivations":
+        return PaddedActivations(self.padded.with_values(values), self.is_real)
 
     @override
     def without_padding(self) -> SparseActivations:

@@ -39,6 +39,11 @@ def check_for_ranks(cfg: LanguageModelSAERunnerConfig[Any], ranks: Ranks) -> Non
             f"sae.normalize_activations 'covariance_whitening' is for one process, not for {n}: "
             "give 'none', 'layer_norm' or 'expected_average_only_in'."
         )
+    if getattr(sae, "topk_steps", 0):
+        raise ValueError(
+            f"sae.topk_steps is for one process, not for {n}: give sae.topk_steps=0, or start it "
+            "without torchrun."
+        )
     if torch.device(cfg.device).type not in ("cpu", "cuda"):
         raise ValueError(
             f"device is {str(cfg.device)!r}, but several processes train on 'cuda' or 'cpu': "

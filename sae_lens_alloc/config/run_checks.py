@@ -25,6 +25,7 @@ from sae_lens_alloc.typed_values import check_choice, check_number, shown
 SAE_SCHEDULE_KEYS = (
     "feature_choice_steps",
     "mutual_choice_steps",
+    "topk_steps",
     "aux_loss_decay_start",
     "k_decay_steps",
 )

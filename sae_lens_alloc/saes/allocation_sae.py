@@ -40,7 +40,11 @@ class AllocationTrainingSAE(SparseStepTrainingSAE[T_CONFIG]):
     def preview(self, encoder: BlockEncoder, x: torch.Tensor) -> SparseActivations:
         step = self.step_count.last
         return self.allocator.preview(
-            encoder, x, self._budget(len(x), step), self.rule_at(step)
+            encoder,
+            x,
+            self._budget(len(x), step),
+            self.rule_at(step),
+            self.topk_share_at(step),
         )
 
     def _budget(self, n_tokens: int, step: int) -> int:
@@ -113,6 +117,7 @@ class AllocationTrainingSAE(SparseStepTrainingSAE[T_CONFIG]):
             budget=budget,
             n_margin=int(self.cfg.selection_margin * budget),
             aux_weight=aux_weight,
+            topk_share=self.topk_share_at(step),
         )
 
     @override

@@ -9,6 +9,7 @@ from sae_lens_alloc.allocation.density import fit_floor
 from sae_lens_alloc.allocation.margin import Margin, split_at_budget
 from sae_lens_alloc.allocation.quotas import take_whole_quotas
 from sae_lens_alloc.allocation.sparse_activations import Pairs, SparseActivations
+from sae_lens_alloc.allocation.token_share import unscaled, unscaled_margin
 from sae_lens_alloc.distributed.feature_shard import FeatureShard
 from sae_lens_alloc.ops.block_encoder import BlockEncoder
 from sae_lens_alloc.ops.encode_select import (
@@ -18,6 +19,7 @@ from sae_lens_alloc.ops.encode_select import (
 )
 from sae_lens_alloc.ops.pair_keys import BOUND_SHARE
 from sae_lens_alloc.ops.split_over_ranks import split_over_ranks
+from sae_lens_alloc.ops.token_share import relative_to_tokens
 from sae_lens_alloc.saes.allocation_statistics import AllocationStatistics
 from sae_lens_alloc.saes.batch_quotas import BatchQuotas
 from sae_lens_alloc.saes.running_statistics import Derived, kept_in_place
@@ -101,6 +103,7 @@ class Allocator:
         previous_rule: Rule | None,
         n_margin: int = 0,
         continues: bool = False,
+        topk_share: float = 0.0,
     ) -> tuple[Pairs, Margin | None]:
         """
         Allocates the budget of a training batch, or of a part of it, and updates the
@@ -114,6 +117,7 @@ class Allocator:
             previous_rule: Rule of the step before, None at the first step.
             n_margin: Pairs of the margin below the cut of Mutual Choice.
             continues: Whether this is another part of the last call's step.
+            topk_share: What is left of TopK under Mutual Choice (`allocation/token_share.py`).
 
         Returns:
             The active pairs, and the margin, None if there is none.
@@ -132,9 +136,17 @@ class Allocator:
             statistics.begin_totals()
             if rule == "mutual":
                 self._begin_mutual_step(after_mutual)
-        if rule == "mutual":
+        if rule == "feature":
+            return self._allocate_feature(encoder, x, budget), None
+        if not topk_share:
             return self._allocate_mutual(encoder, x, budget, n_margin)
-        return self._allocate_feature(encoder, x, budget), None
+        relative, inputs, factors = relative_to_tokens(
+            encoder, x, max(1, budget // len(x)), topk_share
+        )
+        pairs, margin = self._allocate_mutual(relative, inputs, budget, n_margin)
+        if margin is not None:
+            margin = unscaled_margin(margin, factors)
+        return unscaled(pairs, factors), margin
 
     @torch.no_grad()
     def prepare_feature_choice(
@@ -246,12 +258,20 @@ class Allocator:
         x: torch.Tensor,
         budget: int,
         rule: Rule,
+        topk_share: float = 0.0,
     ) -> SparseActivations:
         """The allocation that a batch would get, without any change of the statistics."""
         statistics = self.statistics
         if rule == "mutual":
             cut = statistics.cut if self.guesses.knows_cut(statistics.cut) else None
+            factors = None
+            if topk_share:
+                encoder, x, factors = relative_to_tokens(
+                    encoder, x, max(1, budget // len(x)), topk_share
+                )
             pairs = encode_mutual_choice(encoder, x, budget, cut, statistics.shard)
+            if factors is not None:
+                pairs = unscaled(pairs, factors)
             return pairs.without_padding()
         quotas, max_pairs = self.quotas.of(statistics.density, len(x), budget)
         return encode_feature_choice(

@@ -7,6 +7,7 @@ from typing import Any, ClassVar, TypeVar
 from sae_lens.saes.sae import TrainingSAEConfig
 from typing_extensions import override
 
+from sae_lens_alloc.allocation.token_share import share_at
 from sae_lens_alloc.saes.allocation_sae import AllocationTrainingSAE
 from sae_lens_alloc.saes.allocation_sae_config import AllocationTrainingSAEConfig
 from sae_lens_alloc.saes.allocator import Rule
@@ -34,11 +35,15 @@ class MutualChoiceTrainingSAEConfig(AllocationTrainingSAEConfig):
             trainers do not tell the SAE: there Feature Choice ends by itself, once it has
             brought most of what it brings. May be a share of the training steps, as in
             YAML, for our trainer and runner alone.
+        topk_steps (int): Number of first training steps that lead from TopK, with k features for
+            each token, to Mutual Choice: for the fine-tuning of an SAE that was trained as TopK.
+            May be a share of the training steps, as in YAML.
         k (float): Average number of active features per token. The other fields are
             described in AllocationTrainingSAEConfig.
     """
 
     feature_choice_steps: int | None = None
+    topk_steps: int = 0
 
     # of the training, in the recipe
     feature_choice_share: ClassVar[float] = 1 / 4
@@ -54,6 +59,20 @@ class MutualChoiceTrainingSAEConfig(AllocationTrainingSAEConfig):
             self.feature_choice_steps,
             ">= 0",
         )
+        require(
+            isinstance(self.topk_steps, str) or self.topk_steps >= 0,
+            "topk_steps",
+            self.topk_steps,
+            ">= 0",
+        )
+        if self.topk_steps:
+            require(
+                self.feature_choice_steps == 0 and self.k_start is None,
+                "topk_steps",
+                self.topk_steps,
+                "0 unless feature_choice_steps is 0 and k_start is left out, since it starts from "
+                "k features for each token",
+            )
 
     @override
     @classmethod
@@ -74,6 +93,10 @@ class MutualChoiceTrainingSAE(AllocationTrainingSAE[MutualChoiceTrainingSAEConfi
     @override
     def times_itself(self) -> bool:
         return self.cfg.feature_choice_steps is None
+
+    @override
+    def topk_share_at(self, step: int) -> float:
+        return share_at(step, self.cfg.topk_steps)
 
     @override
     def rule_at(self, step: int) -> Rule:

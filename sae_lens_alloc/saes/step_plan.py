@@ -25,6 +25,7 @@ class StepPlan:
         budget: Number of pairs M.
         n_margin: Pairs of the margin.
         aux_weight: Coefficient of the auxiliary loss, 0 where it is off.
+        topk_share: What is left of TopK under Mutual Choice, 0 for nothing.
     """
 
     step: int
@@ -34,6 +35,7 @@ class StepPlan:
     budget: int
     n_margin: int
     aux_weight: float
+    topk_share: float = 0.0
 
 
 @dataclass(frozen=True)

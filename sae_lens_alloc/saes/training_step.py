@@ -51,6 +51,10 @@ class SparseStepTrainingSAE(ThresholdTrainingSAE[T_CONFIG]):
     def rule_at(self, step: int) -> Rule:
         """The rule that allocates the batch of a training step."""
 
+    def topk_share_at(self, step: int) -> float:  # noqa: ARG002
+        """What is left of TopK at a training step (`allocation/token_share.py`)."""
+        return 0.0
+
     @property
     def times_itself(self) -> bool:
         """Whether the end of Feature Choice is decided by the losses of the training."""
@@ -147,6 +151,7 @@ class SparseStepTrainingSAE(ThresholdTrainingSAE[T_CONFIG]):
             plan.previous_rule,
             plan.n_margin,
             plan.continues,
+            plan.topk_share,
         )
         acts = None
         if affinities is not None:

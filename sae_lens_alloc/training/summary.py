@@ -189,6 +189,8 @@ def _rules(sae: TrainingSAEConfig) -> str:
         return (
             f"Feature Choice for {sae.feature_choice_steps:,} steps, then Mutual Choice"
         )
+    if isinstance(sae, MutualChoiceTrainingSAEConfig) and sae.topk_steps:
+        return f"from TopK to Mutual Choice over {sae.topk_steps:,} steps"
     if isinstance(sae, FeatureChoiceTrainingSAEConfig) and sae.mutual_choice_steps:
         return (
             f"Mutual Choice for {sae.mutual_choice_steps:,} steps, then Feature Choice"
