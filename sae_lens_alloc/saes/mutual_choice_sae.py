@@ -37,7 +37,7 @@ class MutualChoiceTrainingSAEConfig(AllocationTrainingSAEConfig):
             YAML, for our trainer and runner alone.
         topk_steps (int): Number of first training steps that lead from TopK, with k features for
             each token, to Mutual Choice: for the fine-tuning of an SAE that was trained as TopK.
-            May be a share of the training steps, as in YAML.
+            There is no Feature Choice then. May be a share of the training steps, as in YAML.
         k (float): Average number of active features per token. The other fields are
             described in AllocationTrainingSAEConfig.
     """
@@ -66,12 +66,14 @@ class MutualChoiceTrainingSAEConfig(AllocationTrainingSAEConfig):
             ">= 0",
         )
         if self.topk_steps:
+            if self.feature_choice_steps is None:
+                self.feature_choice_steps = 0
             require(
                 self.feature_choice_steps == 0 and self.k_start is None,
                 "topk_steps",
                 self.topk_steps,
-                "0 unless feature_choice_steps is 0 and k_start is left out, since it starts from "
-                "k features for each token",
+                "0 where feature_choice_steps or k_start is set, since it starts from k features "
+                "for each token",
             )
 
     @override

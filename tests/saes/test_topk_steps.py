@@ -124,10 +124,12 @@ def test_after_the_way_it_is_mutual_choice():
 
 
 @pytest.mark.parametrize(
-    "overrides", [{"feature_choice_steps": 5}, {"feature_choice_steps": None}]
+    "overrides", [{"feature_choice_steps": 5}, {"k_start": 6.0, "k_decay_steps": 5}]
 )
 def test_what_does_not_start_from_topk_is_refused(overrides: dict[str, Any]):
-    with pytest.raises(ValueError, match="topk_steps .*feature_choice_steps is 0"):
+    with pytest.raises(ValueError, match="topk_steps .*k features for each token"):
         MutualChoiceTrainingSAEConfig(d_in=8, d_sae=F, k=K, topk_steps=5, **overrides)
+    cfg = MutualChoiceTrainingSAEConfig(d_in=8, d_sae=F, k=K, topk_steps=5)
+    assert cfg.feature_choice_steps == 0
     with pytest.raises(ValueError, match="topk_steps"):
         MutualChoiceTrainingSAEConfig(d_in=8, d_sae=F, k=K, topk_steps=-1)
