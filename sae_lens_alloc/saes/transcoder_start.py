@@ -31,7 +31,7 @@ def start_transcoder(sae: TrainingSAE[Any], rows: torch.Tensor) -> None:
     """
     x, y = encoded_and_target(sae.cfg, rows)
     left = y - with_past(sae, torch.zeros_like(y), x)
-    sae.b_dec += _mean_if(~sae.b_dec.any(), left, sae.b_dec)
+    sae.b_dec.add_(_mean_if(~sae.b_dec.any(), left, sae.b_dec))
     if sae.cfg.center_inputs:
         known = sae.get_buffer(INPUT_MEAN)
         mean = _mean_if(~known.any(), sae.process_sae_in(x), known)

@@ -110,7 +110,7 @@ def test_preview_is_the_step_to_come_and_hooks_see_it():
     pairs, _ = sae.autoencode_pairs(x, by_threshold=False)
     assert torch.equal(pairs.to_dense() != 0, expected)
     assert torch.equal(sae.encode(x) != 0, expected)
-    sae.hook_sae_acts_post.add_hook(lambda acts, hook: acts)  # noqa: ARG005
+    sae.hook_sae_acts_post.add_hook(lambda tensor, *, hook: tensor)  # noqa: ARG005
     assert torch.equal(active_mask(training_step(sae, x, 0)), expected)
 
 
