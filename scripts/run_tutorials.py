@@ -34,6 +34,7 @@ def executed(path: Path, folder: Path) -> Any:
         notebook,
         timeout=900,
         kernel_name="python3",
+        coalesce_streams=True,
         resources={"metadata": {"path": str(folder)}},
         record_timing=False,
     ).execute()
