@@ -72,11 +72,6 @@ def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
         yield browser
 
 
-def visit(browser: Browser, url: str):
-    browser.ask(f"void (location.href = '{url}')")
-    browser.wait_for(f"location.href === '{url}' && document.readyState === 'complete'")
-
-
 def test_every_public_name_is_in_the_reference(site: Path):
     page = (site / "docs" / "api" / "index.html").read_text()
     ids = set(re.findall(r'id="sae_lens_alloc\.(\w+)"', page))
@@ -125,7 +120,7 @@ def test_search_finds_a_page_and_a_name_of_the_reference(
 ):
     browser.errors.clear()
     browser.resize(1300, 900)
-    visit(browser, address)
+    browser.visit(address)
     for words, found in (
         ("fraction of a quota", "/docs/method/#words"),
         ("warm_start", "/docs/api/#sae_lens_alloc.warm_start"),
@@ -146,7 +141,7 @@ def test_a_narrow_screen_scrolls_in_one_direction_only(
     browser: Browser, address: str, page: str
 ):
     browser.resize(390, 800)
-    visit(browser, address + page)
+    browser.visit(address + page)
     assert browser.ask("document.documentElement.scrollWidth") <= 390
 
 
