@@ -5,7 +5,7 @@ BIN := .venv/bin
 WORKERS ?= 2
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 
-.PHONY: install demo test test-fast test-newest lint bench docs
+.PHONY: install demo test test-fast test-newest lint bench docs site
 
 install: .venv/installed
 
@@ -36,3 +36,7 @@ bench: install
 
 docs: install
 	$(BIN)/python docs/render.py
+
+# Every link and every anchor is checked: one that leads nowhere ends it.
+site: install
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict

@@ -4,8 +4,9 @@ Writes what the documents take from code and from result files, so that no figur
     python docs/render.py           rewrites docs/config.md, the marked parts of README.md,
                                     docs/performance.md, docs/fine-tuning.md,
                                     docs/experiments.md, docs/results.md,
-                                    docs/transcoders.md, docs/faults.md, docs/host-tests.md
-                                    and docs/distributed.md, and their pictures
+                                    docs/transcoders.md, docs/faults.md, docs/host-tests.md,
+                                    docs/distributed.md and docs/models.md, their pictures,
+                                    and the memory that the ready configs state
     python docs/render.py --check   exits with 1 if they are not up to date
 
 Drawing a picture needs kaleido and a Chrome or Chromium; only new measurements need it.
@@ -32,6 +33,7 @@ from docs.measured import (
     fine_tuning_table,
     timed_switch_table,
 )
+from docs.models import models_table, ready_configs, with_memory
 from docs.rank_costs import costs_table, messages_table, two_processes_table
 from scripts.config_reference import config_reference
 from scripts.host_tests import compare as host_tests
@@ -69,6 +71,7 @@ def main() -> None:
         DOCS / "transcoders.md": transcoder_parts(),
         DOCS / "faults.md": {"faults": faults_table()},
         DOCS / "host-tests.md": host_tests_parts(),
+        DOCS / "models.md": {"models": models_table()},
         DOCS / "distributed.md": {
             "messages": messages_table(),
             "costs": costs_table(),
@@ -77,6 +80,7 @@ def main() -> None:
     }
     pages = {page: rendered(page, its_parts) for page, its_parts in parts.items()}
     pages[DOCS / "config.md"] = config_reference()
+    pages |= {path: with_memory(path, cfg) for path, cfg in ready_configs()}
     stale = [
         path
         for path, text in pages.items()

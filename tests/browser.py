@@ -94,8 +94,13 @@ class Browser:
 
     def open(self, path: Path, address: str = "") -> None:
         """Opens a file, and waits until its scripts have run. `address` is the part after #."""
+        self.visit(f"{path.as_uri()}{address}")
+
+    def visit(self, url: str) -> None:
+        """Opens a page, and waits until its scripts have run."""
+        # without this, a page that is open already would do
         self._send("Page.navigate", url="about:blank")
-        self._send("Page.navigate", url=f"{path.as_uri()}{address}")
+        self._send("Page.navigate", url=url)
         self.wait_for("document.readyState === 'complete'")
 
     def resize(self, width: int, height: int, dark: bool = False) -> None:

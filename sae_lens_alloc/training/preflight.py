@@ -1,13 +1,14 @@
 """Checks of the machine and the files of a run, before the model is loaded."""
 
 import os
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import psutil
 import torch
 import wandb
-from datasets import load_dataset_builder
+from datasets import DatasetBuilder, load_dataset_builder
 from sae_lens import logger
 from sae_lens.config import LanguageModelSAERunnerConfig
 
@@ -157,12 +158,27 @@ def _check_dataset(cfg: LanguageModelSAERunnerConfig[Any]) -> None:
             f"dataset_path is {name!r}, but there is no such folder or file."
         )
     try:
-        load_dataset_builder(name)
+        builder = load_dataset_builder(name)
     except Exception as error:  # of many kinds: datasets, huggingface_hub
         raise ValueError(
             f"dataset_path {name!r} is no folder of this machine, and cannot be loaded from "
             f"the Hugging Face hub: {in_one_sentence(error)}"
         ) from error
+    require_decompressor(name, builder)
+
+
+def require_decompressor(name: str, builder: DatasetBuilder) -> None:
+    """
+    Raises ValueError if a dataset has files that cannot be decompressed, which would show only
+    when the first of them is read.
+    """
+    files = (builder.config.data_files or {}).values()
+    compressed = any(str(file).endswith(".zst") for split in files for file in split)
+    if compressed and find_spec("zstandard") is None:
+        raise ValueError(
+            f"dataset_path {name!r} has files that are compressed by zstd: run "
+            "`pip install zstandard`."
+        )
 
 
 def _require_writable(key: str, path: str | None) -> None:

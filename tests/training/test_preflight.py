@@ -2,6 +2,7 @@
 
 import logging
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ import psutil
 import pytest
 import torch
 import wandb
-from datasets import Dataset
+from datasets import Dataset, load_dataset_builder
 from sae_lens import logger
 from transformer_lens import HookedTransformer, HookedTransformerConfig
 
@@ -18,7 +19,11 @@ from sae_lens_alloc.activations.language_model import (
     check_language_model,
     find_language_model,
 )
-from sae_lens_alloc.training.preflight import check_memory, check_training
+from sae_lens_alloc.training.preflight import (
+    check_memory,
+    check_training,
+    require_decompressor,
+)
 from sae_lens_alloc.training.summary import estimate_memory
 from tests.cli.commands import CONFIG, TINY, invoke
 from tests.training.conftest import D_MODEL, MODEL, lm_config
@@ -281,3 +286,19 @@ def test_the_warnings_of_saelens_about_overrides_are_the_users_own(
         assert "You just passed in a dataset" not in caplog.text
     finally:
         logger.removeHandler(caplog.handler)
+
+
+def test_a_dataset_that_cannot_be_decompressed_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """As the Pile of configs/gemma_3_*.yaml is, where zstandard is not installed."""
+    monkeypatch.setitem(sys.modules, "zstandard", None)  # not to be found
+    for name in ("00.jsonl.zst", "00.jsonl"):
+        (tmp_path / name).touch()
+    compressed, plain = (
+        load_dataset_builder("json", data_files={"train": str(tmp_path / name)})
+        for name in ("00.jsonl.zst", "00.jsonl")
+    )
+    require_decompressor("plain", plain)
+    with pytest.raises(ValueError, match=r"'the/pile'.*`pip install zstandard`\.$"):
+        require_decompressor("the/pile", compressed)
