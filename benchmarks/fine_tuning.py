@@ -32,9 +32,9 @@ SEEDS = (0, 1, 2)
 # Settings beside those of configs/finetune_demo.yaml, which trains on a fifth of the tokens.
 CONTINUATIONS = {
     "topk": [],
-    "topk, lr 4e-3": ["lr=4e-3"],
+    "topk, lr 1e-3": ["lr=1e-3"],
     "mutual_choice": [],
-    "mutual_choice, lr 4e-3": ["lr=4e-3"],
+    "mutual_choice, lr 1e-3": ["lr=1e-3"],
     "mutual_choice, no margin": ["sae.selection_margin=0"],
     "mutual_choice, topk_steps 50%": ["sae.topk_steps=50%"],
     "feature_choice": ["sae={architecture: feature_choice, aux_loss: none}"],
