@@ -64,6 +64,7 @@ try:
         calibrate_thresholds,
     )
     from sae_lens_alloc.training.conversion import convert_sae
+    from sae_lens_alloc.training.own_training import train_on_activations
     from sae_lens_alloc.training.runner import AllocSAETrainingRunner
     from sae_lens_alloc.training.trainer import AllocSAETrainer
     from sae_lens_alloc.training.warm_start import ConversionReport, warm_start
@@ -96,6 +97,7 @@ __all__ = [
     "load_runner_config",
     "select_feature_choice",
     "select_mutual_choice",
+    "train_on_activations",
     "warm_start",
     "with_aux_zipf",
 ]

@@ -54,7 +54,23 @@ def open_local_dataset(cfg: LanguageModelSAERunnerConfig[Any]) -> HfDataset:
     Raises:
         ValueError: if it cannot be read.
     """
-    path = Path(cfg.dataset_path)
+    return open_dataset(Path(cfg.dataset_path), cfg.streaming)
+
+
+def open_dataset(
+    path: Path, streaming: bool = False, key: str = "dataset_path"
+) -> HfDataset:
+    """
+    Opens a dataset as `open_local_dataset` does.
+
+    Args:
+        path: Its folder or file.
+        streaming: Whether files are read row by row, instead of being converted first.
+        key: The setting that messages name.
+
+    Raises:
+        ValueError: if it cannot be read.
+    """
     try:
         if _was_saved_to_disk(path):
             dataset = load_from_disk(str(path))
@@ -64,10 +80,10 @@ def open_local_dataset(cfg: LanguageModelSAERunnerConfig[Any]) -> HfDataset:
             str(folder.resolve()),
             data_files=files,
             split="train",
-            streaming=cfg.streaming,
+            streaming=streaming,
         )
     except Exception as error:  # of many kinds: datasets, pyarrow, file formats
-        raise ValueError(_unreadable(path, error)) from error
+        raise ValueError(_unreadable(path, error, key)) from error
 
 
 def check_local_dataset(cfg: LanguageModelSAERunnerConfig[Any]) -> None:
@@ -160,17 +176,17 @@ def _check_tokenizer(cfg: LanguageModelSAERunnerConfig[Any], path: Path) -> None
         )
 
 
-def _unreadable(path: Path, error: Exception) -> str:
+def _unreadable(path: Path, error: Exception, key: str = "dataset_path") -> str:
     """The message of a dataset that cannot be read: the root cause, and the file of a folder."""
     while error.__cause__ is not None:
         error = cast(Exception, error.__cause__)
     reason, file = in_one_sentence(error), _damaged_file(path)
     if file is None:
-        return f"dataset_path {str(path)!r} cannot be read: {reason}"
+        return f"{key} {str(path)!r} cannot be read: {reason}"
     # datasets fails like this on a file without rows
     if file.suffix == ".parquet" and reason.startswith("BatchSize must be greater"):
         reason = "it holds no rows"
-    return f"dataset_path {str(path)!r} cannot be read: {str(file)!r}: {reason}"
+    return f"{key} {str(path)!r} cannot be read: {str(file)!r}: {reason}"
 
 
 def _damaged_file(path: Path) -> Path | None:

@@ -7,7 +7,7 @@ from typing import Any
 from sae_lens.config import LanguageModelSAERunnerConfig
 
 PATH_KEYS = (
-    *("model_name", "dataset_path", "cached_activations_path"),
+    *("model_name", "dataset_path", "cached_activations_path", "activations"),
     *("from_pretrained_path", "output_path", "checkpoint_path"),
     "resume_from_checkpoint",
 )
@@ -22,11 +22,13 @@ def settle_paths(cfg: LanguageModelSAERunnerConfig[Any]) -> None:
         cfg: The run, changed in place.
     """
     for key in PATH_KEYS:
-        value = getattr(cfg, key)
+        value = getattr(cfg, key, None)
         if isinstance(value, str) and value.startswith("~"):
             setattr(cfg, key, os.path.expanduser(value))
-    if cfg.dataset_path and os.path.exists(cfg.dataset_path):
-        cfg.dataset_path = os.path.abspath(cfg.dataset_path)
+    for key in ("dataset_path", "activations"):
+        value = getattr(cfg, key, None)
+        if value and os.path.exists(value):
+            setattr(cfg, key, os.path.abspath(value))
     if _is_local_model(cfg):
         cfg.model_name = os.path.abspath(cfg.model_name)
 

@@ -12,10 +12,12 @@ from sae_lens.saes.sae import TrainingSAEConfig
 
 from sae_lens_alloc.activations.buffer_setting import NAMES as BUFFER_SETTING_NAMES
 from sae_lens_alloc.activations.buffer_setting import buffer_setting, contexts_in_buffer
+from sae_lens_alloc.activations.own_activations import activations_of
 from sae_lens_alloc.allocation.mutual_choice import budget_for
 from sae_lens_alloc.allocation.schedule import budget_per_token
 from sae_lens_alloc.compat import compile_modes
 from sae_lens_alloc.config.hook_checks import check_hooks
+from sae_lens_alloc.config.own_checks import check_own_activations
 from sae_lens_alloc.config.run_config import OPTIMIZERS, optimizer_of
 from sae_lens_alloc.saes.allocation_sae_config import AllocationTrainingSAEConfig
 from sae_lens_alloc.saes.feature_choice_sae import FeatureChoiceTrainingSAEConfig
@@ -118,8 +120,11 @@ def check_run(cfg: LanguageModelSAERunnerConfig[Any]) -> None:
     check_learning_rate(cfg)
     _check_sae(cfg.sae, cfg.train_batch_size_tokens, cfg.total_training_steps)
     check_optimizer(cfg, cfg.sae)
-    check_hooks(cfg)
-    _check_buffer(cfg)
+    check_own_activations(cfg)
+    _check_mixing(cfg)
+    if activations_of(cfg) is None:
+        check_hooks(cfg)
+        _check_buffer(cfg)
     _check_outputs(cfg)
 
 
@@ -292,13 +297,17 @@ def _last_feature_choice_step(
     return None
 
 
-def _check_buffer(cfg: LanguageModelSAERunnerConfig[Any]) -> None:
-    """Raises ValueError for two faults that SAELens finds only after the language model has run."""
+def _check_mixing(cfg: LanguageModelSAERunnerConfig[Any]) -> None:
+    """Raises ValueError for a fault that SAELens finds only after the language model has run."""
     if not 0 <= cfg.activations_mixing_fraction <= 1:
         raise ValueError(
             "activations_mixing_fraction must be between 0 and 1, "
             f"got {cfg.activations_mixing_fraction}."
         )
+
+
+def _check_buffer(cfg: LanguageModelSAERunnerConfig[Any]) -> None:
+    """Raises ValueError for another one."""
     tokens_per_context = len(range(cfg.context_size)[slice(*cfg.seqpos_slice)])
     n_contexts, name = contexts_in_buffer(cfg), buffer_setting()
     buffer_tokens = n_contexts * tokens_per_context

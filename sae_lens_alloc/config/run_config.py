@@ -47,11 +47,17 @@ class AllocSAERunnerConfig(
         cuda_graph (bool): As for `AllocSAETrainerConfig`.
         hook_name_out (str | None): Hook of the activations that a transcoder reconstructs from
             those at `hook_name`. None for an SAE, which reconstructs what it encodes.
+        activations (str | None): File or folder of one's own activations to train on, in place of a
+            language model and its text (docs/own-activations.md).
+        activations_column (str | None): Column of a dataset, or tensor of safetensors files, that
+            holds them. None if there is one only.
     """
 
     optimizer: str = "adam"
     cuda_graph: bool = False
     hook_name_out: str | None = None
+    activations: str | None = None
+    activations_column: str | None = None
 
     @override
     def __post_init__(self) -> None:

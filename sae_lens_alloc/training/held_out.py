@@ -8,6 +8,7 @@ import torch
 from sae_lens.config import LanguageModelSAERunnerConfig
 from sae_lens.saes.sae import SAE
 
+from sae_lens_alloc.activations.row_store import saved_held_out_rows
 from sae_lens_alloc.activations.store import saved_held_out_contexts
 from sae_lens_alloc.distributed.ranks import ALONE, Ranks
 from sae_lens_alloc.evaluation.usage import (
@@ -22,6 +23,26 @@ from sae_lens_alloc.training.resuming import recorded_training_tokens
 
 # At most, and a hundredth of the training tokens in a short run.
 HELD_OUT_TOKENS = 16_384
+
+
+def held_out_rows(cfg: LanguageModelSAERunnerConfig[Any], n_rows: int | None) -> int:
+    """
+    How many rows of its own activations a run holds out for metrics: if it is resumed, as many as
+    before.
+
+    Args:
+        cfg: The run.
+        n_rows: How many there are, of which at most a twentieth is held out. None if that is not
+            known.
+    """
+    if cfg.resume_from_checkpoint is not None:
+        saved = saved_held_out_rows(Path(cfg.resume_from_checkpoint))
+        if saved is not None:
+            return saved
+    wanted = min(HELD_OUT_TOKENS, math.ceil(cfg.training_tokens / 100))
+    if n_rows is not None:
+        wanted = min(wanted, n_rows // 20)
+    return max(2, wanted)  # one alone has no variance
 
 
 def held_out_tokens(

@@ -15,9 +15,11 @@ from sae_lens.config import LanguageModelSAERunnerConfig
 from sae_lens_alloc.activations.buffer_setting import buffer_setting
 from sae_lens_alloc.activations.language_model import find_language_model
 from sae_lens_alloc.activations.local_dataset import check_local_dataset
+from sae_lens_alloc.activations.own_activations import activations_of
 from sae_lens_alloc.distributed.launch import ranks_on_this_machine
 from sae_lens_alloc.errors import in_one_sentence
 from sae_lens_alloc.training.pretrained import load_pretrained
+from sae_lens_alloc.training.run_activations import rows_of_run
 from sae_lens_alloc.training.summary import estimate_memory, in_bytes
 from sae_lens_alloc.typed_values import shown
 
@@ -49,12 +51,15 @@ def check_training(cfg: LanguageModelSAERunnerConfig[Any], n_ranks: int = 1) -> 
 
 def check_activations(cfg: LanguageModelSAERunnerConfig[Any]) -> None:
     """
-    Checks the source of the activations: the text, the language model and its hook.
+    Checks the source of the activations: the text, the language model and its hook, or one's own.
 
     Raises:
         ValueError: if something is missing or does not fit, in one sentence that names the
             setting.
     """
+    if activations_of(cfg) is not None:
+        rows_of_run(cfg)
+        return
     _check_dataset(cfg)
     if (
         cfg.use_cached_activations

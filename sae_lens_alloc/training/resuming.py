@@ -37,6 +37,7 @@ FREE_KEYS = (
 PATH_KEYS = (
     "model_name",
     "dataset_path",
+    "activations",
     "cached_activations_path",
     "from_pretrained_path",
 )

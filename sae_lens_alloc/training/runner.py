@@ -10,7 +10,6 @@ from sae_lens.constants import (
     SAE_WEIGHTS_FILENAME,
     SPARSITY_FILENAME,
 )
-from sae_lens.llm_sae_training_runner import LanguageModelSAETrainingRunner
 from sae_lens.saes.sae import TrainingSAE
 from sae_lens.training.sae_trainer import SAETrainer
 from sae_lens.training.types import DataProvider
@@ -18,23 +17,12 @@ from transformer_lens.HookedTransformer import HookedRootModule
 from typing_extensions import override
 
 from sae_lens_alloc.activations.gathered import paused, take_activations
-from sae_lens_alloc.activations.language_model import (
-    check_language_model,
-    load_language_model,
-)
-from sae_lens_alloc.activations.local_dataset import override_for_local_dataset
 from sae_lens_alloc.compat import InterruptedException
 from sae_lens_alloc.config.rank_checks import require_no_hooks
 from sae_lens_alloc.distributed.agreement import failing_together
 from sae_lens_alloc.distributed.launch import on_device
 from sae_lens_alloc.training.after_training import AfterTraining
-from sae_lens_alloc.training.before_run import (
-    no_warning_of_overrides,
-    pretrained_sae,
-    require_rows,
-    settled_run,
-    shard_of_run,
-)
+from sae_lens_alloc.training.before_run import pretrained_sae, settled_run
 from sae_lens_alloc.training.final_sae import require_artifact_names
 from sae_lens_alloc.training.interruption import interruptible, noting
 from sae_lens_alloc.training.metrics_file import save_fingerprint
@@ -44,7 +32,6 @@ from sae_lens_alloc.training.rng_state import (
     seed_all,
     seed_of_rank,
 )
-from sae_lens_alloc.training.run_activations import open_activations
 from sae_lens_alloc.training.run_folders import METRICS_FILENAME, claimed_folders
 from sae_lens_alloc.training.run_on_ranks import ranks_of_run
 from sae_lens_alloc.training.run_trainer import (
@@ -54,13 +41,14 @@ from sae_lens_alloc.training.run_trainer import (
     resume,
     trainer_of_run,
 )
+from sae_lens_alloc.training.sourced_runner import SourcedRunner, with_rows
 
 __all__ = ["CALIBRATION_TOKENS", "METRICS_FILENAME", "AllocSAETrainingRunner"]
 
 CALIBRATION_TOKENS = 65_536
 
 
-class AllocSAETrainingRunner(LanguageModelSAETrainingRunner):
+class AllocSAETrainingRunner(SourcedRunner):
     """
     SAELens' `LanguageModelSAETrainingRunner` for any architecture, which besides
 
@@ -84,11 +72,9 @@ class AllocSAETrainingRunner(LanguageModelSAETrainingRunner):
     - trains one SAE by all processes where torchrun has started several: each runs the language
       model on its own part of the dataset and holds some of the features (docs/distributed.md).
       `run` then returns on each of them an SAE of its own features alone, and the saved SAE has
-      all of them.
+      all of them;
+    - trains on activations of one's own where `cfg.activations` names them or they are given.
     """
-
-    held_out: torch.Tensor  # activations that are not trained on, (n_tokens, d_in)
-    evaluation_contexts: torch.Tensor  # nor these, if any, (n_contexts, context_size)
 
     sae_is_known: ClassVar[bool] = True  # before the language model has run
 
@@ -104,6 +90,7 @@ class AllocSAETrainingRunner(LanguageModelSAETrainingRunner):
         override_sae: TrainingSAE[Any] | None = None,
         overwrite: bool = False,
         n_evaluation_contexts: int = 0,
+        override_activations: Any = None,
     ) -> None:
         """
         Args:
@@ -113,13 +100,16 @@ class AllocSAETrainingRunner(LanguageModelSAETrainingRunner):
             override_sae: As for SAELens' runner.
             overwrite: Whether an SAE in the output folder may be replaced.
             n_evaluation_contexts: Further contexts to set aside, in `evaluation_contexts`.
+            override_activations: Activations to train on in place of those of a language model:
+                what `train_on_activations` takes.
 
         Raises:
             ValueError: if the run would lose something in its folders or has no room there,
-                cannot be resumed, or the text is too short.
+                cannot be resumed, or the text or the activations are too few or do not fit.
             OSError: if its folders cannot be written to.
         """
         hosts = ranks_of_run()
+        cfg, rows = with_rows(cfg, override_activations)
         cfg = settled_run(cfg, override_sae, overwrite, self.sae_is_known, hosts)
         self.ranks = on_device(hosts, cfg.device)
         self.overwrite = overwrite
@@ -127,27 +117,14 @@ class AllocSAETrainingRunner(LanguageModelSAETrainingRunner):
         seed_all(cfg.seed)
         if override_sae is None:
             override_sae = pretrained_sae(cfg)
-        require_rows(override_dataset)
-        with no_warning_of_overrides(
-            dataset=override_dataset is None, model=override_model is None
-        ):
-            super().__init__(
-                cfg,
-                override_for_local_dataset(cfg)
-                if override_dataset is None
-                else override_dataset,
-                load_language_model(cfg) if override_model is None else override_model,
-                shard_of_run(cfg, override_sae, self.ranks),
-            )
-        check_language_model(self.model, cfg)
-        if not self.ranks.is_alone:  # each shuffles on its own
-            seed_all(seed_of_rank(cfg.seed, self.ranks))
-        activations = open_activations(
-            self.activations_store, cfg, self.ranks, n_evaluation_contexts
+        self.begin(
+            cfg,
+            override_dataset,
+            override_model,
+            override_sae,
+            rows,
+            n_evaluation_contexts,
         )
-        self.activations_store = self.evaluator.activations_store = activations.store
-        self.held_out = activations.held_out
-        self.evaluation_contexts = activations.evaluation_contexts
         self._after = AfterTraining(cfg, self.held_out, self.ranks)
 
     @property

@@ -10,6 +10,11 @@ from sae_lens.util import str_to_dtype
 
 from sae_lens_alloc.activations.buffer_setting import contexts_in_buffer
 from sae_lens_alloc.activations.hook_names import hook_names_of
+from sae_lens_alloc.activations.own_activations import (
+    activations_column_of,
+    activations_of,
+    buffer_rows_of,
+)
 from sae_lens_alloc.distributed.cost import Step, bytes_per_step
 from sae_lens_alloc.ops.block_encoder import block_width
 from sae_lens_alloc.saes.allocation_sae_config import AllocationTrainingSAEConfig
@@ -42,17 +47,29 @@ def describe_run(cfg: LanguageModelSAERunnerConfig[Any], n_ranks: int = 1) -> st
         f"({sae.d_sae / sae.d_in:g}x){_output(sae)}{_sparsity(sae)}, {sae.dtype} on {cfg.device}",
         "processes": _processes(cfg, n_ranks),
         "schedule": _schedule(sae, steps),
-        "model": f"{cfg.model_name} at {' to '.join(hook_names_of(cfg))}, contexts of {cfg.context_size} "
-        f"tokens, on {cfg.llm_device}",
-        "dataset": cfg.dataset_path or "(none)",
+        **_source(cfg),
         "training": f"{cfg.training_tokens:,} tokens = {steps:,} steps of "
         f"{cfg.train_batch_size_tokens:,}; {_learning_rate(cfg)}",
-        "memory": f"about {in_bytes(sum(memory.values()))} ({parts}) "
-        f"{'' if n_ranks == 1 else 'in each process '}beside the language model",
+        "memory": f"about {in_bytes(sum(memory.values()))} ({parts})"
+        f"{'' if n_ranks == 1 else ' in each process'}"
+        f"{'' if activations_of(cfg) else ' beside the language model'}",
         "output": cfg.output_path or "not saved",
         "checkpoints": _checkpoints(cfg),
     }
     return "\n".join(f"{name:<12}{text}" for name, text in lines.items() if text)
+
+
+def _source(cfg: LanguageModelSAERunnerConfig[Any]) -> dict[str, str]:
+    """Where the activations come from."""
+    own, column = activations_of(cfg), activations_column_of(cfg)
+    if own is not None:
+        return {"activations": own if column is None else f"{own}, column {column}"}
+    hooks = " to ".join(hook_names_of(cfg))
+    return {
+        "model": f"{cfg.model_name} at {hooks}, contexts of {cfg.context_size} tokens, on "
+        f"{cfg.llm_device}",
+        "dataset": cfg.dataset_path or "(none)",
+    }
 
 
 def _processes(cfg: LanguageModelSAERunnerConfig[Any], n_ranks: int) -> str:
@@ -102,7 +119,8 @@ def estimate_memory(
 
     - parameters, gradients: P * s each; Adam: 2 * P * s;
     - activation buffer: 2 * (buffered tokens + one batch of contexts) * d_in * 4 bytes, twice
-      because shuffling copies it, and the prefetched batches;
+      because shuffling copies it, and the prefetched batches. Of one's own activations, the
+      buffered batches, twice;
     - step, in float32: for Mutual and Feature Choice, 16 matrices of B x d_in, 4 blocks of
       affinities, and 64 bytes for each selected pair, each pair of the margin and each pair of
       the auxiliary loss. On a GPU, the encoder's gradient once more, which is transposed. For
@@ -126,6 +144,8 @@ def estimate_memory(
     # batches that a thread has prefetched
     waiting = int(cfg.prefetch_llm_batches) * n_tokens // n_ranks
     buffer = 2 * buffered_contexts * tokens_per_context + waiting
+    if activations_of(cfg) is not None:
+        buffer = 2 * buffer_rows_of(cfg)
     buffer *= row_width(sae) * BUFFER_ITEM_SIZE
     return {
         "parameters": parameters,

@@ -202,7 +202,9 @@ def test_a_signal_while_the_model_is_loaded_is_one_sentence(
     def interrupt(*_: Any, **__: Any) -> None:
         os.kill(os.getpid(), number)
 
-    monkeypatch.setattr("sae_lens_alloc.training.runner.load_language_model", interrupt)
+    monkeypatch.setattr(
+        "sae_lens_alloc.training.sourced_runner.load_language_model", interrupt
+    )
     result = train(tmp_path / "out")
     assert result.exit_code == 130
     assert result.stderr == "interrupted; no checkpoint was saved\n"

@@ -69,7 +69,8 @@ def test_a_fine_tuning_resumed_at_any_step_ends_bit_for_bit(
     monkeypatch: pytest.MonkeyPatch,
 ):
     monkeypatch.setattr(
-        "sae_lens_alloc.training.runner.load_language_model", lambda _: demo_model
+        "sae_lens_alloc.training.sourced_runner.load_language_model",
+        lambda _: demo_model,
     )
     cfg = config(tmp_path / "whole", text, n_checkpoints=N_STEPS - 1)
     FineTuningRunner(cfg, source, {}, evaluation_tokens=EVALUATION_TOKENS).run()
