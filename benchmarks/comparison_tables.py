@@ -32,6 +32,7 @@ OF_KIND = {
         "MCC": ("mcc", ".4f"),
         "uniqueness": ("uniqueness", ".4f"),
     },
+    "own_activations": {},
 }
 COUNTS = {
     "L0": ("l0", ".2f"),

@@ -15,7 +15,7 @@ from sae_lens_alloc.allocation.zipf import NATURAL_LAW, zipf_quotas
 from sae_lens_alloc.comparison.cell import cell_folder, sae_folder
 from sae_lens_alloc.comparison.config import ComparisonConfig
 from sae_lens_alloc.comparison.results import middle_k
-from sae_lens_alloc.comparison.stream import StoredStream
+from sae_lens_alloc.comparison.stream import Stream
 from sae_lens_alloc.saes.rows import encoded_and_target
 from sae_lens_alloc.saes.saved_sae import load_sae
 
@@ -76,7 +76,7 @@ def shown_allocation(
     config: ComparisonConfig,
     points: Sequence[dict[str, Any]],
     output: Path,
-    stream: StoredStream | None,
+    stream: Stream | None,
     earlier: Mapping[str, Any] | None,
 ) -> dict[str, Any] | None:
     """

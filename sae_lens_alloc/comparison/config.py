@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, dataclass, fields, replace
 from itertools import chain
@@ -11,6 +12,7 @@ from typing import Any, Literal, get_type_hints
 from sae_lens.config import LanguageModelSAERunnerConfig
 
 from sae_lens_alloc.comparison.cell import Cell
+from sae_lens_alloc.comparison.stream import SPLITS
 from sae_lens_alloc.config.run_file import (
     check_choice,
     named_errors,
@@ -53,7 +55,10 @@ class ComparisonConfig:
         heldout_path: Parquet file with a column `text`, for a language model. Its contexts
             go to the validation and the test split in turn.
         synthetic: Fields of SAELens' SyntheticModelConfig, for synthetic activations.
-        eval_samples: Size of the validation and of the test split of synthetic activations.
+        activations: Paths of one's own activations, by split: `train`, `validation` and `test`.
+        activations_column: Their column, if they have several.
+        eval_samples: Size of the validation and of the test split of synthetic activations, and the
+            most of either of one's own.
         stored_dtype: Data type of the activations on disk.
         measured_on: Split of the figures. It is "validation" for experiments whose outcome
             decides about settings, so that the test split stays unseen.
@@ -67,6 +72,8 @@ class ComparisonConfig:
     shared: Mapping[str, Any]
     heldout_path: str | None = None
     synthetic: dict[str, Any] | None = None
+    activations: dict[str, str] | None = None
+    activations_column: str | None = None
     eval_samples: int = 100_000
     stored_dtype: Literal["float16", "float32"] = "float16"
     measured_on: Literal["test", "validation"] = "test"
@@ -122,7 +129,20 @@ class ComparisonConfig:
             "synthetic": self.synthetic,
             "eval_samples": self.eval_samples,
             "stored_dtype": self.stored_dtype,
+            **self._own_activations(),
         }
+
+    def _own_activations(self) -> dict[str, Any]:
+        """Nothing for other activations, whose digests are as before."""
+        if self.activations is None:
+            return {}
+        column = self.activations_column
+        return {"activations": self.activations, "activations_column": column}
+
+    def _source(self) -> dict[str, Any]:
+        """What a run says of one's own activations."""
+        own = self._own_activations()
+        return {**own, "activations": own["activations"]["train"]} if own else {}
 
     def _cell(self, row: str, sparsity: float, lr: float, seed: int) -> Cell:
         key = self.sparsity_key(row)
@@ -136,7 +156,12 @@ class ComparisonConfig:
             lr=lr,
             seed=seed,
             target_l0s=(sparsity,) if key == "k" else self.k,
-            settings={**self.shared, **run, "sae": sae, "lr": lr, "seed": seed},
+            settings={
+                **self.shared,
+                **self._source(),
+                **run,
+                **{"sae": sae, "lr": lr, "seed": seed},
+            },
             stream=digest(self.stream_settings()),
         )
 
@@ -205,11 +230,13 @@ def _build(settings: dict[str, Any]) -> ComparisonConfig:
         if "seeds" in row:
             _require_seeds(name, row["seeds"], list(values["seeds"]))
     config = ComparisonConfig(shared=shared, **values)
-    if (config.heldout_path is None) == (config.synthetic is None):
+    sources = (config.heldout_path, config.synthetic, config.activations)
+    if sum(source is not None for source in sources) != 1:
         raise ValueError(
-            "compare needs either heldout_path, the held-out text of a language model, or "
-            "synthetic, the description of synthetic activations."
+            "compare needs one of heldout_path, the held-out text of a language model, synthetic, "
+            "the description of synthetic activations, and activations, the paths of one's own."
         )
+    _require_own_activations(config)
     for cell in config.cells():
         try:
             cell.runner_config()
@@ -222,6 +249,23 @@ def digest(settings: Mapping[str, Any]) -> str:
     """Eight hexadecimal digits that identify settings."""
     text = json.dumps(settings, sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:8]
+
+
+def _require_own_activations(config: ComparisonConfig) -> None:
+    """Raises ValueError if the activations of a split are missing or those of another one."""
+    paths = config.activations
+    if paths is None:
+        if config.activations_column is not None:
+            raise ValueError(
+                f"compare.activations_column is {config.activations_column!r}, but "
+                "compare.activations is missing: leave it out."
+            )
+        return
+    if set(paths) != set(SPLITS) or len({*map(os.path.abspath, paths.values())}) < 3:
+        raise ValueError(
+            f"compare.activations must have a path each for {', '.join(SPLITS)}, and no path "
+            f"twice, got {paths!r}."
+        )
 
 
 def _require_lrs(row: str, value: Any, n: int) -> None:

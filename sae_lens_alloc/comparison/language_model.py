@@ -19,7 +19,7 @@ from sae_lens_alloc.activations.language_model import load_language_model
 from sae_lens_alloc.activations.local_dataset import override_for_local_dataset
 from sae_lens_alloc.activations.store import ResumableActivationsStore
 from sae_lens_alloc.comparison.config import ComparisonConfig
-from sae_lens_alloc.comparison.stream import StoredStream, write_stream
+from sae_lens_alloc.comparison.stream import StoredStream, Stream, write_stream
 from sae_lens_alloc.comparison.subject import Subject
 from sae_lens_alloc.errors import as_reason
 from sae_lens_alloc.evaluation.baseline import Baseline, measure_baseline
@@ -73,7 +73,7 @@ class LanguageModelSubject(Subject):
     def evaluate(
         self,
         sae: SAE[Any],
-        stream: StoredStream,  # not used: the model has to run on text
+        stream: Stream,  # not used: the model has to run on text
         split: str,
     ) -> tuple[Usage, dict[str, Any]]:
         evaluation = evaluate_sae(

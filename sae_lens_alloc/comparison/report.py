@@ -93,6 +93,12 @@ SYNTHETIC = (
     ),
     Metric("uniqueness", "uniqueness", "Share of different known features found."),
 )
+# One's own activations have nothing further to be measured by.
+OF_KIND = {
+    "language_model": LANGUAGE_MODEL,
+    "synthetic": SYNTHETIC,
+    "own_activations": (),
+}
 COUNTS = (
     Metric("l0", "features per token", "L0, as measured.", "{:.2f}"),
     Metric("dead_features", "dead", "Features active on no token.", "{:,.0f}"),
@@ -121,10 +127,7 @@ def render_comparison_report(results: Mapping[str, Any]) -> str:
     rows = points_by_row(points)
     ks = sorted({point["k"] for point in points})
     middle = middle_k(ks)
-    of_kind = (
-        LANGUAGE_MODEL if results["subject"]["kind"] == "language_model" else SYNTHETIC
-    )
-    metrics = (*SHARED, *of_kind, *COUNTS)
+    metrics = (*SHARED, *OF_KIND[results["subject"]["kind"]], *COUNTS)
     split = results["settings"]["compare"].get("measured_on", "test")
     shown = {
         row: _one_run(results["cells"], point, split)

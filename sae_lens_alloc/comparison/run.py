@@ -42,7 +42,7 @@ from sae_lens_alloc.comparison.results import (
     write_results,
 )
 from sae_lens_alloc.comparison.shared_activations import SharedActivations
-from sae_lens_alloc.comparison.stream import StoredStream
+from sae_lens_alloc.comparison.stream import Stream
 from sae_lens_alloc.comparison.subject import Subject
 
 CONFIG_FILENAME = "comparison.yaml"
@@ -214,7 +214,7 @@ def _report_failures(cells: Sequence[Cell], failures: Failures, output: Path) ->
 def _subject_facts(
     config: ComparisonConfig,
     subject: Subject,
-    stream: StoredStream | None,
+    stream: Stream | None,
     earlier: Mapping[str, Any] | None,
 ) -> dict[str, Any]:
     if stream is None:

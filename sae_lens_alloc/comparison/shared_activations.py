@@ -6,7 +6,9 @@ from rich.console import Console
 
 from sae_lens_alloc.comparison.config import ComparisonConfig, digest
 from sae_lens_alloc.comparison.language_model import LanguageModelSubject
-from sae_lens_alloc.comparison.stream import StoredStream, stored_stream
+from sae_lens_alloc.comparison.own_activations import OwnActivationsSubject
+from sae_lens_alloc.comparison.own_stream import open_stream
+from sae_lens_alloc.comparison.stream import Stream
 from sae_lens_alloc.comparison.subject import Subject
 from sae_lens_alloc.comparison.synthetic import SyntheticSubject
 
@@ -32,15 +34,15 @@ class SharedActivations:
         self.folder = output / f"activations-{digest(config.stream_settings())}"
         self._console = console
 
-    def stored(self) -> StoredStream | None:
+    def stored(self) -> Stream | None:
         """The activations, if they have been written."""
-        return stored_stream(self.folder)
+        return open_stream(self.folder)
 
-    def needed(self) -> StoredStream:
+    def needed(self) -> Stream:
         """The activations. They are written now if they have not been."""
         stored = self.stored()
         if stored is None:
-            self._console.print("Storing the activations that all SAEs train on")
+            self._console.print("Preparing the activations that all SAEs train on")
             stored = self.subject.write(self.folder)
         return stored
 
@@ -49,4 +51,6 @@ def make_subject(config: ComparisonConfig) -> Subject:
     """The source of the activations of a comparison."""
     if config.synthetic is not None:
         return SyntheticSubject(config)
+    if config.activations is not None:
+        return OwnActivationsSubject(config)
     return LanguageModelSubject(config)

@@ -2,12 +2,14 @@
 
 import hashlib
 import shutil
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
 import torch
+from typing_extensions import override
 
 from sae_lens_alloc.checksums import sha256_of
 from sae_lens_alloc.comparison.json_files import write_json
@@ -17,7 +19,39 @@ MANIFEST_FILENAME = "stream.json"
 SPLITS = ("train", "validation", "test")
 
 
-class StoredStream:
+class Stream(ABC):
+    """
+    The activations of a comparison.
+
+    Attributes:
+        folder: Where they are, or are described.
+        d_in: Numbers in a row.
+        counts: Number of activations, by split.
+    """
+
+    folder: Path
+    d_in: int
+    counts: dict[str, int]
+
+    @abstractmethod
+    def verify(self) -> None:
+        """
+        Compares all files with their checksums, which takes a while.
+
+        Raises:
+            ValueError: if a file has changed since the comparison began.
+        """
+
+    @abstractmethod
+    def training_batches(self, batch_size: int) -> Iterator[torch.Tensor]:
+        """Endless batches of shape (batch_size, d_in), in the same order for all cells."""
+
+    @abstractmethod
+    def split(self, name: str) -> torch.Tensor:
+        """All activations of a split, float32 of shape (T, d_in)."""
+
+
+class StoredStream(Stream):
     """
     Activations on disk, one file for each split, read in the order in which they were written.
     The files are not mapped into memory, so the measured memory of a process is its own.
@@ -47,18 +81,14 @@ class StoredStream:
                     path.name, f"has {size:,} bytes instead of {self._size(count):,}"
                 )
 
+    @override
     def verify(self) -> None:
-        """
-        Compares all files with their checksums, which takes a while. Streams of earlier versions
-        have no checksums, and pass.
-
-        Raises:
-            ValueError: if a file has changed since it was written.
-        """
+        """As `Stream.verify`. Streams of earlier versions have no checksums, and pass."""
         for split, checksum in self.checksums.items():
             if sha256_of(self._path(split)) != checksum:
                 raise self._damage(f"{split}.bin", "is not what was written")
 
+    @override
     def training_batches(self, batch_size: int) -> Iterator[torch.Tensor]:
         """
         Endless batches of shape (batch_size, d_in), in the order on disk, again and again.
@@ -78,8 +108,8 @@ class StoredStream:
                 for _ in range(n_batches):
                     yield self._read(file, batch_size)
 
+    @override
     def split(self, name: str) -> torch.Tensor:
-        """All activations of a split, float32 of shape (T, d_in)."""
         with self._path(name).open("rb") as file:
             return self._read(file, self.counts[name])
 

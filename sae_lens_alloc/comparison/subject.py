@@ -6,7 +6,7 @@ from typing import Any
 
 from sae_lens import SAE
 
-from sae_lens_alloc.comparison.stream import StoredStream
+from sae_lens_alloc.comparison.stream import Stream
 from sae_lens_alloc.evaluation.usage import Usage
 
 
@@ -14,12 +14,12 @@ class Subject(ABC):
     """A source of activations that can evaluate an SAE of them."""
 
     @abstractmethod
-    def write(self, folder: Path) -> StoredStream:
-        """Writes the activations of all splits, once for all cells."""
+    def write(self, folder: Path) -> Stream:
+        """Writes the activations of all splits, or where they are, once for all cells."""
 
     @abstractmethod
     def evaluate(
-        self, sae: SAE[Any], stream: StoredStream, split: str
+        self, sae: SAE[Any], stream: Stream, split: str
     ) -> tuple[Usage, dict[str, Any]]:
         """Measures an SAE on a split. The dict has all figures, for JSON."""
 

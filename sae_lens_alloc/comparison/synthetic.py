@@ -21,6 +21,7 @@ from sae_lens_alloc.comparison.config import ComparisonConfig
 from sae_lens_alloc.comparison.stream import (
     SPLITS,
     StoredStream,
+    Stream,
     write_stream,
 )
 from sae_lens_alloc.comparison.subject import Subject
@@ -69,7 +70,7 @@ class SyntheticSubject(Subject):
 
     @override
     def evaluate(
-        self, sae: SAE[Any], stream: StoredStream, split: str
+        self, sae: SAE[Any], stream: Stream, split: str
     ) -> tuple[Usage, dict[str, Any]]:
         usage = measure_usage(as_user(sae), stream.split(split).to(sae.device))
         with temporary_seed(self._seed(len(SPLITS) + SPLITS.index(split))):

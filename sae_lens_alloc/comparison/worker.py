@@ -24,7 +24,8 @@ from sae_lens_alloc.comparison.cell import (
 )
 from sae_lens_alloc.comparison.config import load_comparison
 from sae_lens_alloc.comparison.json_files import write_json
-from sae_lens_alloc.comparison.stream import StoredStream
+from sae_lens_alloc.comparison.own_stream import open_stream
+from sae_lens_alloc.comparison.stream import Stream
 from sae_lens_alloc.errors import as_reason
 from sae_lens_alloc.evaluation.usage import as_user, measure_usage
 from sae_lens_alloc.saes.rows import encoded_and_target
@@ -33,7 +34,7 @@ from sae_lens_alloc.thresholds.operating_point import at_l0
 from sae_lens_alloc.training.trainer import AllocSAETrainer
 
 
-def train_cell(cell: Cell, stream: StoredStream, folder: Path) -> dict[str, Any]:
+def train_cell(cell: Cell, stream: Stream, folder: Path) -> dict[str, Any]:
     """
     Trains a cell, and saves its SAE for inference at each wanted L0. The test split is not used.
 
@@ -163,7 +164,9 @@ def main() -> None:
     for filename in (RESULT_FILENAME, FAILURE_FILENAME):
         (args.folder / filename).unlink(missing_ok=True)
     try:
-        train_cell(cell, StoredStream(args.stream), args.folder)
+        stream = open_stream(args.stream)
+        assert stream is not None  # written before the first cell
+        train_cell(cell, stream, args.folder)
     except Exception as error:
         traceback.print_exc()
         sys.exit(as_reason(error))  # the last line of the log, which the results show
