@@ -10,7 +10,7 @@ from sae_lens_alloc_cli.text_to_read import (
     DatasetOption,
     ModelOption,
     TextConfigOption,
-    text_to_read,
+    activations_to_read,
 )
 
 if TYPE_CHECKING:
@@ -68,8 +68,8 @@ def calibrate(
     """
     Set the thresholds of a saved SAE to a wanted L0 on text of your choice.
 
-    The text and the language model are those that SAELens recorded in the SAE, unless an
-    option says otherwise. A topk SAE becomes a jumprelu SAE.
+    The text and the language model, or one's own activations, are those that were recorded in the
+    SAE, unless an option says otherwise. A topk SAE becomes a jumprelu SAE.
 
     \b
     Examples:
@@ -79,6 +79,7 @@ def calibrate(
     from rich.console import Console
 
     from sae_lens_alloc.activations.on_text import gather_activations
+    from sae_lens_alloc.activations.own_activations import activations_of
     from sae_lens_alloc.config.run_checks import check_device
     from sae_lens_alloc.thresholds.recalibration import (
         MIN_TOKENS,
@@ -104,9 +105,10 @@ def calibrate(
             raise ValueError(
                 f"--tokens must be at least {MIN_TOKENS}, two for each half, got {tokens}."
             )
-        cfg = text_to_read(given, model, dataset, config, device)
+        cfg = activations_to_read(given, model, dataset, config, device)
         check_devices(cfg)
-        check_activations(cfg)
+        if activations_of(cfg) is None:
+            check_activations(cfg)
         require_other_folder(output, sae, "the SAE itself")
         with locked_folder(output, "--output"):
             require_empty(output, "--output", overwrite)

@@ -72,7 +72,7 @@ def features(
         check_device("--device", device)
         given = load_readable_sae(sae)
         chosen = chosen_features(numbers, given.cfg.d_sae)
-        cfg = text_to_read(given, model, dataset, config, device)
+        cfg = text_to_read(given, model, dataset, config, device, "the page")
         check_devices(cfg)
         check_activations(cfg)
         given.to(device)

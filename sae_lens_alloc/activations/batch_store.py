@@ -112,11 +112,15 @@ class BatchStore(Iterator[torch.Tensor]):
             self._begin_epoch()
         n_read = int(state["n_read"])
         while self._n_read < n_read:
-            if self._next_rows() is None:
+            rows = self._next_rows()
+            if rows is None:
                 raise ValueError(
                     f"{self.source.name} ends after {self._n_read:,} rows, but the checkpoint "
                     f"had read {n_read:,}: give the activations of its run from their beginning."
                 )
+            if (too_many := self._n_read - n_read) > 0:
+                self._epoch = chain([rows[-too_many:]], self._epoch)
+                self._n_read = n_read
         self.batches.buffer = state.get("rows")
         self.batches.n_to_serve = int(state["n_to_serve"])
 

@@ -7,7 +7,7 @@ from typing import Any, get_type_hints
 
 import torch
 from sae_lens.config import LanguageModelSAERunnerConfig, LoggingConfig
-from sae_lens.saes.sae import SAE
+from sae_lens.saes.sae import SAE, TrainingSAEConfig
 from sae_lens.saes.standard_sae import StandardTrainingSAEConfig
 
 from sae_lens_alloc.activations.buffer_setting import buffer_setting
@@ -17,6 +17,12 @@ from sae_lens_alloc.activations.language_model import (
     load_language_model,
 )
 from sae_lens_alloc.activations.local_dataset import override_for_local_dataset
+from sae_lens_alloc.activations.own_activations import (
+    activations_column_of,
+    activations_of,
+)
+from sae_lens_alloc.activations.row_order import RowOrder
+from sae_lens_alloc.activations.row_source import BatchSource, open_rows
 from sae_lens_alloc.activations.store import ResumableActivationsStore
 from sae_lens_alloc.progress import token_bar
 from sae_lens_alloc.saes.mutual_choice_transcoder import (
@@ -43,6 +49,8 @@ OPTIONAL_METADATA = (
 @dataclass
 class _Text(LanguageModelSAERunnerConfig[Any]):
     hook_name_out: str | None = None
+    activations: str | None = None
+    activations_column: str | None = None
 
 
 def text_of_sae(
@@ -92,11 +100,8 @@ def text_of_sae(
         recorded["context_size"], optional["seqpos_slice"]
     )
     optional[buffer_setting()] = BUFFERED_CONTEXTS
-    size: dict[str, Any] = {"d_in": sae.cfg.d_in, "d_sae": sae.cfg.d_sae}
     return _Text(
-        sae=StandardTrainingSAEConfig(**size)
-        if d_out is None
-        else MutualChoiceTrainingTranscoderConfig(**size, d_out=d_out, k=1),
+        sae=_of_the_size_of(sae),
         **recorded,
         **optional,
         streaming=not Path(recorded["dataset_path"]).exists(),
@@ -109,6 +114,44 @@ def text_of_sae(
         logger=LoggingConfig(log_to_wandb=False),
         verbose=False,
     )
+
+
+def own_run_of_sae(
+    sae: SAE[Any], device: str = "cpu"
+) -> LanguageModelSAERunnerConfig[Any]:
+    """
+    The activations of its owner that an SAE was trained on, as its metadata says.
+
+    Returns:
+        A config, of which only they matter.
+
+    Raises:
+        ValueError: if they are no file or folder, or not there any more.
+    """
+    recorded = str(sae.cfg.metadata.activations)
+    if not Path(recorded).exists():
+        raise ValueError(
+            f"the SAE was trained on activations, {recorded}, which are no file or folder here: "
+            "give the config of a run with activations."
+        )
+    return _Text(
+        sae=_of_the_size_of(sae),
+        activations=recorded,
+        activations_column=sae.cfg.metadata.activations_column,
+        device=device,
+        checkpoint_path=None,
+        logger=LoggingConfig(log_to_wandb=False),
+        verbose=False,
+    )
+
+
+def _of_the_size_of(sae: SAE[Any]) -> TrainingSAEConfig:
+    """A config that says how wide the activations of an SAE are."""
+    size: dict[str, Any] = {"d_in": sae.cfg.d_in, "d_sae": sae.cfg.d_sae}
+    d_out = output_width(sae.cfg)
+    if d_out is None:
+        return StandardTrainingSAEConfig(**size)
+    return MutualChoiceTrainingTranscoderConfig(**size, d_out=d_out, k=1)
 
 
 def _require_folders(recorded: dict[str, Any]) -> None:
@@ -157,7 +200,8 @@ def gather_activations(
 ) -> torch.Tensor:
     """
     Activations on the text of a run, in two halves that share no context. The contexts go to
-    the halves in turn, since L0 differs between documents. Each is read once.
+    the halves in turn, since L0 differs between documents. Each is read once. Of a run on one's own
+    activations, blocks of neighbouring rows take the place of contexts.
 
     Args:
         cfg: A run.
@@ -169,6 +213,8 @@ def gather_activations(
     Raises:
         ValueError: if the model has no such hook, or the text is too short.
     """
+    if activations_of(cfg) is not None:
+        return _gather_rows(cfg, n_tokens)
     model = load_language_model(cfg)
     check_language_model(model, cfg)
     store = ResumableActivationsStore.from_config(
@@ -197,6 +243,19 @@ def gather_activations(
     return torch.cat(
         [torch.cat(half)[:n] for n, half in zip(wanted, halves, strict=True)]
     ).to(cfg.device)
+
+
+def _gather_rows(cfg: LanguageModelSAERunnerConfig[Any], n_rows: int) -> torch.Tensor:
+    rows = open_rows(activations_of(cfg), activations_column_of(cfg))
+    if isinstance(rows, BatchSource) or rows.n_rows < n_rows:
+        there = "no" if isinstance(rows, BatchSource) else f"{rows.n_rows:,}"
+        raise ValueError(
+            f"{n_rows:,} tokens are wanted, but {rows.name} has {there} rows: ask for fewer "
+            "tokens, or give other activations."
+        )
+    order = RowOrder(rows.n_rows, n_rows, buffer_rows=1, seed=cfg.seed)
+    blocks = [rows.read(start, stop) for start, stop in order.held_out]
+    return torch.cat([*blocks[::2], *blocks[1::2]])[:n_rows].to(cfg.device)
 
 
 def take_tokens(batches: Iterator[torch.Tensor], n_tokens: int) -> torch.Tensor:

@@ -20,6 +20,16 @@ def activations_column_of(cfg: LanguageModelSAERunnerConfig[Any]) -> str | None:
     return getattr(cfg, "activations_column", None)
 
 
+def require_text(cfg: LanguageModelSAERunnerConfig[Any], what: str) -> None:
+    """Raises ValueError if a run has no language model, which something needs."""
+    own = activations_of(cfg)
+    if own is not None:
+        raise ValueError(
+            f"{what} needs a language model and text, but the run is on activations, {own}: give "
+            "the config of a run on text."
+        )
+
+
 def buffer_rows_of(cfg: LanguageModelSAERunnerConfig[Any]) -> int:
     """Rows of one's own activations that are shuffled together: the buffer counts batches."""
     return contexts_in_buffer(cfg) * cfg.train_batch_size_tokens

@@ -45,7 +45,7 @@ def tensor_part(tensor: torch.Tensor | np.ndarray, what: str = "tensor") -> Part
     rows = tensor if isinstance(tensor, torch.Tensor) else torch.as_tensor(tensor)
     rows = rows.detach()
     check_rows(name, rows.shape, rows.is_floating_point(), rows.dtype)
-    return Part(name, *rows.shape, lambda start, stop: rows[start:stop])
+    return Part(name, *_sizes(rows.shape), lambda start, stop: rows[start:stop])
 
 
 def npy_part(path: Path) -> Part:
@@ -83,7 +83,7 @@ def npy_part(path: Path) -> Part:
             values.astype(dtype.newbyteorder("="), copy=False)
         ).view(-1, width)
 
-    return Part(name, *shape, read)
+    return Part(name, *_sizes(shape), read)
 
 
 def safetensors_part(path: Path, column: str | None) -> Part:
@@ -109,7 +109,7 @@ def safetensors_part(path: Path, column: str | None) -> Part:
     name = f"{key!r} of {str(path)!r}"
     shape, dtype = tuple(rows.get_shape()), rows.get_dtype()
     check_rows(name, shape, dtype in SAFETENSORS_FLOATS, dtype)
-    return Part(name, *shape, lambda start, stop: rows[start:stop])
+    return Part(name, *_sizes(shape), lambda start, stop: rows[start:stop])
 
 
 def dataset_part(dataset: Dataset, column: str | None, name: str) -> Part:
@@ -190,6 +190,11 @@ def check_rows(
         raise ValueError(
             f"{name} must hold floating-point numbers, got {dtype}: give float32 or float16."
         )
+
+
+def _sizes(shape: Sequence[int]) -> tuple[int, int]:
+    n_rows, width = shape
+    return n_rows, width
 
 
 def _is_array(value: Any) -> bool:

@@ -115,11 +115,7 @@ class BatchSource:
         is_read_once: Whether there is no second epoch.
     """
 
-    def __init__(
-        self,
-        batches: Callable[[], Iterable[Any]] | Iterable[Any],
-        name: str,
-    ) -> None:
+    def __init__(self, batches: Callable[..., Any] | Iterable[Any], name: str) -> None:
         self.name = name
         self.is_read_once = isinstance(batches, Iterator)
         self._batches = batches

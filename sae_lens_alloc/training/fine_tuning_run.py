@@ -10,6 +10,7 @@ from typing import Any
 from sae_lens import SAE
 from sae_lens.config import LanguageModelSAERunnerConfig
 
+from sae_lens_alloc.activations.own_activations import require_text
 from sae_lens_alloc.compat import InterruptedException
 from sae_lens_alloc.evaluation.baseline import measure_baseline
 from sae_lens_alloc.evaluation.metrics import Evaluation, evaluate_sae
@@ -73,6 +74,7 @@ def fine_tune(
         ValueError: as FineTuningRunner, and if the saved SAE cannot be compared.
         OSError: if something cannot be written.
     """
+    require_text(cfg, "the comparison with the source")
     assert cfg.output_path is not None
     output = Path(cfg.output_path)
     runner = FineTuningRunner(cfg, source, sae_overrides, overwrite, EVALUATION_TOKENS)

@@ -1,6 +1,7 @@
 """Where the activations of a run come from: a language model that reads text, or one's own."""
 
 import copy
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -156,6 +157,7 @@ def with_rows(
             "one of the two out."
         )
     rows = open_rows(source, activations_column_of(cfg))
+    name = str(source) if isinstance(source, str | Path) else rows.name
     cfg = copy.copy(cfg)
-    setattr(cfg, "activations", rows.name.strip("'"))  # noqa: B010 (SAELens' own has no such field)
+    setattr(cfg, "activations", name)  # noqa: B010 (SAELens' own has no such field)
     return cfg, rows

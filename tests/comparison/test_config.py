@@ -96,7 +96,7 @@ def test_other_activations_give_other_cells(tmp_path: Path, settings: dict[str, 
             "compare.k must be a list with each item a number, got 2.",
         ),
         (("compare",), "seeds", [], "compare.seeds is missing."),
-        (("compare",), "heldout_path", "x", "compare needs either heldout_path, "),
+        (("compare",), "heldout_path", "x", "compare needs one of heldout_path, "),
         (
             ("compare", "rows", "stock"),
             "l1_coefficient",
