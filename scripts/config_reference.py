@@ -41,7 +41,7 @@ def config_reference() -> str:
         "config classes. The other keys of a YAML config are those of SAELens' "
         "`LanguageModelSAERunnerConfig`, "
         "[with a few differences](checks.md#where-the-keys-differ-from-saelens), and "
-        "[three of ours](#the-run). `python docs/render.py` writes this page from the docstrings.\n",
+        "[five of ours](#the-run). `python docs/render.py` writes this page from the docstrings.\n",
         "## Common to all three architectures\n",
         "`mutual_choice`, `matryoshka_mutual_choice` and `feature_choice` have these fields:\n",
         _field_table(AllocationTrainingSAEConfig, shared),
@@ -72,7 +72,10 @@ def config_reference() -> str:
         "`AllocSAETrainer`. Runner and trainer accept SAELens' own configs, too.\n",
         _field_table(AllocSAETrainerConfig, {"optimizer", "cuda_graph"}),
         "And of `AllocSAERunnerConfig` alone:\n",
-        _field_table(AllocSAERunnerConfig, {"hook_name_out"}),
+        _field_table(
+            AllocSAERunnerConfig,
+            {"hook_name_out", "activations", "activations_column"},
+        ),
     ]
     return "\n".join(sections)
 

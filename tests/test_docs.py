@@ -124,6 +124,24 @@ def test_python_in_the_page_of_transcoders_runs(
     torch.testing.assert_close(out, names["transcoder"](x), rtol=1e-4, atol=1e-4)
 
 
+def test_python_in_the_page_of_own_activations_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, Any] = {}
+    (code,) = code_blocks(ROOT / "docs" / "own-activations.md", "python")
+    exec(code, names)
+    assert names["sae"].cfg.architecture() == "jumprelu"
+    assert names["sae"].cfg.metadata.calibration["l0"] == pytest.approx(8, rel=0.01)
+
+
+def test_yaml_in_the_page_of_own_activations_is_a_run(tmp_path: Path):
+    (block,) = code_blocks(ROOT / "docs" / "own-activations.md", "yaml")
+    (tmp_path / "own.yaml").write_text(block)
+    cfg = load_runner_config(tmp_path / "own.yaml")
+    assert cfg.activations == "acts/train" and cfg.sae.d_in == 768
+
+
 def test_yaml_in_the_page_of_transcoders_names_real_fields():
     (block,) = code_blocks(ROOT / "docs" / "transcoders.md", "yaml")
     settings = yaml.safe_load(block)
