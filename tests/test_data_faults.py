@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from scripts.faults import forks, interrupted
 from scripts.faults.counting import OUTCOMES, Outcome
 from scripts.faults.data import told_by_the_check
 
@@ -50,3 +51,16 @@ def test_what_a_check_has_found_is_counted():
         assert not OUTCOMES[kind]
     lost = Outcome("case", "lost", "out/cfg.json is another; saved in new")
     assert told_by_the_check(lost) == lost
+
+
+def test_the_places_where_runs_are_ended_are_there():
+    phases = {
+        **forks.PHASES,
+        **forks.OTHER_PHASES,
+        **interrupted.IN_TRAINING,
+        **interrupted.IN_FINE_TUNING,
+        **interrupted.IN_CALIBRATION,
+    }
+    assert [
+        name for name, (owner, key) in phases.items() if not hasattr(owner, key)
+    ] == []

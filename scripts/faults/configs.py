@@ -29,7 +29,7 @@ from typer.testing import CliRunner  # noqa: E402
 
 import sae_lens_alloc  # noqa: E402
 from sae_lens_alloc import MutualChoiceTrainingSAEConfig  # noqa: E402
-from sae_lens_alloc.training import runner  # noqa: E402
+from sae_lens_alloc.training import runner, sourced_runner  # noqa: E402
 from sae_lens_alloc_cli import app  # noqa: E402
 from sae_lens_alloc_cli.endings import TRACEBACK_VARIABLE  # noqa: E402
 from scripts.faults.counting import (  # noqa: E402
@@ -263,14 +263,14 @@ def with_changes(base: dict[str, Any], overrides: dict[str, Any]) -> dict[str, A
 def try_case(case: str, text: str) -> Outcome:
     """Trains with one config, in a new folder. A run "worked" if the value was a good one."""
     loaded = False
-    load = runner.load_language_model
+    load = sourced_runner.load_language_model
 
     def note_loading(cfg: Any) -> Any:
         nonlocal loaded
         loaded = True
         return load(cfg)
 
-    runner.load_language_model = note_loading
+    sourced_runner.load_language_model = note_loading
     try:
         with tempfile.TemporaryDirectory() as folder, _inside(folder), _alarm():
             Path("run.yaml").write_text(text)
@@ -278,7 +278,7 @@ def try_case(case: str, text: str) -> Outcome:
     except _Endless:
         return Outcome(case, "endless", "")
     finally:
-        runner.load_language_model = load
+        sourced_runner.load_language_model = load
     if isinstance(result.exception, _Endless):
         return Outcome(case, "endless", "")
     if result.exception is not None and not isinstance(result.exception, SystemExit):

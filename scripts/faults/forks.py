@@ -17,11 +17,13 @@ import sae_lens_alloc_cli as cli
 from sae_lens_alloc.activations.store import ResumableActivationsStore
 from sae_lens_alloc.thresholds import recalibration
 from sae_lens_alloc.training import (
+    after_training,
     checkpointing_trainer,
     final_sae,
     fine_tuning_run,
     output_folder,
     runner,
+    sourced_runner,
     trainer,
 )
 
@@ -30,7 +32,7 @@ UNCAUGHT = 99  # exit code after an exception that nobody made a sentence of
 
 # Where a run can be: the function that is called there.
 PHASES: dict[str, tuple[Any, str]] = {
-    "model": (runner, "load_language_model"),
+    "model": (sourced_runner, "load_language_model"),
     "held-out contexts": (ResumableActivationsStore, "hold_out"),
     "step": (trainer.AllocSAETrainer, "step"),
     "metrics": (trainer, "append_row"),
@@ -38,10 +40,10 @@ PHASES: dict[str, tuple[Any, str]] = {
     "first save": (final_sae, "write_sae"),
     "moving": (output_folder, "_move_to_their_place"),
     "replacing": (os, "replace"),
-    "calibration": (runner, "calibrate_thresholds"),
-    "held-out metrics": (runner, "held_out_metrics"),
-    "second save": (runner, "write_sae"),
-    "check": (runner, "check_saved_sae"),
+    "calibration": (after_training, "calibrate_thresholds"),
+    "held-out metrics": (after_training, "held_out_metrics"),
+    "second save": (after_training, "write_sae"),
+    "check": (after_training, "check_saved_sae"),
 }
 OTHER_PHASES: dict[str, tuple[Any, str]] = {
     "recalibration": (recalibration, "recalibrate"),

@@ -74,6 +74,7 @@ def read_parts(ranks: Ranks, model: Any) -> dict[str, Any]:
         stock = ActivationsStore.from_config(model, cfg, text)
         part = ResumableActivationsStore.in_place_of(stock, cfg, ranks)
         opened = open_activations(stock, cfg, ranks, n_evaluation_contexts=5)
+        assert isinstance(opened.store, ResumableActivationsStore)
         found[name] = {
             "part": epoch(part),
             "served": [epoch(opened.store), epoch(opened.store)],
