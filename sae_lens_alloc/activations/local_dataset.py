@@ -5,7 +5,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, cast
 
-from datasets import DatasetDict, load_dataset, load_from_disk
+from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
 from sae_lens.config import HfDataset, LanguageModelSAERunnerConfig
 from transformers import AutoTokenizer
 
@@ -74,7 +74,7 @@ def open_dataset(
     try:
         if _was_saved_to_disk(path):
             dataset = load_from_disk(str(path))
-            return dataset["train"] if isinstance(dataset, DatasetDict) else dataset
+            return _train_split(dataset)
         folder, files = (path, None) if path.is_dir() else (path.parent, path.name)
         return load_dataset(
             str(folder.resolve()),
@@ -84,6 +84,17 @@ def open_dataset(
         )
     except Exception as error:  # of many kinds: datasets, pyarrow, file formats
         raise ValueError(_unreadable(path, error, key)) from error
+
+
+def _train_split(dataset: Dataset | DatasetDict) -> Dataset:
+    if not isinstance(dataset, DatasetDict):
+        return dataset
+    if "train" not in dataset:
+        raise ValueError(
+            f"it has the splits {', '.join(map(repr, dataset))}, of which none is 'train': give "
+            "the folder of one."
+        )
+    return dataset["train"]
 
 
 def check_local_dataset(cfg: LanguageModelSAERunnerConfig[Any]) -> None:

@@ -129,15 +129,21 @@ def dataset_part(dataset: Dataset, column: str | None, name: str) -> Part:
         raise ValueError(f"{name} holds no rows.")
     first: dict[str, Any] = dataset.with_format("numpy")[0]
     key = column_of(name, first, column)
-    per_row, width = vectors_in(f"the column {key!r} of {name}", first[key]).shape
-    only = dataset.select_columns([key]).with_format("numpy")
     where = f"the column {key!r} of {name}"
+    per_row, width = vectors_in(where, first[key]).shape
+    only = dataset.select_columns([key]).with_format("numpy")
 
     def read(start: int, stop: int) -> torch.Tensor:
         first_row, last_row = start // per_row, -(-stop // per_row)
         values: Any = only[first_row:last_row][key]
-        rows = np.stack([vectors_in(where, v) for v in values], dtype=np.float32)
-        flat = torch.from_numpy(rows).view(-1, width)
+        found = [vectors_in(where, value) for value in values]
+        for i, rows in enumerate(found, first_row):
+            if rows.shape != (per_row, width):
+                raise ValueError(
+                    f"row {i} of {where} has the shape {np.shape(values[i - first_row])}, but "
+                    f"row 0 {first[key].shape}: all must have the same."
+                )
+        flat = torch.from_numpy(np.stack(found, dtype=np.float32)).view(-1, width)
         return flat[start - first_row * per_row : stop - first_row * per_row]
 
     return Part(where, len(dataset) * per_row, width, read)

@@ -102,6 +102,9 @@ SOURCES: dict[str, Callable[[Path], Any]] = {
     "safetensors": write_safetensors,
     "dataset": lambda _: vectors(),
     "dataset of contexts": lambda _: contexts(),
+    "dataset of nested lists": lambda _: Dataset.from_dict(
+        {"x": rows().view(-1, CONTEXT, WIDTH).tolist()}
+    ),
     "dataset with splits": lambda _: DatasetDict({"train": vectors()}),
     "saved dataset": lambda folder: save_dataset(vectors(), folder),
     "cached activations": lambda folder: save_dataset(contexts(), folder),
@@ -250,6 +253,11 @@ REFUSED: dict[str, tuple[Callable[[Path], Any], str | None, str]] = {
         "say which of them in activations_column",
     ),
     "no such split": (lambda _: DatasetDict({"a": vectors()}), None, "the splits 'a'"),
+    "no such saved split": (
+        lambda f: save_dataset(DatasetDict({"a": vectors()}), f),
+        None,
+        "cannot be read: it has the splits 'a', of which none is 'train'",
+    ),
     "two tensors": (
         lambda f: write_safetensors_shards(f) / "0.safetensors",
         None,
@@ -284,6 +292,20 @@ def test_a_number_that_is_not_finite_is_named(tmp_path: Path):
     too_large = open_rows(torch.full((2, 2), 1e300, dtype=torch.float64))
     with pytest.raises(ValueError, match="row 0 .*not finite in float32"):
         too_large.read(0, 2)  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize(
+    "ragged",
+    [
+        [[1.0, 2.0], [3.0, 4.0], [5.0]],
+        [[[1.0, 2.0]], [[3.0, 4.0]], [[5.0, 6.0], [7.0, 8.0]]],
+    ],
+)
+def test_a_row_of_another_shape_is_named(ragged: list[Any]):
+    source = open_rows(Dataset.from_dict({"x": ragged}))
+    assert isinstance(source, RowSource)
+    with pytest.raises(ValueError, match="row 2 of the column 'x'.* row 0 .*the same"):
+        source.require_finite()
 
 
 @pytest.mark.parametrize(

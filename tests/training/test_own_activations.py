@@ -34,6 +34,8 @@ from sae_lens_alloc.compat import InterruptedException
 from sae_lens_alloc.evaluation.usage import as_user, measure_usage
 from sae_lens_alloc.saes.saved_sae import load_sae
 from sae_lens_alloc.training.checkpoint import find_checkpoint
+from sae_lens_alloc.training.fine_tuning import FineTuningRunner
+from sae_lens_alloc.training.source_sae import load_source_sae
 from sae_lens_alloc.training.trainer import AllocSAETrainer
 from tests.training.conftest import (
     D_MODEL,
@@ -353,3 +355,30 @@ def test_activations_that_sae_lens_has_cached_are_trained_on(tmp_path: Path):
     source = open_rows(tmp_path / "cached")
     assert isinstance(source, RowSource) and source.n_rows == len(stored) >= 64 * 32
     assert torch.equal(source.read(0, len(stored)), stored)
+
+
+def test_a_topk_sae_is_trained_further_as_mutual_choice(tmp_path: Path):
+    sae = TopKTrainingSAEConfig(d_in=D_IN, d_sae=D_SAE, k=3)
+    np.save(tmp_path / "x.npy", activations().numpy())
+    source = {"activations": str(tmp_path / "x.npy")}
+    AllocSAETrainingRunner(config(tmp_path, sae, **source)).run()
+    runner = FineTuningRunner(
+        config(tmp_path / "finer", **source),
+        load_source_sae(str(tmp_path / "sae"), "cpu"),
+        {},
+    )
+    assert runner.start.source_l0 == pytest.approx(3, rel=0.1)
+    trained = runner.run()
+    before = SAE.load_from_disk(tmp_path / "sae").cfg.metadata.held_out
+    after = trained.cfg.metadata.held_out
+    assert after["explained_variance"] > before["explained_variance"]
+    saved = SAE.load_from_disk(tmp_path / "finer" / "sae")
+    assert saved.cfg.architecture() == "jumprelu"
+
+
+def test_what_the_owner_knows_of_the_activations_is_kept(tmp_path: Path):
+    cfg = config(tmp_path)
+    cfg.sae.metadata.model_name, cfg.sae.metadata.hook_name = "gpt2", "blocks.8"
+    train_on_activations(activations(), cfg)
+    metadata = SAE.load_from_disk(tmp_path / "sae").cfg.metadata
+    assert (metadata.model_name, metadata.hook_name) == ("gpt2", "blocks.8")
