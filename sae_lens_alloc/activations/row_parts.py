@@ -34,18 +34,32 @@ class Part:
     read: Read
 
 
-def tensor_part(tensor: torch.Tensor | np.ndarray, what: str = "tensor") -> Part:
+def tensor_part(tensor: torch.Tensor) -> Part:
     """
-    The rows of a tensor or an array in memory.
+    The rows of a tensor.
 
     Raises:
         ValueError: if it is not of shape (n, width) and of floating-point numbers.
     """
-    name = f"a {what} of shape {tuple(tensor.shape)}"
-    rows = tensor if isinstance(tensor, torch.Tensor) else torch.as_tensor(tensor)
-    rows = rows.detach()
+    name, rows = f"a tensor of shape {tuple(tensor.shape)}", tensor.detach()
     check_rows(name, rows.shape, rows.is_floating_point(), rows.dtype)
     return Part(name, *_sizes(rows.shape), lambda start, stop: rows[start:stop])
+
+
+def array_part(array: np.ndarray) -> Part:
+    """
+    The rows of a NumPy array, which may be a mapped file.
+
+    Raises:
+        ValueError: if it is not of shape (n, width) and of floating-point numbers.
+    """
+    name = f"a NumPy array of shape {array.shape}"
+    check_rows(name, array.shape, array.dtype.kind == "f", array.dtype)
+    return Part(
+        name,
+        *_sizes(array.shape),
+        lambda start, stop: torch.from_numpy(_in_float32(array[start:stop])),
+    )
 
 
 def npy_part(path: Path) -> Part:
@@ -79,9 +93,7 @@ def npy_part(path: Path) -> Part:
             (stop - start) * width,
             offset=offset + start * width * dtype.itemsize,
         )
-        return torch.from_numpy(
-            values.astype(dtype.newbyteorder("="), copy=False)
-        ).view(-1, width)
+        return torch.from_numpy(_in_float32(values)).view(-1, width)
 
     return Part(name, *_sizes(shape), read)
 
@@ -143,7 +155,7 @@ def dataset_part(dataset: Dataset, column: str | None, name: str) -> Part:
                     f"row {i} of {where} has the shape {np.shape(values[i - first_row])}, but "
                     f"row 0 {first[key].shape}: all must have the same."
                 )
-        flat = torch.from_numpy(np.stack(found, dtype=np.float32)).view(-1, width)
+        flat = torch.from_numpy(np.stack(list(map(_in_float32, found)))).view(-1, width)
         return flat[start - first_row * per_row : stop - first_row * per_row]
 
     return Part(where, len(dataset) * per_row, width, read)
@@ -196,6 +208,12 @@ def check_rows(
         raise ValueError(
             f"{name} must hold floating-point numbers, got {dtype}: give float32 or float16."
         )
+
+
+def _in_float32(values: np.ndarray) -> np.ndarray:
+    """A copy. What is too large for float32 becomes infinite, and is refused where it is read."""
+    with np.errstate(over="ignore"):
+        return np.array(values, np.float32)
 
 
 def _sizes(shape: Sequence[int]) -> tuple[int, int]:

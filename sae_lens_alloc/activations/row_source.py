@@ -12,6 +12,7 @@ from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
 from sae_lens_alloc.activations.local_dataset import open_dataset
 from sae_lens_alloc.activations.row_parts import (
     Part,
+    array_part,
     check_rows,
     column_of,
     dataset_part,
@@ -172,8 +173,8 @@ def open_rows(source: Any, column: str | None = None) -> RowSource | BatchSource
             "leave it out."
         )
     if isinstance(source, torch.Tensor | np.ndarray):
-        what = "tensor" if isinstance(source, torch.Tensor) else "NumPy array"
-        part = tensor_part(source, what)
+        is_tensor = isinstance(source, torch.Tensor)
+        part = tensor_part(source) if is_tensor else array_part(source)
         return RowSource([part], part.name)
     if isinstance(source, Iterator):
         return BatchSource(source, "the generator")

@@ -95,6 +95,7 @@ SOURCES: dict[str, Callable[[Path], Any]] = {
     "parameter": lambda _: torch.nn.Parameter(rows()),
     "float64": lambda _: rows().double(),
     "array": lambda _: rows().numpy(),
+    "mapped array": lambda folder: np.load(write_npy(folder), mmap_mode="r"),
     "npy": write_npy,
     "npy in half precision": write_half_precision,
     "big endian": write_big_endian,
@@ -289,9 +290,10 @@ def test_a_number_that_is_not_finite_is_named(tmp_path: Path):
     source.read(N, N + 17)
     with pytest.raises(ValueError, match="row 17"):
         source.read(N + 10, N + 20)
-    too_large = open_rows(torch.full((2, 2), 1e300, dtype=torch.float64))
-    with pytest.raises(ValueError, match="row 0 .*not finite in float32"):
-        too_large.read(0, 2)  # type: ignore[union-attr]
+    too_large = np.full((2, 2), 1e300)
+    for source in (open_rows(too_large), open_rows(torch.from_numpy(too_large))):
+        with pytest.raises(ValueError, match="row 0 .*not finite in float32"):
+            source.read(0, 2)  # type: ignore[union-attr]
 
 
 @pytest.mark.parametrize(
