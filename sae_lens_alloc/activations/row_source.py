@@ -130,10 +130,15 @@ class BatchSource:
         """
         batches = self._batches
         given = batches if isinstance(batches, Iterable) else batches()
+        if not isinstance(given, Iterable):
+            raise ValueError(
+                f"{self.name} returned {type(given).__name__}, but must return an iterable of "
+                "batches of shape (n, d_in)."
+            )
         width: int | None = None
         for i, batch in enumerate(given):
             name = f"batch {i} of {self.name}"
-            rows = torch.as_tensor(batch).detach()
+            rows = _tensor_of(name, batch)
             check_rows(name, rows.shape, rows.is_floating_point(), rows.dtype)
             rows = rows.to("cpu", torch.float32)
             if width is not None and rows.shape[1] != width:
@@ -143,6 +148,18 @@ class BatchSource:
             width = rows.shape[1]
             _require_finite(rows, name, 0)
             yield rows
+
+
+def _tensor_of(name: str, batch: Any) -> torch.Tensor:
+    """A batch, which a DataLoader of a TensorDataset puts into a list."""
+    if isinstance(batch, list | tuple) and len(batch) == 1:
+        batch = batch[0]
+    try:
+        return torch.as_tensor(batch).detach()
+    except (TypeError, ValueError, RuntimeError):
+        raise ValueError(
+            f"{name} must be a tensor of shape (n, d_in), got {type(batch).__name__}."
+        ) from None
 
 
 def open_rows(source: Any, column: str | None = None) -> RowSource | BatchSource:

@@ -10,6 +10,7 @@ import pytest
 import torch
 from datasets import Array2D, Dataset, DatasetDict, Features
 from safetensors.torch import save_file
+from torch.utils.data import DataLoader, TensorDataset
 
 from sae_lens_alloc.activations.row_source import BatchSource, RowSource, open_rows
 
@@ -166,6 +167,7 @@ BATCHES: dict[str, Callable[[], Any]] = {
     "list": iterated,
     "callable": lambda: iterated,
     "generator": lambda: iter(iterated()),
+    "data loader": lambda: DataLoader(TensorDataset(rows()), batch_size=7),
     "streamed dataset": lambda: vectors().to_iterable_dataset(),
     "streamed contexts": lambda: contexts().to_iterable_dataset(),
 }
@@ -320,10 +322,20 @@ def test_a_row_of_another_shape_is_named(ragged: list[Any]):
         ),
         (rows()[0], "batch 1 of the list must have two dimensions"),
         (rows().int(), "batch 1 of the list must hold floating-point"),
+        ({"x": rows()}, r"batch 1 of the list must be a tensor of shape .*got dict"),
     ],
 )
-def test_a_batch_that_cannot_be_trained_on_is_named(second: torch.Tensor, message: str):
+def test_a_batch_that_cannot_be_trained_on_is_named(second: Any, message: str):
     source = open_rows([rows(), second])
     assert isinstance(source, BatchSource)
     with pytest.raises(ValueError, match=message):
         list(source.epoch())
+
+
+def test_a_callable_must_return_batches():
+    source = open_rows(lambda: 3)
+    assert isinstance(source, BatchSource)
+    with pytest.raises(
+        ValueError, match="the function returned int, but must return an"
+    ):
+        next(source.epoch())
