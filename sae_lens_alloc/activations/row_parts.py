@@ -93,6 +93,8 @@ def npy_part(path: Path) -> Part:
             (stop - start) * width,
             offset=offset + start * width * dtype.itemsize,
         )
+        if len(values) != (stop - start) * width:
+            raise ValueError(f"{name} has been cut short since it was opened.")
         return torch.from_numpy(_in_float32(values)).view(-1, width)
 
     return Part(name, *_sizes(shape), read)

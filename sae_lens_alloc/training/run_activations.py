@@ -144,17 +144,16 @@ def open_own_activations(
     Opens activations of one's own and holds out some of them.
 
     Args:
-        rows: The activations, the same on all ranks.
+        rows: The activations, the same on all ranks, which `check_rows_of_run` has checked.
         cfg: The run.
         ranks: The ranks, which all must call this.
 
     Raises:
-        ValueError: as `check_rows_of_run`, or if a generator is to be read by several ranks.
+        ValueError: if a generator is to be read by several ranks, or its rows do not fit.
     """
     batch_size, device = cfg.train_batch_size_tokens, str(cfg.act_store_device)
     no_contexts = torch.zeros(0, cfg.context_size, dtype=torch.int64)
     with failing_together(ranks):
-        check_rows_of_run(rows, cfg)
         if isinstance(rows, BatchSource):
             if not ranks.is_alone:
                 raise ValueError(

@@ -109,7 +109,8 @@ class AllocSAETrainingRunner(SourcedRunner):
             OSError: if its folders cannot be written to.
         """
         hosts = ranks_of_run()
-        cfg, rows = with_rows(cfg, override_activations)
+        with failing_together(hosts):
+            cfg, rows = with_rows(cfg, override_activations)
         cfg = settled_run(cfg, override_sae, overwrite, self.sae_is_known, hosts)
         self.ranks = on_device(hosts, cfg.device)
         self.overwrite = overwrite

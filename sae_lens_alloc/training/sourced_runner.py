@@ -21,6 +21,7 @@ from sae_lens_alloc.activations.own_activations import (
     activations_of,
 )
 from sae_lens_alloc.activations.row_source import BatchSource, RowSource, open_rows
+from sae_lens_alloc.distributed.agreement import failing_together
 from sae_lens_alloc.distributed.ranks import Ranks
 from sae_lens_alloc.training.before_run import (
     no_warning_of_overrides,
@@ -30,6 +31,7 @@ from sae_lens_alloc.training.before_run import (
 from sae_lens_alloc.training.rng_state import seed_all, seed_of_rank
 from sae_lens_alloc.training.run_activations import (
     RunActivations,
+    check_rows_of_run,
     open_activations,
     open_own_activations,
 )
@@ -110,8 +112,10 @@ class SourcedRunner(LanguageModelSAETrainingRunner):
         sae: TrainingSAE[Any] | None,
         rows: Rows | None,
     ) -> RunActivations:
-        if rows is None:
-            rows = open_rows(activations_of(cfg), activations_column_of(cfg))
+        with failing_together(self.ranks):
+            if rows is None:
+                rows = open_rows(activations_of(cfg), activations_column_of(cfg))
+            check_rows_of_run(rows, cfg)
         activations = open_own_activations(rows, cfg, self.ranks)
         self.cfg = cfg
         self.evaluator = None  # type: ignore[assignment]

@@ -1,5 +1,6 @@
 """One's own activations are what they are, wherever they lie; what cannot be is one sentence."""
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -148,6 +149,18 @@ def test_a_file_is_not_read_whole(tmp_path: Path):
     assert isinstance(source, RowSource)
     assert source.n_rows == shape[0]
     assert source.read(shape[0] - 2, shape[0]).tolist() == [[0.0] * 16] * 2
+
+
+def test_a_file_that_is_cut_short_is_one_sentence(tmp_path: Path):
+    path = write_npy(tmp_path)
+    source = open_rows(path)
+    assert isinstance(source, RowSource)
+    os.truncate(path, path.stat().st_size - 4)
+    assert torch.equal(source.read(0, N - 1), rows()[: N - 1])
+    with pytest.raises(ValueError, match="x.npy' has been cut short"):
+        source.read(0, N)
+    with pytest.raises(ValueError, match="x.npy' is no .npy file"):
+        open_rows(path)
 
 
 @pytest.mark.parametrize("n", [1, 10, 59, 60, 1000])
