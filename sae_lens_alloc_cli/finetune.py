@@ -41,7 +41,6 @@ def finetune(
     """
     from rich.console import Console
 
-    from sae_lens_alloc.activations.own_activations import require_text
     from sae_lens_alloc.config.run_file import load_fine_tuning_config
     from sae_lens_alloc.distributed.agreement import failing_together
     from sae_lens_alloc.distributed.launch import leave
@@ -70,7 +69,6 @@ def finetune(
             if ranks.rank == 0:
                 typer.echo(describe_run(cfg, ranks.size))
                 typer.echo(f"{'from':<12}{loaded.sae.cfg.architecture()}, {source}")
-            require_text(cfg, "finetune, which compares the SAE before and after,")
             require_convertible(loaded.sae, cfg.sae.architecture())
             if cfg.from_pretrained_path is not None:
                 raise ValueError(

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from sae_lens_alloc.evaluation.metrics import Evaluation
+from sae_lens_alloc.evaluation.usage import Usage
 
 # Okabe and Ito's palette, which works for every kind of colour vision, and for larger reports some
 # colours of Paul Tol's.
@@ -22,7 +22,8 @@ class ReportRun:
 
     Args:
         name: Its name for readers, unique in a report.
-        evaluation: Figures of the saved SAE on held-out text.
+        evaluation: Figures of the saved SAE on held-out text: an `Evaluation`, or, where there
+            is no language model, those on held-out activations.
         seconds: Wall-clock duration of training.
         history: Rows of training metrics under SAELens' names, such as "metrics/l0".
         events: Changes during training, as (tokens seen, what changed).
@@ -30,7 +31,7 @@ class ReportRun:
     """
 
     name: str
-    evaluation: Evaluation
+    evaluation: Usage
     seconds: float
     history: Sequence[Mapping[str, float]] = ()
     events: Sequence[tuple[float, str]] = ()

@@ -2,7 +2,7 @@
 
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -10,12 +10,14 @@ from typing import Any
 from sae_lens import SAE
 from sae_lens.config import LanguageModelSAERunnerConfig
 
-from sae_lens_alloc.activations.own_activations import require_text
+from sae_lens_alloc.activations.own_activations import activations_of
 from sae_lens_alloc.compat import InterruptedException
 from sae_lens_alloc.evaluation.baseline import measure_baseline
-from sae_lens_alloc.evaluation.metrics import Evaluation, evaluate_sae
+from sae_lens_alloc.evaluation.metrics import evaluate_sae
 from sae_lens_alloc.evaluation.report import write_report
 from sae_lens_alloc.evaluation.report_run import ReportRun, read_history
+from sae_lens_alloc.evaluation.usage import Usage, as_user, measure_usage
+from sae_lens_alloc.saes.rows import encoded_and_target
 from sae_lens_alloc.training.fine_tuning import FineTuningRunner, inference_sae
 from sae_lens_alloc.training.output_folder import new_files
 from sae_lens_alloc.training.runner import METRICS_FILENAME
@@ -30,7 +32,7 @@ REPORT_FILENAME = "report.html"
 @dataclass(frozen=True, eq=False)
 class FineTuned:
     """
-    An SAE before and after fine-tuning, on text that fine-tuning did not use.
+    An SAE before and after fine-tuning, on text or activations that fine-tuning did not use.
 
     Args:
         before: The source.
@@ -74,21 +76,13 @@ def fine_tune(
         ValueError: as FineTuningRunner, and if the saved SAE cannot be compared.
         OSError: if something cannot be written.
     """
-    require_text(cfg, "the comparison with the source")
     assert cfg.output_path is not None
     output = Path(cfg.output_path)
     runner = FineTuningRunner(cfg, source, sae_overrides, overwrite, EVALUATION_TOKENS)
-    tokens = runner.evaluation_contexts
-    excluded = runner.activations_store.exclude_special_tokens
-    special = [] if excluded is None else excluded.tolist()
     if runner.ranks.rank > 0:
         runner.run()
         return None
-    baseline = measure_baseline(runner.model, tokens, cfg.hook_name, special)
-
-    def evaluate(sae: SAE[Any]) -> Evaluation:
-        return evaluate_sae(sae, runner.model, tokens, cfg.hook_name, baseline, special)
-
+    evaluate = _on_rows(runner) if activations_of(cfg) else _on_text(runner)
     before = ReportRun("before", evaluate(inference_sae(source)), 0.0)
     start = time.perf_counter()
     runner.run()
@@ -111,7 +105,29 @@ def fine_tune(
     return result
 
 
-def _newly_dead(first: Evaluation, second: Evaluation) -> int:
+def _on_text(runner: FineTuningRunner) -> Callable[[SAE[Any]], Usage]:
+    """Measures an SAE on the text that was set aside."""
+    tokens, hook_name = runner.evaluation_contexts, runner.cfg.hook_name
+    excluded = runner.activations_store.exclude_special_tokens
+    special = [] if excluded is None else excluded.tolist()
+    baseline = measure_baseline(runner.model, tokens, hook_name, special)
+    return lambda sae: evaluate_sae(
+        sae, runner.model, tokens, hook_name, baseline, special
+    )
+
+
+def _on_rows(runner: FineTuningRunner) -> Callable[[SAE[Any]], Usage]:
+    """Measures an SAE on the rows of one's own activations that are held out."""
+
+    def measure(sae: SAE[Any]) -> Usage:
+        sae.turn_off_forward_pass_hook_z_reshaping()  # rows are flat
+        encoded, target = encoded_and_target(sae.cfg, runner.held_out)
+        return measure_usage(as_user(sae), encoded, target=target)
+
+    return measure
+
+
+def _newly_dead(first: Usage, second: Usage) -> int:
     return int(((first.densities > 0) & (second.densities == 0)).sum())
 
 
@@ -126,7 +142,7 @@ def _write_results(
         "from": f"{source.sae.cfg.architecture()}, {source.name}",
         "to": cfg.sae.architecture(),
         "trained on": f"{cfg.training_tokens:,} tokens",
-        "activations": f"{cfg.hook_name}, {cfg.sae.d_in} dimensions",
+        "activations": f"{activations_of(cfg) or cfg.hook_name}, {cfg.sae.d_in} dimensions",
         "revived features": f"{result.revived_features:,}",
     }
     figures = {

@@ -101,12 +101,29 @@ def test_what_needs_text_says_so(saved: Path, folder: Path, tmp_path: Path):
     assert (
         "the page needs a language model and text, but the run is on" in result.stderr
     )
+
+
+def test_finetune_compares_before_and_after_on_held_out_rows(
+    saved: Path, folder: Path, tmp_path: Path
+):
+    finer = tmp_path / "finer"
     result = invoke(
         *("finetune", str(folder / "run.yaml"), "--from", str(saved)),
-        f"output_path={tmp_path / 'finer'}",
+        f"output_path={finer}",
     )
-    assert result.exit_code == 1
-    assert "finetune, which compares the SAE before and after," in result.stderr
+    assert result.exit_code == 0, result.stderr
+    found = json.loads((finer / "fine_tuning.json").read_text())
+    held_out = SAE.load_from_disk(finer).cfg.metadata.held_out
+    assert found["after"]["n_tokens"] == held_out["n_tokens"] == 22
+    ev = held_out["explained_variance"]
+    assert found["after"]["explained_variance"] == pytest.approx(ev, abs=1e-5)
+    assert found["before"]["explained_variance"] < ev
+    assert "ce_loss" not in found["after"]
+    table, report = result.stdout, (finer / "report.html").read_text()
+    assert "22 tokens of held-out activations" in " ".join(table.split())
+    assert "CE" not in table
+    assert "Results on held-out activations" in report
+    assert "loss recovered" not in report and str(folder / "acts") in report
 
 
 @pytest.mark.parametrize(

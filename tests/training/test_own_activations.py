@@ -360,7 +360,7 @@ def test_activations_that_sae_lens_has_cached_are_trained_on(tmp_path: Path):
 def test_a_topk_sae_is_trained_further_as_mutual_choice(tmp_path: Path):
     sae = TopKTrainingSAEConfig(d_in=D_IN, d_sae=D_SAE, k=3)
     np.save(tmp_path / "x.npy", activations().numpy())
-    source = {"activations": str(tmp_path / "x.npy")}
+    source: dict[str, Any] = {"activations": str(tmp_path / "x.npy")}
     AllocSAETrainingRunner(config(tmp_path, sae, **source)).run()
     runner = FineTuningRunner(
         config(tmp_path / "finer", **source),
