@@ -3,8 +3,8 @@ Everything private in SAELens and torch that this package touches, each in one p
 
 A name that begins with an underscore may change in any release. Each seam below says what the
 host does, why no public way exists, and what breaks if the host changes. `tests/test_compat.py`
-(of bars: `tests/test_progress.py`) runs the host itself against each of them, and `make test-newest` does so with the newest
-releases. Whatever the host offers in public is used directly and is not listed here.
+(of bars: `tests/test_progress.py`, of metadata: `tests/training/test_own_activations.py`) runs the
+host itself against each of them, and `make test-newest` does so with the newest releases. Whatever the host offers in public is used directly and is not listed here.
 """
 
 import pickle
@@ -13,6 +13,7 @@ from functools import partialmethod
 from typing import IO, Any, TypeVar
 
 import torch
+from sae_lens.llm_sae_training_runner import LanguageModelSAETrainingRunner
 from sae_lens.saes.sae import (
     T_TRAINING_SAE,
     T_TRAINING_SAE_CONFIG,
@@ -34,6 +35,7 @@ T_MODULE = TypeVar("T_MODULE", bound="ModuleOfKeptDtypes")
 __all__ = [
     "ContextsStore",
     "InterruptedException",
+    "MetadataRunner",
     "ModuleOfKeptDtypes",
     "StepwiseTrainer",
     "compile_modes",
@@ -56,6 +58,7 @@ def require_methods(owner: type, names: Iterable[str]) -> None:
 
 
 require_methods(SAETrainer, ["_checkpoint_if_needed", "_update_pbar"])
+require_methods(LanguageModelSAETrainingRunner, ["_set_sae_metadata"])
 require_methods(
     ActivationsStore,
     [
@@ -103,6 +106,26 @@ class StepwiseTrainer(SAETrainer[T_TRAINING_SAE, T_TRAINING_SAE_CONFIG]):
     def between_steps(self) -> None:
         """Called after each step, which `n_training_steps` counts by now."""
         super()._checkpoint_if_needed()
+
+
+class MetadataRunner(LanguageModelSAETrainingRunner):
+    """
+    SAELens' runner with a place for a subclass where what is known of the activations goes into the
+    metadata of the SAE: `set_metadata`.
+
+    SAELens: `run()` calls `_set_sae_metadata()` first, which writes the model, hook and text of the
+    config over whatever the metadata says.
+    No public way: a run without a language model has none of these to tell.
+    If it changes: SAEs of one's own activations say that they are of SAELens' default model.
+    """
+
+    @override
+    def _set_sae_metadata(self) -> None:
+        self.set_metadata()
+
+    def set_metadata(self) -> None:
+        """Writes what the config says of the activations into the metadata of the SAE."""
+        super()._set_sae_metadata()
 
 
 class ContextsStore(ActivationsStore):

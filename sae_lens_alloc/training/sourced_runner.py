@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 from sae_lens.config import HfDataset, LanguageModelSAERunnerConfig
-from sae_lens.llm_sae_training_runner import LanguageModelSAETrainingRunner
 from sae_lens.saes.sae import TrainingSAE
 from transformer_lens.HookedTransformer import HookedRootModule
 from typing_extensions import override
@@ -21,6 +20,7 @@ from sae_lens_alloc.activations.own_activations import (
     activations_of,
 )
 from sae_lens_alloc.activations.row_source import BatchSource, RowSource, open_rows
+from sae_lens_alloc.compat import MetadataRunner
 from sae_lens_alloc.distributed.agreement import failing_together
 from sae_lens_alloc.distributed.ranks import Ranks
 from sae_lens_alloc.training.before_run import (
@@ -39,7 +39,7 @@ from sae_lens_alloc.training.run_activations import (
 Rows = RowSource | BatchSource
 
 
-class SourcedRunner(LanguageModelSAETrainingRunner):
+class SourcedRunner(MetadataRunner):
     """
     SAELens' runner, whose activations need not come from a language model. On one's own it has
     neither a model nor an evaluator.
@@ -126,10 +126,10 @@ class SourcedRunner(LanguageModelSAETrainingRunner):
         return activations
 
     @override
-    def _set_sae_metadata(self) -> None:
+    def set_metadata(self) -> None:
         source = activations_of(self.cfg)
         if source is None:
-            super()._set_sae_metadata()
+            super().set_metadata()
         else:
             # what SAELens records is of a language model, and whoever knows it has set it
             self.sae.cfg.metadata.activations = source
