@@ -4,7 +4,8 @@ Everything private in SAELens and torch that this package touches, each in one p
 A name that begins with an underscore may change in any release. Each seam below says what the
 host does, why no public way exists, and what breaks if the host changes. `tests/test_compat.py`
 (of bars: `tests/test_progress.py`, of metadata: `tests/training/test_own_activations.py`) runs the
-host itself against each of them, and `make test-newest` does so with the newest releases. Whatever the host offers in public is used directly and is not listed here.
+host itself against each of them, and `make test-newest` does so with the newest releases. Whatever
+the host offers in public is used directly and is not listed here.
 """
 
 import pickle
