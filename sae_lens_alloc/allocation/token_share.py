@@ -39,14 +39,23 @@ def token_factors(kth_largest: torch.Tensor, share: float) -> torch.Tensor:
     return (floor.mean() / floor) ** share
 
 
-def unscaled(pairs: Pairs, factors: torch.Tensor) -> Pairs:
-    """Pairs of affinities that were multiplied by the factors of their tokens, without these."""
+def unscaled(pairs: Pairs, factors: torch.Tensor | None) -> Pairs:
+    """
+    Pairs of affinities that were multiplied by the factors of their tokens, without these. As they
+    are if there are no factors.
+    """
+    if factors is None:
+        return pairs
     places = pairs.places
     return pairs.with_values(places.values / factors[places.token_indices])
 
 
-def unscaled_margin(margin: Margin, factors: torch.Tensor) -> Margin:
+def unscaled_margin(
+    margin: Margin | None, factors: torch.Tensor | None
+) -> Margin | None:
     """The same of a margin, whose width then differs from token to token: shape (N,)."""
+    if margin is None or factors is None:
+        return margin
     tokens = margin.pairs.places.token_indices
     return replace(
         margin,

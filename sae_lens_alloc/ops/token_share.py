@@ -9,21 +9,24 @@ from sae_lens_alloc.ops.topk_selection import FeatureSubset, encode_topk
 
 @torch.no_grad()
 def relative_to_tokens(
-    encoder: BlockEncoder, x: torch.Tensor, k: int, share: float
-) -> tuple[BlockEncoder, torch.Tensor, torch.Tensor]:
+    encoder: BlockEncoder, x: torch.Tensor, budget: int, share: float
+) -> tuple[BlockEncoder, torch.Tensor, torch.Tensor | None]:
     """
     An encoder and its inputs, which give affinities relative to the k-th largest of their token.
 
     Args:
         encoder: The encoder of all features.
         x: Encoder inputs of shape (B, d_in).
-        k: Features per token.
-        share: What is left of TopK, in (0, 1].
+        budget: Number of pairs M, of which k for each token.
+        share: What is left of TopK, in [0, 1].
 
     Returns:
         The encoder, its inputs, and the factors of the tokens, shape (B,), by which its affinities
-        are larger than those of `encoder`.
+        are larger than those of `encoder`. Without a share, what was given, and None.
     """
+    if not share:
+        return encoder, x, None
+    k = max(1, budget // len(x))
     factors = token_factors(_kth_largest(encoder, x, k), share)
     if isinstance(encoder, KnownAffinities):
         return KnownAffinities(encoder.known * factors[:, None]), x, factors

@@ -106,8 +106,7 @@ class Allocator:
         topk_share: float = 0.0,
     ) -> tuple[Pairs, Margin | None]:
         """
-        Allocates the budget of a training batch, or of a part of it, and updates the
-        statistics.
+        Allocates the budget of a training batch, or of a part of it, and moves the statistics.
 
         Args:
             encoder: What gives the affinities.
@@ -138,15 +137,9 @@ class Allocator:
                 self._begin_mutual_step(after_mutual)
         if rule == "feature":
             return self._allocate_feature(encoder, x, budget), None
-        if not topk_share:
-            return self._allocate_mutual(encoder, x, budget, n_margin)
-        relative, inputs, factors = relative_to_tokens(
-            encoder, x, max(1, budget // len(x)), topk_share
-        )
-        pairs, margin = self._allocate_mutual(relative, inputs, budget, n_margin)
-        if margin is not None:
-            margin = unscaled_margin(margin, factors)
-        return unscaled(pairs, factors), margin
+        encoder, x, factors = relative_to_tokens(encoder, x, budget, topk_share)
+        pairs, margin = self._allocate_mutual(encoder, x, budget, n_margin)
+        return unscaled(pairs, factors), unscaled_margin(margin, factors)
 
     @torch.no_grad()
     def prepare_feature_choice(
@@ -184,11 +177,9 @@ class Allocator:
     def _begin_mutual_step(self, after_mutual: bool) -> None:
         """Thresholds relative to the cut: 1, and less for features that would hardly fire."""
         guesses, statistics = self.guesses, self.statistics
-        lowered = (
-            statistics.relative_thresholds()
-            if after_mutual
-            else torch.ones_like(statistics.threshold)
-        )
+        lowered = torch.ones_like(statistics.threshold)
+        if after_mutual:
+            lowered = statistics.relative_thresholds()
         guesses.lowered = kept_in_place(guesses.lowered, lowered)
 
     def _allocate_mutual(
@@ -264,15 +255,9 @@ class Allocator:
         statistics = self.statistics
         if rule == "mutual":
             cut = statistics.cut if self.guesses.knows_cut(statistics.cut) else None
-            factors = None
-            if topk_share:
-                encoder, x, factors = relative_to_tokens(
-                    encoder, x, max(1, budget // len(x)), topk_share
-                )
+            encoder, x, factors = relative_to_tokens(encoder, x, budget, topk_share)
             pairs = encode_mutual_choice(encoder, x, budget, cut, statistics.shard)
-            if factors is not None:
-                pairs = unscaled(pairs, factors)
-            return pairs.without_padding()
+            return unscaled(pairs, factors).without_padding()
         quotas, max_pairs = self.quotas.of(statistics.density, len(x), budget)
         return encode_feature_choice(
             encoder,
