@@ -19,10 +19,10 @@ from sae_lens_alloc.comparison.plots import (
     points_by_row,
 )
 from sae_lens_alloc.comparison.results import (
-    density_curve,
     middle_k,
     numbers_of_seeds,
 )
+from sae_lens_alloc.evaluation.figures import density_curve
 from sae_lens_alloc.evaluation.plots import density_plot, features_per_token_plot
 from sae_lens_alloc.evaluation.report import plot_html
 from sae_lens_alloc.evaluation.report_run import colour

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from sae_lens_alloc.checksums import sha256_of
-from sae_lens_alloc.comparison.json_files import write_json
+from sae_lens_alloc.json_files import write_json
 from sae_lens_alloc.saes.saved_sae import read_json_mapping
 
 MANIFEST_FILENAME = "stream.json"

@@ -20,10 +20,9 @@ from sae_lens_alloc.comparison.report import (
 )
 from sae_lens_alloc.comparison.results import (
     comparison_results,
-    density_curve,
-    figures_of,
     summary,
 )
+from sae_lens_alloc.evaluation.figures import density_curve, figures_of
 from sae_lens_alloc.evaluation.usage import Usage
 from tests.evaluation.test_report import CHROMIUM, PHONE_WIDTH, traces
 
