@@ -20,6 +20,7 @@ from sae_lens_alloc_cli import (
     doctor,
     features,
     finetune,
+    push,
     run,
     train,
 )
@@ -39,6 +40,7 @@ app.command()(demo.demo)
 app.command()(calibrate.calibrate)
 app.command()(compare.compare)
 app.command()(features.features)
+app.command()(push.push)
 app.command()(architectures.architectures)
 app.command()(doctor.doctor)
 

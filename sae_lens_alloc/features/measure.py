@@ -1,6 +1,5 @@
 """From an SAE and a run's text to its feature page."""
 
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,6 +10,7 @@ from sae_lens_alloc.activations.language_model import (
     check_language_model,
     load_language_model,
 )
+from sae_lens_alloc.activations.names import name_for_others
 from sae_lens_alloc.evaluation.snippets import Snippet, take_snippets
 from sae_lens_alloc.evaluation.usage import RARE_DENSITY
 from sae_lens_alloc.features.activity import Activity, measure_activity
@@ -93,17 +93,11 @@ def _facts(
     n_tokens = activity.n_tokens
     return [
         ("architecture", sae.cfg.architecture()),
-        ("model", _name(cfg.model_name)),
+        ("model", name_for_others(cfg.model_name)),
         ("hook", cfg.hook_name),
-        ("text", f"{_name(cfg.dataset_path)}, {n_tokens:,} tokens"),
+        ("text", f"{name_for_others(cfg.dataset_path)}, {n_tokens:,} tokens"),
         ("features", f"{len(firings):,}"),
         ("per token", f"{int(firings.sum()) / n_tokens:.1f}"),
         ("dead", f"{int((firings == 0).sum()):,}"),
         ("rare or dead", f"{int((firings < RARE_DENSITY * n_tokens).sum()):,}"),
     ]
-
-
-def _name(name: str) -> str:
-    """A name of the hub as it is, and the end of a path: a page may be given to others."""
-    path = Path(name)
-    return "/".join(path.resolve().parts[-2:]) if path.exists() else name

@@ -153,6 +153,7 @@ def recalibrate(
     _require_sense(report)
     calibrated.cfg.metadata.calibration = report.to_dict()
     calibrated.cfg.metadata.l0 = report.after.l0
+    calibrated.cfg.metadata.held_out = None  # of other thresholds
     return report
 
 

@@ -1,14 +1,10 @@
 """Training that starts from another SAE instead of random weights."""
 
-import copy
 import math
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
-from sae_lens import SAE
 from sae_lens.config import LanguageModelSAERunnerConfig
-from sae_lens.saes.sae import TrainingSAE
 
 from sae_lens_alloc.activations.gathered import GatheredBatches
 from sae_lens_alloc.training.before_run import share_features
@@ -109,15 +105,3 @@ def require_plausible(source: SourceSAE, start: ConversionReport) -> None:
             f"{found}{wanted}: it belongs to another model, hook or normalization of the "
             "activations."
         )
-
-
-def inference_sae(source: SourceSAE) -> SAE[Any]:
-    """The SAE for inference. For a training SAE, this is what its run would have saved."""
-    if not isinstance(source.sae, TrainingSAE):
-        return source.sae
-    sae = copy.deepcopy(source.sae)
-    if source.scaling_factor is not None:
-        sae.fold_activation_norm_scaling_factor(source.scaling_factor)
-    with TemporaryDirectory() as folder:
-        sae.save_inference_model(Path(folder))
-        return SAE.load_from_disk(folder, str(sae.device))

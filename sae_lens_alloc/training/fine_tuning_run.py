@@ -15,10 +15,10 @@ from sae_lens_alloc.evaluation.baseline import measure_baseline
 from sae_lens_alloc.evaluation.metrics import Evaluation, evaluate_sae
 from sae_lens_alloc.evaluation.report import write_report
 from sae_lens_alloc.evaluation.report_run import ReportRun, read_history
-from sae_lens_alloc.training.fine_tuning import FineTuningRunner, inference_sae
+from sae_lens_alloc.training.fine_tuning import FineTuningRunner
 from sae_lens_alloc.training.output_folder import new_files
 from sae_lens_alloc.training.runner import METRICS_FILENAME
-from sae_lens_alloc.training.source_sae import SourceSAE
+from sae_lens_alloc.training.source_sae import SourceSAE, inference_sae
 from sae_lens_alloc.training.warm_start import ConversionReport
 
 EVALUATION_TOKENS = 65_536

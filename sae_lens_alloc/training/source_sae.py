@@ -1,7 +1,9 @@
 """The SAE that a fine-tuning starts from: a folder, or a release of SAELens' directory."""
 
+import copy
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from sae_lens import SAE
@@ -10,6 +12,7 @@ from sae_lens.constants import (
     ACTIVATION_WHITENING_FILENAME,
 )
 from sae_lens.loading.pretrained_saes_directory import get_pretrained_saes_directory
+from sae_lens.saes.sae import TrainingSAE
 
 from sae_lens_alloc.saes.saved_sae import (
     load_sae,
@@ -62,6 +65,21 @@ def load_source_sae(name: str, device: str) -> SourceSAE:
             f"{name!r} is neither a folder nor RELEASE:ID of a pretrained SAE."
         )
     return _from_release(release, sae_id, device)
+
+
+def inference_sae(source: SourceSAE) -> SAE[Any]:
+    """
+    The SAE for inference. For a training SAE, this is what its run would have saved, with the
+    thresholds of training.
+    """
+    if not isinstance(source.sae, TrainingSAE):
+        return source.sae
+    sae = copy.deepcopy(source.sae)
+    if source.scaling_factor is not None:
+        sae.fold_activation_norm_scaling_factor(source.scaling_factor)
+    with TemporaryDirectory() as folder:
+        sae.save_inference_model(Path(folder))
+        return SAE.load_from_disk(folder, str(sae.device))
 
 
 def _from_folder(folder: Path, device: str) -> SourceSAE:
