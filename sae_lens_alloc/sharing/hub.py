@@ -119,8 +119,10 @@ def _sentence(error: Exception, repo_id: str) -> str | None:
             return f"the Hugging Face hub does not accept your token: {log_in}."
         if status == 403:
             return f"your token may not write to {repo_id}: {log_in}."
+        said = error.server_message or error.response.reason_phrase
         return _without_token(
-            f"the Hugging Face hub has refused to take {repo_id}: {as_reason(error)}."
+            f"the Hugging Face hub has refused to take {repo_id} ({status}, {said}): try again, "
+            "with --overwrite if a part of it is there already."
         )
     libraries = {base.__module__.partition(".")[0] for base in type(error).__mro__}
     if libraries & NETWORK_LIBRARIES:

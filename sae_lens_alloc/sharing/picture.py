@@ -61,5 +61,10 @@ def density_svg(curves: Mapping[str, Curve]) -> str:
             for i, (name, (ranks, shares)) in enumerate(curves.items())
         ],
         x_ticks=[(x(10**i), f"{10**i:,}") for i in range(n_decades + 1)],
-        y_ticks=[(y(10.0**i), f"{10.0**i:.10%}") for i in range(low, high + 1)],
+        y_ticks=[(y(10.0**i), _percent(i)) for i in range(low, high + 1)],
     )
+
+
+def _percent(decade: int) -> str:
+    """10 to a power, as "0.1%"."""
+    return f"{10.0 ** (decade + 2):.10f}".rstrip("0").rstrip(".") + "%"
