@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from sae_lens_alloc.evaluation.metrics import Evaluation
+from sae_lens_alloc.evaluation.usage import Usage
 
 # Okabe and Ito's palette, which works for every kind of colour vision, and for larger reports some
 # colours of Paul Tol's.
@@ -22,16 +22,17 @@ class ReportRun:
 
     Args:
         name: Its name for readers, unique in a report.
-        evaluation: Figures of the saved SAE on held-out text.
-        seconds: Wall-clock duration of training.
+        evaluation: Figures of the saved SAE on held-out text: an Evaluation, or a plain Usage where
+            there is no language model.
+        seconds: Wall-clock duration of training. None is not known.
         history: Rows of training metrics under SAELens' names, such as "metrics/l0".
         events: Changes during training, as (tokens seen, what changed).
         settings: Settings to show, such as the learning rate.
     """
 
     name: str
-    evaluation: Evaluation
-    seconds: float
+    evaluation: Usage
+    seconds: float | None = None
     history: Sequence[Mapping[str, float]] = ()
     events: Sequence[tuple[float, str]] = ()
     settings: Mapping[str, str] = field(default_factory=dict[str, str])
@@ -42,6 +43,22 @@ class ReportRun:
         return [row["details/n_training_samples"] for row in rows], [
             row[key] for row in rows
         ]
+
+
+@dataclass(frozen=True, eq=False)
+class AtEqualL0:
+    """
+    The runs of a report at the same number of features per token.
+
+    Args:
+        target_l0: The number, as wanted.
+        runs: Those that could be brought there, measured as the others are.
+        left_out: Why not, by the name of each other run.
+    """
+
+    target_l0: float
+    runs: Sequence[ReportRun]
+    left_out: Mapping[str, str]
 
 
 def colour(index: int) -> str:
