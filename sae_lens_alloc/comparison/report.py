@@ -98,6 +98,8 @@ COUNTS = (
     Metric("dead_features", "dead", "Features active on no token.", "{:,.0f}"),
     Metric("very_rare_features", "< 1e-5", "On fewer than 1 in 100,000.", "{:,.0f}"),
     Metric("rare_features", "< 1e-4", "On fewer than 1 in 10,000.", "{:,.0f}"),
+)
+LAWS = (
     Metric("zipf_alpha", "α", "Exponent of the fitted law.", "{:.2f}"),
     Metric("zipf_beta", "β", "Length of its flat head, in ranks.", "{:.0f}"),
     Metric("zipf_r2", "R²", "How well the law fits, on a log-log scale.", "{:.3f}"),
@@ -150,6 +152,7 @@ def render_comparison_report(results: Mapping[str, Any]) -> str:
         ks=ks,
         middle=middle,
         metrics=metrics,
+        laws=LAWS,
         colours={row: colour(i) for i, row in enumerate(rows)},
         cell=_cell,
         why_empty=_why_empty,

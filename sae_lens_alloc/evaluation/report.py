@@ -16,6 +16,7 @@ from sae_lens_alloc.evaluation.coloured_text import (
     levels,
 )
 from sae_lens_alloc.evaluation.plots import (
+    LEAST_SPAN,
     density_plot,
     features_per_token_plot,
     quantile,
@@ -39,6 +40,7 @@ class TrainingMetric:
         tick_format: How to write values, as a d3 format.
         second: Key of a related metric, and the label of its line.
         from_zero: Whether the y axis starts at 0.
+        least_span: The y axis shows at least this much.
     """
 
     key: str
@@ -48,6 +50,7 @@ class TrainingMetric:
     tick_format: str = ""
     second: tuple[str, str] | None = None
     from_zero: bool = False
+    least_span: float = 0.0
 
 
 TRAINING_METRICS = (
@@ -57,6 +60,7 @@ TRAINING_METRICS = (
         "variance explained",
         "Higher is better. The first tenth of the training may be below the plot.",
         ".3~f",
+        least_span=LEAST_SPAN,
     ),
     TrainingMetric(
         "metrics/l0",
@@ -197,6 +201,7 @@ def _training_plots(runs: Sequence[ReportRun]) -> list[dict[str, str]]:
                     metric.tick_format,
                     metric.second,
                     metric.from_zero,
+                    metric.least_span,
                 ),
                 metric.key.replace("/", "-"),
             ),
