@@ -10,6 +10,8 @@ from sae_lens_alloc.evaluation.usage import DensityCurve, Usage
 
 # By the text that they were measured on, such as "test".
 FIGURES_FILENAME = "{split}.json"
+# On what a training held out, beside its SAE.
+HELD_OUT_FILENAME = FIGURES_FILENAME.format(split="held_out")
 VERY_RARE_DENSITY = 1e-5
 
 
