@@ -21,6 +21,7 @@ from sae_lens_alloc_cli import (
     features,
     finetune,
     push,
+    report,
     run,
     train,
 )
@@ -40,6 +41,7 @@ app.command()(demo.demo)
 app.command()(calibrate.calibrate)
 app.command()(compare.compare)
 app.command()(features.features)
+app.command()(report.report)
 app.command()(push.push)
 app.command()(architectures.architectures)
 app.command()(doctor.doctor)

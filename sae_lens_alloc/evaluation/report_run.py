@@ -38,8 +38,8 @@ class ReportRun:
     settings: Mapping[str, str] = field(default_factory=dict[str, str])
 
     def series(self, key: str) -> tuple[list[float], list[float]]:
-        """Tokens seen and values of one training metric, for the rows that have it."""
-        rows = [row for row in self.history if key in row]
+        """Tokens seen and values of one training metric, for the rows that have a number there."""
+        rows = [row for row in self.history if row.get(key) is not None]
         return [row["details/n_training_samples"] for row in rows], [
             row[key] for row in rows
         ]

@@ -49,7 +49,8 @@ def load_source_sae(name: str, device: str) -> SourceSAE:
     Loads an SAE from disk or from SAELens' directory of pretrained SAEs.
 
     Args:
-        name: A folder with an inference SAE or a training checkpoint, or RELEASE:ID.
+        name: A folder with an inference SAE or a training checkpoint, or RELEASE:ID, for which
+            RELEASE/ID may stand.
         device: Device to load it to.
 
     Raises:
@@ -60,6 +61,10 @@ def load_source_sae(name: str, device: str) -> SourceSAE:
     if folder.is_dir():
         return _from_folder(folder, device)
     release, colon, sae_id = name.partition(":")
+    if not colon:
+        release, colon, sae_id = name.partition("/")
+        if release not in get_pretrained_saes_directory():
+            colon = ""
     if not colon:
         raise ValueError(
             f"{name!r} is neither a folder nor RELEASE:ID of a pretrained SAE."
