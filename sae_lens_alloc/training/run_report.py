@@ -76,11 +76,13 @@ def write_run_report(runner: AllocSAETrainingRunner, seconds: float) -> Path:
 
 def report_if_possible(runner: AllocSAETrainingRunner, seconds: float) -> Path | None:
     """
-    `write_run_report`, where an error is a warning, since the SAE is saved.
+    `write_run_report`, where an error is a warning, since the SAE is saved. None without a page.
 
     Raises:
         InterruptedException: where the SAE is, if this is interrupted.
     """
+    if runner.cfg.output_path is None:
+        return None
     saved = f"the SAE is saved in {runner.cfg.output_path!r}, but not its report"
     try:
         return write_run_report(runner, seconds)

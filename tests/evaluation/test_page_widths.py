@@ -1,6 +1,7 @@
 """Report pages fit their window, however many SAEs they show, and axes do not enlarge noise."""
 
 import copy
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -80,6 +81,17 @@ def test_a_training_of_one_row_is_a_point_on_a_calm_axis():
     assert traces(figure)[0].mode == "markers"
     layout: Any = figure.layout
     assert layout.yaxis.range == pytest.approx((0.95 - 0.025, 0.95 + 0.025))
+
+
+def test_values_that_were_no_numbers_are_left_out():
+    """metrics.jsonl holds null for NaN."""
+    run = make_run("a")
+    rows: list[Any] = [dict(row) for row in run.history]
+    rows[3]["metrics/l0"] = None
+    with_null = dataclasses.replace(run, history=rows)
+    tokens, values = with_null.series("metrics/l0")
+    assert len(tokens) == len(values) == len(rows) - 1
+    assert 4000 not in tokens
 
 
 def test_a_comparison_of_one_point_does_not_enlarge_its_seeds():
