@@ -17,6 +17,7 @@ from sae_lens_alloc.evaluation.figures import HELD_OUT_FILENAME, figures_of
 from sae_lens_alloc.evaluation.metrics import Evaluation, evaluate_sae
 from sae_lens_alloc.evaluation.report import write_report
 from sae_lens_alloc.evaluation.report_run import ReportRun, read_history
+from sae_lens_alloc.evaluation.usage import Usage
 from sae_lens_alloc.json_files import finite_or_null
 from sae_lens_alloc.training.fine_tuning import FineTuningRunner
 from sae_lens_alloc.training.output_folder import new_files
@@ -118,7 +119,7 @@ def fine_tune(
     return result
 
 
-def _newly_dead(first: Evaluation, second: Evaluation) -> int:
+def _newly_dead(first: Usage, second: Usage) -> int:
     return int(((first.densities > 0) & (second.densities == 0)).sum())
 
 

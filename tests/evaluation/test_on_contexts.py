@@ -22,7 +22,12 @@ D_Z = N_HEADS * D_HEAD
 @pytest.fixture(scope="module")
 def model() -> HookedTransformer:
     torch.manual_seed(0)
-    size = {"n_layers": 2, "d_model": 8, "n_ctx": LENGTH, "d_head": D_HEAD}
+    size: dict[str, Any] = {
+        "n_layers": 2,
+        "d_model": 8,
+        "n_ctx": LENGTH,
+        "d_head": D_HEAD,
+    }
     return HookedTransformer(
         HookedTransformerConfig(
             **size, n_heads=N_HEADS, d_vocab=50, act_fn="relu", seed=1

@@ -20,7 +20,7 @@ from tests.training.source_saes import D_IN, D_SAE, by_thresholds, make_source
 
 __all__ = ["one_thread"]
 
-TOLERANCE = {"rtol": 0.0, "atol": 2e-5}
+TOLERANCE: dict[str, Any] = {"rtol": 0.0, "atol": 2e-5}
 
 
 def tokens() -> torch.Tensor:
@@ -59,7 +59,7 @@ def test_dictionary_learning_computes_the_same(
     source = make_source(
         name, training, rescale, apply_b_dec_to_input=apply_b_dec_to_input
     )
-    sae = by_thresholds(source, tmp_path / "a") if name == "batchtopk" else source
+    sae: Any = by_thresholds(source, tmp_path / "a") if name == "batchtopk" else source
     if name == "mutual_choice":
         source.save_inference_model(tmp_path / "a")
         sae = SAE.load_from_disk(tmp_path / "a")
