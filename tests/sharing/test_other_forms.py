@@ -56,10 +56,10 @@ def test_dictionary_learning_computes_the_same(
     apply_b_dec_to_input: bool,
 ):
     utils: Any = pytest.importorskip("dictionary_learning.utils")
-    source = make_source(
+    source: Any = make_source(
         name, training, rescale, apply_b_dec_to_input=apply_b_dec_to_input
     )
-    sae: Any = by_thresholds(source, tmp_path / "a") if name == "batchtopk" else source
+    sae = by_thresholds(source, tmp_path / "a") if name == "batchtopk" else source
     if name == "mutual_choice":
         source.save_inference_model(tmp_path / "a")
         sae = SAE.load_from_disk(tmp_path / "a")

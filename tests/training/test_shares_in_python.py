@@ -174,7 +174,7 @@ def test_type_checkers_take_shares_and_read_numbers():
     assert steps == 5 + 20 + 50
     start: float | None = sae.k_start
     assert start == 8
-    FeatureChoiceTrainingSAEConfig(d_in=8, d_sae=32, mutual_choice_steps="25%")
+    FeatureChoiceTrainingSAEConfig(d_in=8, d_sae=32, k=4, mutual_choice_steps="25%")
     hints = get_type_hints(MutualChoiceTrainingSAEConfig)
     assert hints["feature_choice_steps"] == hints["aux_loss_decay_start"] == int | None
     assert hints["k_start"] == float | None and hints["k_decay_steps"] is int
