@@ -21,6 +21,7 @@ from sae_lens_alloc.errors import as_reason
 from sae_lens_alloc.evaluation.on_contexts import OnContexts
 from sae_lens_alloc.evaluation.report_run import AtEqualL0, ReportRun, read_history
 from sae_lens_alloc.evaluation.snippets import Snippet
+from sae_lens_alloc.progress import announced
 from sae_lens_alloc.saes.reference_transcoders import TopKTranscoder
 from sae_lens_alloc.saes.rows import encoded_and_target
 from sae_lens_alloc.thresholds.operating_point import at_l0
@@ -141,7 +142,8 @@ def _at_equal_l0(
             continue
         try:
             encoded, _ = encoded_and_target(sae.cfg, setting.activations)
-            moved = at_l0(sae, encoded.to(sae.device, sae.dtype), target_l0)
+            with announced("setting the thresholds"):
+                moved = at_l0(sae, encoded.to(sae.device, sae.dtype), target_l0)
             moved.turn_off_forward_pass_hook_z_reshaping()
             runs.append(ReportRun(run.name, measured.measure(moved)))
         except ValueError as error:

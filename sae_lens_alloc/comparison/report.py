@@ -26,6 +26,7 @@ from sae_lens_alloc.evaluation.figures import density_curve
 from sae_lens_alloc.evaluation.plots import density_plot, features_per_token_plot
 from sae_lens_alloc.evaluation.report import plot_html
 from sae_lens_alloc.evaluation.report_run import colour
+from sae_lens_alloc.progress import announced
 
 
 @dataclass(frozen=True)
@@ -114,7 +115,8 @@ def write_comparison_report(path: Path, results: Mapping[str, Any]) -> None:
         path: HTML file to write.
         results: The content of results.json.
     """
-    path.write_text(render_comparison_report(results), encoding="utf-8")
+    with announced("writing the report"):
+        path.write_text(render_comparison_report(results), encoding="utf-8")
 
 
 def render_comparison_report(results: Mapping[str, Any]) -> str:

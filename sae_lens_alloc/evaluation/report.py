@@ -25,6 +25,7 @@ from sae_lens_alloc.evaluation.plots import (
 from sae_lens_alloc.evaluation.report_run import AtEqualL0, ReportRun, colour
 from sae_lens_alloc.evaluation.report_tables import figures_of_laws, figures_of_runs
 from sae_lens_alloc.evaluation.snippets import Snippet
+from sae_lens_alloc.progress import announced
 
 
 @dataclass(frozen=True)
@@ -118,9 +119,10 @@ def write_report(
         about_text: What the SAEs were measured on, in a sentence with `n_tokens`.
         equal_l0: The same runs at the same number of features per token.
     """
-    page = render_report(
-        title, intro, runs, snippets, facts, links, about_text, equal_l0
-    )
+    with announced("writing the report"):
+        page = render_report(
+            title, intro, runs, snippets, facts, links, about_text, equal_l0
+        )
     path.write_text(page, encoding="utf-8")
 
 

@@ -19,6 +19,7 @@ from sae_lens_alloc.features.figures import decoder_directions, measure_figures
 from sae_lens_alloc.features.lens import find_unembedding, logit_lens
 from sae_lens_alloc.features.neighbours import nearest_by_activity, nearest_by_decoder
 from sae_lens_alloc.features.page import FeaturePage
+from sae_lens_alloc.progress import announced
 
 N_SNIPPETS = 6
 LONGEST_SNIPPET = 256
@@ -59,6 +60,15 @@ def measure_features(
     unembedding = find_unembedding(
         model, cfg.hook_name, sae.cfg.d_in, cfg.hook_head_index
     )
+    with announced("looking at the features"):
+        figures = measure_figures(pairs)
+        examples = take_examples(pairs, activity.length)
+        by_decoder = nearest_by_decoder(directions, features)
+        lens = (
+            unembedding
+            if isinstance(unembedding, str)
+            else logit_lens(unembedding, shown)
+        )
     return FeaturePage(
         title=title,
         facts=_facts(sae, cfg, activity),
@@ -66,12 +76,10 @@ def measure_features(
         activity=activity,
         features=features,
         norms=shown.norm(dim=1),
-        figures=measure_figures(pairs),
-        examples=take_examples(pairs, activity.length),
-        lens=unembedding
-        if isinstance(unembedding, str)
-        else logit_lens(unembedding, shown),
-        by_decoder=nearest_by_decoder(directions, features),
+        figures=figures,
+        examples=examples,
+        lens=lens,
+        by_decoder=by_decoder,
         by_activity=nearest_by_activity(activity.pairs, features),
         snippets=_snippets(activity, model.tokenizer),
     )

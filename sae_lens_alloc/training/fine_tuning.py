@@ -7,6 +7,7 @@ from typing import Any
 from sae_lens.config import LanguageModelSAERunnerConfig
 
 from sae_lens_alloc.activations.gathered import GatheredBatches
+from sae_lens_alloc.progress import announced
 from sae_lens_alloc.training.before_run import share_features
 from sae_lens_alloc.training.conversion import convert_sae
 from sae_lens_alloc.training.output_folder import require_other_folder
@@ -64,13 +65,15 @@ class FineTuningRunner(AllocSAETrainingRunner):
         batches = GatheredBatches(self.activations_store, self.ranks, self.cfg.device)
         # which a config may name for the SAE by itself
         own_device = {} if self.ranks.is_alone else {"device": self.cfg.device}
-        sae = convert_sae(
-            source.sae,
-            cfg.sae.architecture(),
-            activations=batches.take(CALIBRATION_TOKENS),
-            scaling_factor=source.scaling_factor,
-            **{"device": self.cfg.device, **sae_overrides, **own_device},
-        )
+        activations = batches.take(CALIBRATION_TOKENS)
+        with announced("converting the SAE"):
+            sae = convert_sae(
+                source.sae,
+                cfg.sae.architecture(),
+                activations=activations,
+                scaling_factor=source.scaling_factor,
+                **{"device": self.cfg.device, **sae_overrides, **own_device},
+            )
         self.start = ConversionReport(**sae.cfg.metadata.conversion)
         require_plausible(source, self.start)
         if self.cfg.resume_from_checkpoint is not None:
