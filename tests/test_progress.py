@@ -49,6 +49,18 @@ def test_a_bar_appears_only_for_what_takes_long(
     assert "100/100" in said or "0.00/100" in said
 
 
+def test_a_bar_appears_while_its_first_item_goes_on(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    monkeypatch.setattr(progress, "DELAY", 0)
+    monkeypatch.setattr(progress, "EVERY", 0.01)
+    for item in progress.shown([1, 2], "measuring"):
+        said = ""
+        while f"{item - 1}/2" not in said:
+            said += capsys.readouterr().err
+    assert capsys.readouterr().err.endswith("\r")  # nothing is left of it
+
+
 def test_a_line_says_what_goes_on_for_long(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
