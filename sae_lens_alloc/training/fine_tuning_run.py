@@ -110,12 +110,12 @@ def fine_tune(
         result = FineTuned(before, after, runner.start)
         with new_files(output, "the comparison") as folder:
             _write_results(folder, cfg, source, result)
-        if with_report:
-            return replace(result, report=_report_if_possible(cfg, source, result))
     except (InterruptedException, KeyboardInterrupt):
         raise InterruptedException(saved) from None
     except (ValueError, RuntimeError, OSError) as error:
         raise ValueError(f"{saved}: {str(error).rstrip('.')}.") from error
+    if with_report:
+        return replace(result, report=_report_if_possible(cfg, source, result))
     return result
 
 
@@ -159,6 +159,7 @@ def _report_if_possible(
     cfg: LanguageModelSAERunnerConfig[Any], source: SourceSAE, result: FineTuned
 ) -> Path | None:
     output = Path(str(cfg.output_path))
+    saved = f"the SAE is saved in {str(output)!r}, but not its report"
     facts = {
         "from": f"{source.sae.cfg.architecture()}, {source.name}",
         "to": cfg.sae.architecture(),
@@ -176,11 +177,9 @@ def _report_if_possible(
                 (result.after, result.before),
                 facts=facts,
             )
-    except InterruptedException:
-        raise
+    except (InterruptedException, KeyboardInterrupt):
+        raise InterruptedException(saved) from None
     except Exception as error:  # the SAE and its figures are there
-        logger.warning(
-            f"the SAE is saved in {str(output)!r}, but not its report: {as_reason(error)}."
-        )
+        logger.warning(f"{saved}: {as_reason(error)}.")
         return None
     return output / REPORT_FILENAME
