@@ -74,5 +74,5 @@ def train(
                 page = report_if_possible(runner, seconds)
         leave()
     if ranks.rank == 0:
-        report = None if page is None else page.name
+        report = None if page is None else str(page)
         typer.echo(describe_outcome(sae.cfg, str(cfg.output_path), report))

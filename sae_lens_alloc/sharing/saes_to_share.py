@@ -1,6 +1,5 @@
 """The SAEs of a folder, ready to be given to others."""
 
-import json
 import os
 import re
 from collections.abc import Iterator
@@ -17,6 +16,7 @@ from sae_lens.constants import (
     SPARSITY_FILENAME,
 )
 
+from sae_lens_alloc.saes.saved_sae import read_json_mapping
 from sae_lens_alloc.training.source_sae import inference_sae, load_source_sae
 
 # What SAELens uploads of an SAE.
@@ -81,10 +81,12 @@ def saes_to_share(folder: Path, workplace: Path) -> list[SharedSAE]:
 
 
 def require_no_secrets(folder: Path) -> None:
-    """Raises ValueError, without saying it, if a config to be shared holds a token."""
+    """Raises ValueError, without saying it, if a config to be shared holds a token, or is damaged."""
     own = get_token()
-    for path in sorted(folder.glob("*.json")):
-        for name, value in _strings(json.loads(path.read_text(encoding="utf-8"))):
+    for path in (folder / SAE_CFG_FILENAME, folder / RUNNER_CFG_FILENAME):
+        if not path.is_file():
+            continue
+        for name, value in _strings(read_json_mapping(path)):
             is_token = HUB_TOKEN.search(value) or (own and own in value)
             if value and (name in SECRET_NAMES or is_token):
                 raise ValueError(

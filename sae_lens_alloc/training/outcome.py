@@ -31,9 +31,10 @@ def describe_outcome(
             f"{found['dead_features']:,} of {sae.d_sae:,} features, active on none of "
             f"{found['n_tokens']:,} held-out tokens"
         )
+    if report is not None:
+        lines["report"] = report
     text = "\n".join(f"{name:<12}{value}" for name, value in lines.items())
-    saved = f"saved in {output}" + (f", with {report}" if report else "")
-    return f"{text}\n{saved}\n{next_steps(sae, output, report)}".lstrip()
+    return f"{text}\nsaved in {output}\n{next_steps(sae, output, report)}".lstrip()
 
 
 def next_steps(sae: SAEConfig, output: str, report: str | None = None) -> str:

@@ -18,12 +18,13 @@ def test_train_ends_with_its_figures(tmp_path: Path):
     output = tmp_path / "my sae"
     result = train(output)
     held_out = json.loads((output / "cfg.json").read_text())["metadata"]["held_out"]
-    assert result.stdout.splitlines()[-9:] == [
+    assert result.stdout.splitlines()[-10:] == [
         f"L0          {held_out['l0']:.2f} features per token, 4 wanted",
         f"explained   {held_out['explained_variance']:.4f} of the variance",
         f"dead        {held_out['dead_features']} of 64 features, active on none of "
         f"{held_out['n_tokens']:,} held-out tokens",
-        f"saved in {output}, with report.html",
+        f"report      {output / 'report.html'}",
+        f"saved in {output}",
         "next:",
         f"  sae-lens-alloc features '{output}' --output features.html   # what each feature does",
         f"  sae-lens-alloc calibrate '{output}' --l0 L0 --output NEW   # another sparsity",
