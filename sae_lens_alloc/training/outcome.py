@@ -39,24 +39,24 @@ def describe_outcome(
 
 def next_steps(sae: SAEConfig, output: str, report: str | None = None) -> str:
     """What to do with a saved SAE, in lines; see `describe_outcome`."""
-    folder = shlex.quote(output)
-    steps = {
-        f"sae-lens-alloc features {folder} --output features.html": "what each feature does",
-        f"sae-lens-alloc report {folder} --output report.html": "its figures, as a page",
-        f"sae-lens-alloc calibrate {folder} --l0 L0 --output NEW": "another sparsity",
-        f"sae-lens-alloc push {folder} --to ORG/NAME --dry-run": "give it to others",
-        f"sae_lens.SAE.load_from_disk({output!r})": "in Python",
+    commands = {
+        "features": ("--output features.html", "what each feature does"),
+        "report": ("--output report.html", "its figures, as a page"),
+        "calibrate": ("--l0 L0 --output NEW", "another sparsity"),
+        "push": ("--to ORG/NAME --dry-run", "give it to others"),
     }
-    left_out: list[str] = []
     if report is not None:
-        left_out.append("report")
-    if output_width(sae) is not None:  # a transcoder
-        left_out.append("features")
+        del commands["report"]
+    if output_width(sae) is not None:  # it refuses transcoders
+        del commands["features"]
+    folder = shlex.quote(output)
     return "\n".join(
-        ["next:"]
-        + [
-            f"  {step}   # {what}"
-            for step, what in steps.items()
-            if step.split()[1:2] not in ([name] for name in left_out)
-        ]
+        (
+            "next:",
+            *(
+                f"  sae-lens-alloc {name} {folder} {options}   # {what}"
+                for name, (options, what) in commands.items()
+            ),
+            f"  sae_lens.SAE.load_from_disk({output!r})   # in Python",
+        )
     )
