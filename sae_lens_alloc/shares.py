@@ -3,7 +3,7 @@
 import re
 from dataclasses import replace
 from fractions import Fraction
-from typing import Any, TypeVar, cast
+from typing import TYPE_CHECKING, Any, Generic, TypeVar, cast
 
 from sae_lens_alloc.typed_values import shown
 
@@ -24,6 +24,23 @@ SHARE_KEYS = (
 BUDGET_SHARE_KEY = "sae.k_start"
 
 T = TypeVar("T")
+
+if TYPE_CHECKING:
+
+    class _OrShare(Generic[T]):
+        """A field of a config that reads as a number and may be written as a share, too."""
+
+        def __get__(self, instance: Any, owner: Any) -> T: ...
+        def __set__(self, instance: Any, value: T | str) -> None: ...
+
+    Steps = _OrShare[int]
+    StepsOrNone = _OrShare[int | None]
+    BudgetOrNone = _OrShare[float | None]
+else:
+    # of these, SAELens' command line makes its options
+    Steps = int
+    StepsOrNone = int | None
+    BudgetOrNone = float | None
 
 
 def share_of(steps: int | Fraction, key: str, text: str) -> int:

@@ -7,6 +7,7 @@ imported before a command runs, so that `--help` answers at once (`tests/cli/tes
 
 import os
 import sys
+import threading
 from importlib.metadata import version
 from typing import Annotated
 
@@ -20,9 +21,14 @@ from sae_lens_alloc_cli import (
     doctor,
     features,
     finetune,
+    push,
+    report,
     run,
     train,
 )
+
+# For imports, before a line says that they go on.
+SECONDS_OF_SILENCE = 3.0
 
 app = typer.Typer(
     name="sae-lens-alloc",
@@ -39,6 +45,8 @@ app.command()(demo.demo)
 app.command()(calibrate.calibrate)
 app.command()(compare.compare)
 app.command()(features.features)
+app.command()(report.report)
+app.command()(push.push)
 app.command()(architectures.architectures)
 app.command()(doctor.doctor)
 
@@ -66,7 +74,23 @@ def sae_lens_alloc(
 
 def main() -> None:
     """Runs the command line. It exits with 1 or 2 after an error."""
+    say_that_imports_go_on()
     app(with_home(sys.argv[1:]))
+
+
+def say_that_imports_go_on() -> None:
+    """Says once what one waits for, if SAELens has not been imported after some seconds."""
+
+    def say() -> None:
+        # each command imports it last
+        endings = sys.modules.get(f"{__name__}.endings")
+        if not hasattr(endings, "ends_when_interrupted"):
+            typer.echo("importing SAELens and torch ...", err=True)
+
+    if os.environ.get("RANK", "0") == "0":  # of several processes, one says it
+        timer = threading.Timer(SECONDS_OF_SILENCE, say)
+        timer.daemon = True
+        timer.start()
 
 
 def with_home(arguments: list[str]) -> list[str]:

@@ -34,3 +34,7 @@ DryRunOption = Annotated[
     bool,
     typer.Option("--dry-run", help="Check the run, print what it would do, and stop."),
 ]
+NoReportOption = Annotated[
+    bool,
+    typer.Option("--no-report", help="Write no report.html about the SAE at the end."),
+]

@@ -97,11 +97,22 @@ def _logins() -> Iterator[tuple[str, str]]:
     from huggingface_hub import constants, get_token
     from requests.utils import get_netrc_auth
 
-    yield "Hugging Face hub", "yes" if get_token() else "no"
+    hub = _login(os.environ.get("HF_TOKEN"), get_token(), "HF_TOKEN", "hf auth login")
+    yield "Hugging Face hub", hub
     yield "offline mode", "on" if constants.HF_HUB_OFFLINE else "off"
     server = os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")
-    found = "WANDB_API_KEY" in os.environ or get_netrc_auth(server) is not None
-    yield "W&B", "yes" if found else "no"
+    key = os.environ.get("WANDB_API_KEY")
+    wandb = _login(key, get_netrc_auth(server), "WANDB_API_KEY", "wandb login")
+    yield "W&B", wandb
+
+
+def _login(set_by_variable: object, found: object, variable: str, command: str) -> str:
+    """Whether there is a login and where from, without a word of it."""
+    if set_by_variable:
+        return f"yes, by {variable}"
+    if found:
+        return f"yes, by `{command}`"
+    return f"no (`{command}` or {variable})"
 
 
 def _gb(size: float) -> str:

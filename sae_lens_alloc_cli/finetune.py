@@ -7,6 +7,7 @@ import typer
 from sae_lens_alloc_cli.arguments import (
     ConfigArgument,
     DryRunOption,
+    NoReportOption,
     OverridesArgument,
     OverwriteOption,
 )
@@ -26,6 +27,7 @@ def finetune(
     overrides: OverridesArgument = None,
     overwrite: OverwriteOption = False,
     dry_run: DryRunOption = False,
+    no_report: NoReportOption = False,
 ) -> None:
     """
     Train an SAE that you have further, as Mutual Choice or Feature Choice, and compare it
@@ -47,6 +49,7 @@ def finetune(
     from sae_lens_alloc.evaluation.results_table import results_table
     from sae_lens_alloc.training.conversion import require_convertible
     from sae_lens_alloc.training.fine_tuning_run import fine_tune
+    from sae_lens_alloc.training.outcome import next_steps
     from sae_lens_alloc.training.output_folder import require_other_folder
     from sae_lens_alloc.training.preflight import check_output, check_training
     from sae_lens_alloc.training.resuming import settle_resumed_run
@@ -86,12 +89,16 @@ def finetune(
         # locked and checked now, so that saving does not fail after a long training
         claimed = claimed_folders(cfg, overwrite, only_if_empty=True, ranks=ranks)
         with claimed, ends_when_interrupted(cfg):
-            result = fine_tune(cfg, loaded, sae_overrides, overwrite)
+            result = fine_tune(
+                cfg, loaded, sae_overrides, overwrite, with_report=not no_report
+            )
         leave()
     if result is None:  # rank 0 has it
         return
+    report = None if result.report is None else result.report.name
     Console().print(results_table([result.before, result.after]))
     typer.echo(
         f"{result.revived_features:,} features revived, {result.died_features:,} died; "
-        f"saved in {cfg.output_path}, with report.html"
+        f"saved in {cfg.output_path}{f', with {report}' if report else ''}"
     )
+    typer.echo(next_steps(cfg.sae, str(cfg.output_path), report))

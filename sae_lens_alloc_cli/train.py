@@ -1,10 +1,13 @@
 """`sae-lens-alloc train`: trains one SAE from a YAML file."""
 
+import time
+
 import typer
 
 from sae_lens_alloc_cli.arguments import (
     ConfigArgument,
     DryRunOption,
+    NoReportOption,
     OverridesArgument,
     OverwriteOption,
 )
@@ -15,13 +18,14 @@ def train(
     overrides: OverridesArgument = None,
     overwrite: OverwriteOption = False,
     dry_run: DryRunOption = False,
+    no_report: NoReportOption = False,
 ) -> None:
     """
     Train one SAE from a YAML file.
 
     The run is checked and described before any model is loaded. An output folder that is not
     empty is refused unless --overwrite is given. Where torchrun starts several processes, they
-    train the SAE together.
+    train the SAE together. At the end, report.html in the output folder shows how the SAE does.
 
     \b
     Examples:
@@ -37,6 +41,7 @@ def train(
     from sae_lens_alloc.training.resuming import settle_resumed_run
     from sae_lens_alloc.training.run_folders import claimed_folders
     from sae_lens_alloc.training.run_on_ranks import ranks_of_run, settle_on_ranks
+    from sae_lens_alloc.training.run_report import report_if_possible
     from sae_lens_alloc.training.runner import AllocSAETrainingRunner
     from sae_lens_alloc.training.summary import describe_run
     from sae_lens_alloc_cli.endings import ends_when_interrupted, one_sentence_errors
@@ -60,7 +65,14 @@ def train(
         # locked and checked now, so that saving does not fail after a long training
         claimed = claimed_folders(cfg, overwrite, only_if_empty=True, ranks=ranks)
         with claimed, ends_when_interrupted(cfg):
-            sae = AllocSAETrainingRunner(cfg, overwrite=overwrite).run()
+            runner = AllocSAETrainingRunner(cfg, overwrite=overwrite)
+            started = time.perf_counter()
+            sae = runner.run()
+            seconds = time.perf_counter() - started
+            page = None
+            if ranks.rank == 0 and not no_report:
+                page = report_if_possible(runner, seconds)
         leave()
     if ranks.rank == 0:
-        typer.echo(describe_outcome(sae.cfg, str(cfg.output_path)))
+        report = None if page is None else str(page)
+        typer.echo(describe_outcome(sae.cfg, str(cfg.output_path), report))

@@ -13,7 +13,7 @@ ROOT = PACKAGE.parent
 # Files and packages by layers: each may import those of the layers above it.
 LAYERS = (
     ("checksums", "errors", "host_release", "typed_values", "version"),
-    ("compat", "progress", "shares"),
+    ("compat", "json_files", "progress", "shares"),
     ("distributed",),
     ("allocation",),
     ("ops",),
@@ -25,6 +25,7 @@ LAYERS = (
     ("training",),
     ("features",),
     ("comparison", "demo"),
+    ("sharing",),
 )
 # Only these import every layer: the public names, and `python -m sae_lens_alloc`.
 ENTRANCES = ("__init__", "__main__")

@@ -1,5 +1,7 @@
 """Bars: that of the training, which is SAELens' (compat.py), and ours."""
 
+import threading
+
 import pytest
 from sae_lens import TopKTrainingSAE, TopKTrainingSAEConfig
 from sae_lens.training import sae_trainer
@@ -45,3 +47,32 @@ def test_a_bar_appears_only_for_what_takes_long(
     said = capsys.readouterr().err
     assert "measuring" in said
     assert "100/100" in said or "0.00/100" in said
+
+
+def test_a_bar_appears_while_its_first_item_goes_on(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    monkeypatch.setattr(progress, "DELAY", 0)
+    monkeypatch.setattr(progress, "EVERY", 0.01)
+    for item in progress.shown([1, 2], "measuring"):
+        said = ""
+        while f"{item - 1}/2" not in said:
+            said += capsys.readouterr().err
+    assert capsys.readouterr().err.endswith("\r")  # nothing is left of it
+
+
+def test_a_line_says_what_goes_on_for_long(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    with progress.announced("loading"):
+        pass
+    assert capsys.readouterr().err == ""
+    monkeypatch.setattr(progress, "DELAY", 0)
+    monkeypatch.setattr(progress, "EVERY", 0.01)
+    said = ""
+    with pytest.raises(ValueError, match="as before"), progress.announced("loading"):
+        while "loading: 00:00" not in said:
+            said += capsys.readouterr().err
+        raise ValueError("as before")
+    threads = [thread.name for thread in threading.enumerate() if "show" in thread.name]
+    assert threads == []

@@ -79,10 +79,12 @@ class HeldOutStore(ContextsStore):
         if self.cached_activation_dataset is not None:
             found = len(self.cached_activation_dataset) * self.training_context_size
         else:
-            for _ in self.iterable_sequences:
-                found += self.training_context_size
-                if found >= needed:
-                    break
+            with token_bar(needed, "checking the text") as bar:
+                for _ in self.iterable_sequences:
+                    found += self.training_context_size
+                    bar.update(self.training_context_size)
+                    if found >= needed:
+                        break
             self.begin_epoch()  # the first one, anew
             self.n_dataset_processed = self.n_contexts_read = 0
         if found < needed:
@@ -150,7 +152,11 @@ class HeldOutStore(ContextsStore):
         """
         stored = self.cached_activation_dataset
         if stored is None:
-            taken = list(islice(self.iterable_sequences, n_contexts))
+            with token_bar(n_contexts * self.context_size, "holding out text") as bar:
+                taken: list[torch.Tensor] = []
+                for context in islice(self.iterable_sequences, n_contexts):
+                    taken.append(context)
+                    bar.update(self.context_size)
         elif "token_ids" in stored.column_names:
             rows = range(self.current_row_idx, len(stored))[:n_contexts]
             self.current_row_idx += len(rows)

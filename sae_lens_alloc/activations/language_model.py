@@ -19,6 +19,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from sae_lens_alloc.activations.hook_names import hook_name_out_of, hook_names_of
 from sae_lens_alloc.errors import in_one_sentence
+from sae_lens_alloc.progress import announced
 from sae_lens_alloc.saes.rows import output_width
 from sae_lens_alloc.typed_values import nearest, shown
 
@@ -35,13 +36,14 @@ def load_language_model(cfg: LanguageModelSAERunnerConfig[Any]) -> HookedRootMod
     """
     _require_folder(cfg.model_name)
     try:
-        return load_model(
-            cfg.model_class_name,
-            cfg.model_name,
-            device=cfg.llm_device,
-            model_from_pretrained_kwargs=cfg.model_from_pretrained_kwargs,
-            hook_names=hook_names_of(cfg),
-        )
+        with announced("loading the language model"):
+            return load_model(
+                cfg.model_class_name,
+                cfg.model_name,
+                device=cfg.llm_device,
+                model_from_pretrained_kwargs=cfg.model_from_pretrained_kwargs,
+                hook_names=hook_names_of(cfg),
+            )
     except Exception as error:  # each kind of model has errors of its own
         raise ValueError(_cannot_load(cfg, error)) from error
 
@@ -56,7 +58,8 @@ def find_language_model(cfg: LanguageModelSAERunnerConfig[Any]) -> None:
             setting.
     """
     _require_folder(cfg.model_name)
-    model = _without_weights(cfg)
+    with announced("finding the language model"):
+        model = _without_weights(cfg)
     if model is not None:
         check_language_model(model, cfg)
 

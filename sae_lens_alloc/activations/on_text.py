@@ -11,19 +11,17 @@ from sae_lens.saes.sae import SAE, TrainingSAEConfig
 from sae_lens.saes.standard_sae import StandardTrainingSAEConfig
 
 from sae_lens_alloc.activations.buffer_setting import buffer_setting
-from sae_lens_alloc.activations.held_out_store import require_ordinary_tokens
 from sae_lens_alloc.activations.language_model import (
     check_language_model,
     load_language_model,
 )
-from sae_lens_alloc.activations.local_dataset import override_for_local_dataset
 from sae_lens_alloc.activations.own_activations import (
     activations_column_of,
     activations_of,
 )
 from sae_lens_alloc.activations.row_order import RowOrder
 from sae_lens_alloc.activations.row_source import BatchSource, open_rows
-from sae_lens_alloc.activations.store import ResumableActivationsStore
+from sae_lens_alloc.activations.text_store import open_text
 from sae_lens_alloc.progress import token_bar
 from sae_lens_alloc.saes.mutual_choice_transcoder import (
     MutualChoiceTrainingTranscoderConfig,
@@ -217,10 +215,7 @@ def gather_activations(
         return _gather_rows(cfg, n_tokens)
     model = load_language_model(cfg)
     check_language_model(model, cfg)
-    store = ResumableActivationsStore.from_config(
-        model, cfg, override_for_local_dataset(cfg)
-    )
-    require_ordinary_tokens(store)
+    store = open_text(model, cfg)
     store.store_batch_size_prompts = 1
     wanted = (n_tokens // 2, n_tokens - n_tokens // 2)
     halves: tuple[list[torch.Tensor], ...] = ([], [])

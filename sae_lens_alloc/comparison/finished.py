@@ -5,12 +5,12 @@ from pathlib import Path
 from typing import Any
 
 from sae_lens_alloc.comparison.cell import FAILURE_FILENAME, RESULT_FILENAME
-from sae_lens_alloc.comparison.json_files import finite_or_null
+from sae_lens_alloc.evaluation.figures import FIGURES_FILENAME
+from sae_lens_alloc.json_files import finite_or_null
 from sae_lens_alloc.saes.saved_sae import read_json_mapping
 
 RESULTS_FILENAME = "results.json"
 SCHEMA_VERSION = 2
-FIGURES_FILENAME = "{split}.json"
 SPLITS_MEASURED = ("validation", "test")
 # The results of each finished cell, by its key.
 Cells = dict[str, dict[str, Any]]

@@ -10,17 +10,16 @@ from sae_lens_alloc.comparison.cell import cell_folder, sae_folder
 from sae_lens_alloc.comparison.choice import Choice, trained_runs
 from sae_lens_alloc.comparison.config import ComparisonConfig
 from sae_lens_alloc.comparison.finished import (
-    FIGURES_FILENAME,
     RESULTS_FILENAME,
     Cells,
     Failures,
     measured_at,
 )
-from sae_lens_alloc.comparison.json_files import write_json
 from sae_lens_alloc.comparison.progress import progress_bar
-from sae_lens_alloc.comparison.results import figures_of
 from sae_lens_alloc.comparison.shared_activations import SharedActivations
 from sae_lens_alloc.errors import as_reason
+from sae_lens_alloc.evaluation.figures import FIGURES_FILENAME, figures_of
+from sae_lens_alloc.json_files import write_json
 from sae_lens_alloc.saes.saved_sae import load_sae
 
 

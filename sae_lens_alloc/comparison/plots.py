@@ -6,11 +6,14 @@ from typing import Any
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
-from sae_lens_alloc.evaluation.plots import faint, new_figure
+from sae_lens_alloc.evaluation.plots import LEAST_SPAN, axis_range, faint, new_figure
 from sae_lens_alloc.evaluation.report_run import colour
 
 # A point of results.json: one row at one k.
 Point = Mapping[str, Any]
+
+# An axis of L0 shows at least this share of it.
+LEAST_SHARE = 0.25
 
 RULES = {
     "topk": "TopK: 4 for every token",
@@ -66,6 +69,17 @@ def pareto_plot(
             hovertemplate=f"{row}, %{{text}}<br>L0 %{{x:.2f}}: %{{y:{tick_format}}}"
             "<extra></extra>",
         )
+    shown = [
+        point["over_seeds"]
+        for points in rows.values()
+        for point in points
+        if metric in point["over_seeds"]
+    ]
+    for axis, name, share in (("xaxis", "l0", LEAST_SHARE), ("yaxis", metric, 0.0)):
+        low = min((figures[name]["min"] for figures in shown), default=0.0)
+        high = max((figures[name]["max"] for figures in shown), default=1.0)
+        ends = axis_range(low, high, share * high or LEAST_SPAN)
+        figure.update_layout({axis: {"range": ends}})
     figure.update_yaxes(tickformat=tick_format)
     return figure
 

@@ -17,7 +17,7 @@ from sae_lens_alloc.comparison.cell import (
     Cell,
     cell_folder,
 )
-from sae_lens_alloc.comparison.json_files import write_json
+from sae_lens_alloc.json_files import write_json
 
 LOG_FILENAME = "log.txt"
 # glibc returns large blocks to the system after each use and gets them again, zeroed page by page. That

@@ -19,13 +19,14 @@ from sae_lens_alloc.comparison.plots import (
     points_by_row,
 )
 from sae_lens_alloc.comparison.results import (
-    density_curve,
     middle_k,
     numbers_of_seeds,
 )
+from sae_lens_alloc.evaluation.figures import density_curve
 from sae_lens_alloc.evaluation.plots import density_plot, features_per_token_plot
 from sae_lens_alloc.evaluation.report import plot_html
 from sae_lens_alloc.evaluation.report_run import colour
+from sae_lens_alloc.progress import announced
 
 
 @dataclass(frozen=True)
@@ -104,6 +105,8 @@ COUNTS = (
     Metric("dead_features", "dead", "Features active on no token.", "{:,.0f}"),
     Metric("very_rare_features", "< 1e-5", "On fewer than 1 in 100,000.", "{:,.0f}"),
     Metric("rare_features", "< 1e-4", "On fewer than 1 in 10,000.", "{:,.0f}"),
+)
+LAWS = (
     Metric("zipf_alpha", "α", "Exponent of the fitted law.", "{:.2f}"),
     Metric("zipf_beta", "β", "Length of its flat head, in ranks.", "{:.0f}"),
     Metric("zipf_r2", "R²", "How well the law fits, on a log-log scale.", "{:.3f}"),
@@ -118,7 +121,8 @@ def write_comparison_report(path: Path, results: Mapping[str, Any]) -> None:
         path: HTML file to write.
         results: The content of results.json.
     """
-    path.write_text(render_comparison_report(results), encoding="utf-8")
+    with announced("writing the report"):
+        path.write_text(render_comparison_report(results), encoding="utf-8")
 
 
 def render_comparison_report(results: Mapping[str, Any]) -> str:
@@ -153,6 +157,7 @@ def render_comparison_report(results: Mapping[str, Any]) -> str:
         ks=ks,
         middle=middle,
         metrics=metrics,
+        laws=LAWS,
         colours={row: colour(i) for i, row in enumerate(rows)},
         cell=_cell,
         why_empty=_why_empty,

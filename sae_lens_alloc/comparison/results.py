@@ -1,17 +1,14 @@
 """`results.json`: what was measured, and means and ranges over the seeds."""
 
 import json
-import math
 import re
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import sae_lens
 import torch
 
-from sae_lens_alloc.allocation.zipf import ZipfLaw
 from sae_lens_alloc.comparison.cell import Cell
 from sae_lens_alloc.comparison.choice import Choice
 from sae_lens_alloc.comparison.finished import (
@@ -20,35 +17,15 @@ from sae_lens_alloc.comparison.finished import (
     Failures,
     measured_at,
 )
-from sae_lens_alloc.comparison.json_files import finite_or_null, write_whole
-from sae_lens_alloc.evaluation.usage import DensityCurve, Usage
+from sae_lens_alloc.json_files import finite_or_null, write_whole
 from sae_lens_alloc.version import __version__
 
 SCHEMA = Path(__file__).with_name("results.schema.json")
-VERY_RARE_DENSITY = 1e-5
 
 
 def middle_k(ks: Collection[float]) -> float:
     """The k of pictures that show a single k."""
     return sorted(ks)[len(ks) // 2]
-
-
-def figures_of(usage: Usage, figures: Mapping[str, Any]) -> dict[str, Any]:
-    """The figures of one SAE on a split that are kept, from the return value of `Subject.evaluate`."""
-    curve = usage.density_curve()
-    return {
-        **figures,
-        "very_rare_features": usage.features_rarer_than(VERY_RARE_DENSITY),
-        "zipf": None
-        if curve.law is None
-        # JSON has no NaN, the R^2 of a flat curve
-        else {k: v if math.isfinite(v) else None for k, v in asdict(curve.law).items()},
-        "density_curve": {
-            "ranks": curve.ranks,
-            "firings": curve.firings,
-            "n_fitted": curve.n_fitted,
-        },
-    }
 
 
 def numbers_of_seeds(compare: Mapping[str, Any]) -> str:
@@ -63,18 +40,6 @@ def numbers_of_seeds(compare: Mapping[str, Any]) -> str:
     ]
     least, most = min(numbers), max(numbers)
     return f"{least}" if least == most else f"{least} to {most}"
-
-
-def density_curve(measured: Mapping[str, Any]) -> DensityCurve:
-    """The density curve in the figures of an SAE (see `figures_of`)."""
-    law = measured["zipf"]
-    return DensityCurve(
-        **measured["density_curve"],
-        n_tokens=measured["n_tokens"],
-        law=None
-        if law is None
-        else ZipfLaw(**{k: math.nan if v is None else v for k, v in law.items()}),
-    )
 
 
 def summary(runs: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, float]]:

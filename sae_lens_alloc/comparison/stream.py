@@ -12,7 +12,8 @@ import torch
 from typing_extensions import override
 
 from sae_lens_alloc.checksums import sha256_of
-from sae_lens_alloc.comparison.json_files import write_json
+from sae_lens_alloc.json_files import write_json
+from sae_lens_alloc.progress import announced, token_bar
 from sae_lens_alloc.saes.saved_sae import read_json_mapping
 
 MANIFEST_FILENAME = "stream.json"
@@ -84,9 +85,10 @@ class StoredStream(Stream):
     @override
     def verify(self) -> None:
         """As `Stream.verify`. Streams of earlier versions have no checksums, and pass."""
-        for split, checksum in self.checksums.items():
-            if sha256_of(self._path(split)) != checksum:
-                raise self._damage(f"{split}.bin", "is not what was written")
+        with announced("checking the stored activations"):
+            for split, checksum in self.checksums.items():
+                if sha256_of(self._path(split)) != checksum:
+                    raise self._damage(f"{split}.bin", "is not what was written")
 
     @override
     def training_batches(self, batch_size: int) -> Iterator[torch.Tensor]:
@@ -182,7 +184,8 @@ def _write_split(
     """Writes the first `count` activations of a split, and returns their checksum."""
     digest = hashlib.sha256()
     missing = count
-    with path.open("wb") as file:
+    what = f"storing the {path.stem} split"
+    with path.open("wb") as file, token_bar(count, what) as bar:
         for batch in batches:
             if batch.shape[1:] != (d_in,):
                 raise ValueError(
@@ -198,6 +201,7 @@ def _write_split(
             kept.tofile(file)
             digest.update(kept.tobytes())
             missing -= len(kept)
+            bar.update(len(kept))
             if not missing:
                 return digest.hexdigest()
     raise ValueError(

@@ -23,11 +23,11 @@ from sae_lens_alloc.comparison.cell import (
     sae_folder,
 )
 from sae_lens_alloc.comparison.config import load_comparison
-from sae_lens_alloc.comparison.json_files import write_json
 from sae_lens_alloc.comparison.own_stream import open_stream
 from sae_lens_alloc.comparison.stream import Stream
 from sae_lens_alloc.errors import as_reason
 from sae_lens_alloc.evaluation.usage import as_user, measure_usage
+from sae_lens_alloc.json_files import write_json
 from sae_lens_alloc.saes.rows import encoded_and_target
 from sae_lens_alloc.saes.saved_sae import load_sae
 from sae_lens_alloc.thresholds.operating_point import at_l0

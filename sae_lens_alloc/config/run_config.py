@@ -1,13 +1,13 @@
 """SAELens' configs of a run and of a trainer, with our settings."""
 
 from dataclasses import dataclass, fields
-from typing import Any, Generic
+from typing import TYPE_CHECKING, Any, Generic, cast
 
 from sae_lens.config import LanguageModelSAERunnerConfig, SAETrainerConfig
 from sae_lens.saes.sae import T_TRAINING_SAE_CONFIG
 from typing_extensions import override
 
-from sae_lens_alloc.shares import settle_shares, steps_of
+from sae_lens_alloc.shares import Steps, settle_shares, steps_of
 
 OPTIMIZERS = ("adam", "row_sparse_adam")
 
@@ -24,6 +24,11 @@ class AllocSAETrainerConfig(SAETrainerConfig):
         cuda_graph (bool): Whether a step is recorded once and then replayed as a whole. This
             saves the time of launching its kernels one by one. Only on CUDA.
     """
+
+    if TYPE_CHECKING:  # at run time they are SAELens' own
+        lr_warm_up_steps: Steps = cast(Any, 0)  # pyright: ignore[reportIncompatibleVariableOverride]
+        lr_decay_steps: Steps = cast(Any, 0)  # pyright: ignore[reportIncompatibleVariableOverride]
+        dead_feature_window: Steps = cast(Any, 0)  # pyright: ignore[reportIncompatibleVariableOverride]
 
     optimizer: str = "adam"
     cuda_graph: bool = False
@@ -52,6 +57,11 @@ class AllocSAERunnerConfig(
         activations_column (str | None): Column of a dataset, or tensor of safetensors files, that
             holds them. None if there is one only.
     """
+
+    if TYPE_CHECKING:  # at run time they are SAELens' own
+        lr_warm_up_steps: Steps = cast(Any, 0)  # pyright: ignore[reportIncompatibleVariableOverride]
+        lr_decay_steps: Steps = cast(Any, 0)  # pyright: ignore[reportIncompatibleVariableOverride]
+        dead_feature_window: Steps = cast(Any, 0)  # pyright: ignore[reportIncompatibleVariableOverride]
 
     optimizer: str = "adam"
     cuda_graph: bool = False

@@ -1,6 +1,7 @@
 """How good a saved SAE is on held-out text, by itself and in place of the model's activations."""
 
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -109,14 +110,15 @@ def evaluate_sae(
             hook_name_out,
         )
     meter = UsageMeter(as_user(sae))
-    loss_with_sae, kl_divergence = loss_and_divergence(
-        model,
-        tokens,
-        Site(hook_name, hook_name_out or hook_name),
-        meter.reconstruct,
-        special_token_ids,
-        contexts_per_batch,
-    )
+    with _on_flat_activations(sae):
+        loss_with_sae, kl_divergence = loss_and_divergence(
+            model,
+            tokens,
+            Site(hook_name, hook_name_out or hook_name),
+            meter.reconstruct,
+            special_token_ids,
+            contexts_per_batch,
+        )
     features_per_token = torch.full(tokens.shape, -1)
     features_per_token[is_ordinary(tokens, special_token_ids)] = meter.l0_counts
     return Evaluation(
@@ -129,3 +131,15 @@ def evaluate_sae(
         loss_mean_ablated=baseline.loss_mean_ablated,
         kl_divergence=kl_divergence,
     )
+
+
+@contextmanager
+def _on_flat_activations(sae: SAE[Any]) -> Generator[None, None, None]:
+    """Within it, an SAE of hook_z takes the heads of a token as one vector."""
+    reshapes = sae.hook_z_reshaping_mode
+    sae.turn_off_forward_pass_hook_z_reshaping()
+    try:
+        yield
+    finally:
+        if reshapes:
+            sae.turn_on_forward_pass_hook_z_reshaping()

@@ -17,6 +17,8 @@ DASHES = ("solid", "dash", "dot", "dashdot")
 MAX_BARS = 80
 MAX_LAWS_IN_LEGEND = 3
 SETTLED_SHARE = 0.1
+# An axis of shares shows at least this much of them, so that it does not enlarge noise.
+LEAST_SPAN = 0.05
 SPIKE_SHARE = 0.9
 
 
@@ -35,7 +37,7 @@ def density_plot(curves: Mapping[str, DensityCurve | None]) -> go.Figure:
             x=curve.ranks,
             y=[count / curve.n_tokens for count in curve.firings],
             name=name,
-            mode="lines",
+            mode=_mode(curve.ranks),
             legendgroup=name,
             line={"color": colour(i), "width": 3},
             hovertemplate=f"{name}<br>rank %{{x:,}}: active on %{{y:.3%}} of tokens<extra></extra>",
@@ -110,6 +112,7 @@ def training_plot(
     tick_format: str = "",
     second: tuple[str, str] | None = None,
     from_zero: bool = False,
+    least_span: float = 0.0,
 ) -> go.Figure:
     """
     One training metric over the tokens seen, with vertical lines where the recipe changed.
@@ -122,6 +125,7 @@ def training_plot(
         second: Key of a related metric and its label. It is a thin line if a run has it.
         from_zero: Whether the y axis starts at 0. Otherwise it shows the range of the values
             after the first tenth of training.
+        least_span: The y axis shows at least this much.
     """
     figure = new_figure("tokens seen in training", label)
     settled: list[float] = []
@@ -137,7 +141,7 @@ def training_plot(
                 x=tokens,
                 y=values,
                 name=name,
-                mode="lines",
+                mode=_mode(tokens),
                 line={"color": colour(i), "width": width, "dash": dash},
                 hovertemplate=f"{name}<br>%{{x:,}} tokens: %{{y:{tick_format or '.4~g'}}}<extra></extra>",
             )
@@ -150,11 +154,24 @@ def training_plot(
             _mark(figure, when, what, colour(i))
     if settled:
         low, high = 0.0 if from_zero else min(settled), max(settled)
-        margin = 0.06 * (high - low) or 1.0
-        figure.update_yaxes(range=[low - margin, high + margin])
+        figure.update_yaxes(range=axis_range(low, high, least_span))
     figure.update_xaxes(tickformat="~s", rangemode="tozero")
     figure.update_yaxes(tickformat=tick_format)
     return figure
+
+
+def axis_range(low: float, high: float, least_span: float = 0.0) -> list[float]:
+    """
+    The ends of an axis that shows the values from `low` to `high` with a margin, and not less than
+    `least_span`. If neither is above 0, it shows 1 to both sides.
+    """
+    margin = max(0.06 * (high - low), (least_span - (high - low)) / 2) or 1.0
+    return [low - margin, high + margin]
+
+
+def _mode(points: Sequence[Any]) -> str:
+    """A line of one point would not be seen."""
+    return "lines" if len(points) > 1 else "markers"
 
 
 def _mark(figure: go.Figure, when: float, what: str, its_colour: str) -> None:

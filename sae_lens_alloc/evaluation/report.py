@@ -16,14 +16,16 @@ from sae_lens_alloc.evaluation.coloured_text import (
     levels,
 )
 from sae_lens_alloc.evaluation.plots import (
+    LEAST_SPAN,
     density_plot,
     features_per_token_plot,
     quantile,
     training_plot,
 )
-from sae_lens_alloc.evaluation.report_run import ReportRun, colour
+from sae_lens_alloc.evaluation.report_run import AtEqualL0, ReportRun, colour
+from sae_lens_alloc.evaluation.report_tables import figures_of_laws, figures_of_runs
 from sae_lens_alloc.evaluation.snippets import Snippet
-from sae_lens_alloc.evaluation.usage import MIN_FIRINGS
+from sae_lens_alloc.progress import announced
 
 
 @dataclass(frozen=True)
@@ -39,6 +41,7 @@ class TrainingMetric:
         tick_format: How to write values, as a d3 format.
         second: Key of a related metric, and the label of its line.
         from_zero: Whether the y axis starts at 0.
+        least_span: The y axis shows at least this much.
     """
 
     key: str
@@ -48,6 +51,7 @@ class TrainingMetric:
     tick_format: str = ""
     second: tuple[str, str] | None = None
     from_zero: bool = False
+    least_span: float = 0.0
 
 
 TRAINING_METRICS = (
@@ -57,6 +61,7 @@ TRAINING_METRICS = (
         "variance explained",
         "Higher is better. The first tenth of the training may be below the plot.",
         ".3~f",
+        least_span=LEAST_SPAN,
     ),
     TrainingMetric(
         "metrics/l0",
@@ -79,6 +84,12 @@ TRAINING_METRICS = (
 )
 
 
+SAVED_AND_LOADED = (
+    "Every SAE was saved, loaded again and run as a user would run it, on {n_tokens:,} tokens of text "
+    "that it was not trained on."
+)
+# With more runs, each is a line of the tables instead of a column, which would be too narrow.
+MOST_COLUMNS = 4
 # Share of the tokens that the colour scale of the text covers. The others get its last colour.
 SCALE_END = 0.95
 
@@ -91,6 +102,8 @@ def write_report(
     snippets: Sequence[Snippet] = (),
     facts: Mapping[str, str] | None = None,
     links: Mapping[str, str] | None = None,
+    about_text: str = SAVED_AND_LOADED,
+    equal_l0: AtEqualL0 | None = None,
 ) -> None:
     """
     Writes the report of some runs that were evaluated on the same tokens.
@@ -103,10 +116,14 @@ def write_report(
         snippets: Parts of the evaluated text to colour.
         facts: What the runs have in common, such as the model's name.
         links: Other pages, by what is said of them, relative to this one.
+        about_text: What the SAEs were measured on, in a sentence with `n_tokens`.
+        equal_l0: The same runs at the same number of features per token.
     """
-    path.write_text(
-        render_report(title, intro, runs, snippets, facts, links), encoding="utf-8"
-    )
+    with announced("writing the report"):
+        page = render_report(
+            title, intro, runs, snippets, facts, links, about_text, equal_l0
+        )
+    path.write_text(page, encoding="utf-8")
 
 
 def render_report(
@@ -116,6 +133,8 @@ def render_report(
     snippets: Sequence[Snippet] = (),
     facts: Mapping[str, str] | None = None,
     links: Mapping[str, str] | None = None,
+    about_text: str = SAVED_AND_LOADED,
+    equal_l0: AtEqualL0 | None = None,
 ) -> str:
     """The report as HTML; see write_report."""
     environment = Environment(
@@ -140,11 +159,18 @@ def render_report(
         facts=facts or {},
         links=links or {},
         runs=runs,
-        colours=[colour(i) for i in range(len(runs))],
-        laws=[run.evaluation.zipf_law() for run in runs],
-        n_tokens=runs[0].evaluation.n_tokens,
-        min_firings=MIN_FIRINGS,
+        colours={run.name: colour(i) for i, run in enumerate(runs)},
+        about_text=about_text.format(n_tokens=runs[0].evaluation.n_tokens),
+        figures_of_runs=figures_of_runs,
+        figures_of_laws=figures_of_laws,
+        most_columns=MOST_COLUMNS,
+        is_bent=any(
+            (law := run.evaluation.zipf_law()) is not None
+            and law.beta == max(BETA_GRID)
+            for run in runs
+        ),
         max_beta=max(BETA_GRID),
+        equal_l0=equal_l0,
         plotly_js=Markup(get_plotlyjs()),
         plots={
             **{
@@ -177,6 +203,7 @@ def _training_plots(runs: Sequence[ReportRun]) -> list[dict[str, str]]:
                     metric.tick_format,
                     metric.second,
                     metric.from_zero,
+                    metric.least_span,
                 ),
                 metric.key.replace("/", "-"),
             ),

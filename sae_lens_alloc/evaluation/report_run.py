@@ -22,9 +22,9 @@ class ReportRun:
 
     Args:
         name: Its name for readers, unique in a report.
-        evaluation: Figures of the saved SAE on held-out text: an `Evaluation`, or, where there
-            is no language model, those on held-out activations.
-        seconds: Wall-clock duration of training.
+        evaluation: Figures of the saved SAE on held-out text: an Evaluation, or a plain Usage where
+            there is no language model.
+        seconds: Wall-clock duration of training. None is not known.
         history: Rows of training metrics under SAELens' names, such as "metrics/l0".
         events: Changes during training, as (tokens seen, what changed).
         settings: Settings to show, such as the learning rate.
@@ -32,17 +32,33 @@ class ReportRun:
 
     name: str
     evaluation: Usage
-    seconds: float
+    seconds: float | None = None
     history: Sequence[Mapping[str, float]] = ()
     events: Sequence[tuple[float, str]] = ()
     settings: Mapping[str, str] = field(default_factory=dict[str, str])
 
     def series(self, key: str) -> tuple[list[float], list[float]]:
-        """Tokens seen and values of one training metric, for the rows that have it."""
-        rows = [row for row in self.history if key in row]
+        """Tokens seen and values of one training metric, for the rows that have a number there."""
+        rows = [row for row in self.history if row.get(key) is not None]
         return [row["details/n_training_samples"] for row in rows], [
             row[key] for row in rows
         ]
+
+
+@dataclass(frozen=True, eq=False)
+class AtEqualL0:
+    """
+    The runs of a report at the same number of features per token.
+
+    Args:
+        target_l0: The number, as wanted.
+        runs: Those that could be brought there, measured as the others are.
+        left_out: Why not, by the name of each other run.
+    """
+
+    target_l0: float
+    runs: Sequence[ReportRun]
+    left_out: Mapping[str, str]
 
 
 def colour(index: int) -> str:

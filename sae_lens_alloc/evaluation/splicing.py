@@ -129,15 +129,18 @@ def _predictions(
     read: list[torch.Tensor] = []
 
     def at_ordinary(activations: torch.Tensor) -> torch.Tensor:
-        return activations[ordinary.to(activations.device)]
+        # the heads of a token are one vector, as SAEs are trained on them
+        return activations[ordinary.to(activations.device)].flatten(1)
 
     def keep(activations: torch.Tensor, hook: Any) -> None:  # noqa: ARG001
         read.append(at_ordinary(activations))
 
     def splice(activations: torch.Tensor, hook: Any) -> torch.Tensor:  # noqa: ARG001
         spliced = activations.clone()
-        replacement = replace(read[-1], at_ordinary(activations))
-        spliced[ordinary.to(activations.device)] = replacement.to(activations)
+        replacement = replace(read[-1], at_ordinary(activations)).to(activations)
+        spliced[ordinary.to(activations.device)] = replacement.unflatten(
+            1, activations.shape[2:]
+        )
         return spliced
 
     logits = model.run_with_hooks(

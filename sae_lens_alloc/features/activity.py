@@ -1,7 +1,5 @@
 """Which features are active where, on the text of a run."""
 
-import math
-import warnings
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,15 +7,13 @@ import torch
 from sae_lens import SAE
 from sae_lens.config import LanguageModelSAERunnerConfig
 from sae_lens.util import get_special_token_ids
-from tqdm.auto import tqdm
 from transformer_lens.HookedTransformer import HookedRootModule
 
-from sae_lens_alloc.activations.held_out_store import require_ordinary_tokens
-from sae_lens_alloc.activations.local_dataset import override_for_local_dataset
-from sae_lens_alloc.activations.store import ResumableActivationsStore
+from sae_lens_alloc.activations.text_store import open_text, read_contexts
 from sae_lens_alloc.allocation.sparse_activations import SparseActivations
 from sae_lens_alloc.evaluation.splicing import is_ordinary
 from sae_lens_alloc.features.encoding import encode_pairs
+from sae_lens_alloc.progress import shown
 
 CONTEXTS_PER_BATCH = 8
 # More pairs than this take many gigabytes.
@@ -96,15 +92,8 @@ def measure_activity(
         ValueError: if the text holds no ordinary token, or the SAE activates so many features
             that they would not fit into memory.
     """
-    with warnings.catch_warnings():
-        # SAELens recommends tokenizing the text first, which takes longer than it saves here
-        warnings.filterwarnings("ignore", "Dataset is not tokenized")
-        warnings.filterwarnings("ignore", "The training dataset contains fewer")
-        store = ResumableActivationsStore.from_config(
-            model, cfg, override_for_local_dataset(cfg)
-        )
-    require_ordinary_tokens(store)
-    contexts = _read_contexts(store, n_tokens)
+    store = open_text(model, cfg)
+    contexts = read_contexts(store, n_tokens)
     tokens = contexts[:, slice(*store.seqpos_slice)].cpu()
     special: Any = getattr(model, "tokenizer", None)
     ordinary = is_ordinary(tokens, get_special_token_ids(special) if special else [])
@@ -117,30 +106,13 @@ def measure_activity(
     batches = contexts.split(CONTEXTS_PER_BATCH)
     masks = ordinary.split(CONTEXTS_PER_BATCH)
     for batch, mask in zip(
-        tqdm(batches, desc="Running the SAE on the text", leave=False),
+        shown(batches, "running the SAE on the text"),
         masks,
         strict=True,
     ):
         parts.append(encode_pairs(sae, store.get_activations(batch)[mask]))
         _require_room(parts, len(batches), tokens.numel())
     return Activity(tokens, ordinary, _joined(parts, masks))
-
-
-def _read_contexts(store: ResumableActivationsStore, n_tokens: int) -> torch.Tensor:
-    """Token ids of the first contexts, shape (contexts, context_size)."""
-    wanted = math.ceil(n_tokens / store.training_context_size)
-    contexts: list[torch.Tensor] = []
-    while len(contexts) < wanted:
-        try:
-            contexts.append(store.get_batch_tokens(1, raise_at_epoch_end=True))
-        except StopIteration:
-            break
-    if not contexts:
-        raise ValueError(
-            f"{store.dataset_name} has not one context of {store.context_size} tokens: give "
-            "more text."
-        )
-    return torch.cat(contexts)
 
 
 def _require_room(

@@ -1,14 +1,12 @@
 """The SAE of a feature page, by folder or release."""
 
-from tempfile import TemporaryDirectory
 from typing import Any
 
 from sae_lens import SAE
-from sae_lens.saes.sae import TrainingSAE
 from sae_lens.saes.temporal_sae import TemporalSAE
 from sae_lens.saes.transcoder import Transcoder
 
-from sae_lens_alloc.training.source_sae import load_source_sae
+from sae_lens_alloc.training.source_sae import inference_sae, load_source_sae
 
 
 def load_readable_sae(name: str) -> SAE[Any]:
@@ -25,11 +23,7 @@ def load_readable_sae(name: str) -> SAE[Any]:
     Raises:
         ValueError: if there is none, or it is a transcoder or a temporal SAE.
     """
-    sae = load_source_sae(name, "cpu").sae
-    if isinstance(sae, TrainingSAE):
-        with TemporaryDirectory() as folder:
-            sae.save_inference_model(folder)
-            sae = SAE.load_from_disk(folder)
+    sae = inference_sae(load_source_sae(name, "cpu"))
     if isinstance(sae, Transcoder | TemporalSAE):
         why = (
             "reads one place of the model and writes to another"

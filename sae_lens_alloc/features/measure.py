@@ -1,6 +1,5 @@
 """From an SAE and a run's text to its feature page."""
 
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,6 +10,7 @@ from sae_lens_alloc.activations.language_model import (
     check_language_model,
     load_language_model,
 )
+from sae_lens_alloc.activations.names import name_for_others
 from sae_lens_alloc.evaluation.snippets import Snippet, take_snippets
 from sae_lens_alloc.evaluation.usage import RARE_DENSITY
 from sae_lens_alloc.features.activity import Activity, measure_activity
@@ -19,6 +19,7 @@ from sae_lens_alloc.features.figures import decoder_directions, measure_figures
 from sae_lens_alloc.features.lens import find_unembedding, logit_lens
 from sae_lens_alloc.features.neighbours import nearest_by_activity, nearest_by_decoder
 from sae_lens_alloc.features.page import FeaturePage
+from sae_lens_alloc.progress import announced
 
 N_SNIPPETS = 6
 LONGEST_SNIPPET = 256
@@ -59,6 +60,15 @@ def measure_features(
     unembedding = find_unembedding(
         model, cfg.hook_name, sae.cfg.d_in, cfg.hook_head_index
     )
+    with announced("looking at the features"):
+        figures = measure_figures(pairs)
+        examples = take_examples(pairs, activity.length)
+        by_decoder = nearest_by_decoder(directions, features)
+        lens = (
+            unembedding
+            if isinstance(unembedding, str)
+            else logit_lens(unembedding, shown)
+        )
     return FeaturePage(
         title=title,
         facts=_facts(sae, cfg, activity),
@@ -66,12 +76,10 @@ def measure_features(
         activity=activity,
         features=features,
         norms=shown.norm(dim=1),
-        figures=measure_figures(pairs),
-        examples=take_examples(pairs, activity.length),
-        lens=unembedding
-        if isinstance(unembedding, str)
-        else logit_lens(unembedding, shown),
-        by_decoder=nearest_by_decoder(directions, features),
+        figures=figures,
+        examples=examples,
+        lens=lens,
+        by_decoder=by_decoder,
         by_activity=nearest_by_activity(activity.pairs, features),
         snippets=_snippets(activity, model.tokenizer),
     )
@@ -93,17 +101,11 @@ def _facts(
     n_tokens = activity.n_tokens
     return [
         ("architecture", sae.cfg.architecture()),
-        ("model", _name(cfg.model_name)),
+        ("model", name_for_others(cfg.model_name)),
         ("hook", cfg.hook_name),
-        ("text", f"{_name(cfg.dataset_path)}, {n_tokens:,} tokens"),
+        ("text", f"{name_for_others(cfg.dataset_path)}, {n_tokens:,} tokens"),
         ("features", f"{len(firings):,}"),
         ("per token", f"{int(firings.sum()) / n_tokens:.1f}"),
         ("dead", f"{int((firings == 0).sum()):,}"),
         ("rare or dead", f"{int((firings < RARE_DENSITY * n_tokens).sum()):,}"),
     ]
-
-
-def _name(name: str) -> str:
-    """A name of the hub as it is, and the end of a path: a page may be given to others."""
-    path = Path(name)
-    return "/".join(path.resolve().parts[-2:]) if path.exists() else name

@@ -3,10 +3,10 @@
 from dataclasses import dataclass
 
 import torch
-from tqdm.auto import tqdm
 
 from sae_lens_alloc.allocation.sparse_activations import SparseActivations
 from sae_lens_alloc.features.ragged import offsets_of, places_of_runs
+from sae_lens_alloc.progress import shown
 
 N_NEIGHBOURS = 8
 # Elements of a matrix of some features by all, and pairs of pairs counted at once.
@@ -72,10 +72,9 @@ def nearest_by_activity(
     tokens = pairs.token_indices[pairs.feature_indices.argsort(stable=True)]
     first_of_feature = offsets_of(firings)
     found: list[Neighbours] = []
-    for block in tqdm(
+    for block in shown(
         features.split(max(1, LARGEST_BLOCK // n_features)),
-        desc="Finding features that are active together",
-        leave=False,
+        "finding features that are active together",
     ):
         counts = torch.zeros(len(block) * n_features, dtype=torch.long)
         runs = firings[block]

@@ -20,6 +20,7 @@ from sae_lens_alloc.features.lens import LogitLens
 from sae_lens_alloc.features.neighbours import Neighbours
 from sae_lens_alloc.features.packing import pack
 from sae_lens_alloc.features.ragged import offsets_of, places_of_runs
+from sae_lens_alloc.progress import announced
 
 # Shades of an activation, as parts of the feature's largest one.
 N_SHADES = 255
@@ -65,10 +66,11 @@ class FeaturePage:
             autoescape=True,
             undefined=StrictUndefined,
         )
-        page = environment.get_template("page.html.jinja").render(
-            title=self.title, facts=self.facts, data=Markup(self.packed())
-        )
-        path.write_text(page, encoding="utf-8")
+        with announced("writing the page"):
+            page = environment.get_template("page.html.jinja").render(
+                title=self.title, facts=self.facts, data=Markup(self.packed())
+            )
+            path.write_text(page, encoding="utf-8")
 
     def packed(self) -> str:
         """All numbers of the page, see `packing`."""

@@ -2,7 +2,7 @@
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal, cast
 
 from sae_lens.saes.jumprelu_sae import JumpReLUSAEConfig
 from sae_lens.saes.sae import SAEConfig
@@ -10,7 +10,7 @@ from typing_extensions import override
 
 from sae_lens_alloc.allocation.quotas import MAX_DENSITY
 from sae_lens_alloc.saes.auxiliary_loss import AuxiliaryLossTrainingSAEConfig, require
-from sae_lens_alloc.shares import multiple_of_k
+from sae_lens_alloc.shares import BudgetOrNone, Steps, multiple_of_k
 
 
 @dataclass
@@ -65,8 +65,8 @@ class AllocationTrainingSAEConfig(AuxiliaryLossTrainingSAEConfig):
     """
 
     k: float = 100
-    k_start: float | None = None
-    k_decay_steps: int = 0
+    k_start: BudgetOrNone = cast(Any, None)
+    k_decay_steps: Steps = cast(Any, 0)
     selection_margin: float = 1.0
     aux_loss: Literal["aux_zipf", "aux_k", "none"] = "aux_zipf"
     max_density: float = MAX_DENSITY

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any, cast
 
 import torch
 from sae_lens.saes.sae import SAEMetadata, TrainingSAEConfig
@@ -13,7 +14,7 @@ from sae_lens_alloc.distributed.feature_shard import FeatureShard
 from sae_lens_alloc.ops.block_encoder import Encoder
 from sae_lens_alloc.ops.topk_over_ranks import topk_over_ranks
 from sae_lens_alloc.ops.topk_selection import FeatureSubset, encode_topk
-from sae_lens_alloc.shares import check_shares
+from sae_lens_alloc.shares import StepsOrNone, check_shares
 
 
 @dataclass
@@ -35,7 +36,7 @@ class AuxiliaryLossTrainingSAEConfig(TrainingSAEConfig):
     """
 
     aux_loss_coefficient: float = 1.0
-    aux_loss_decay_start: int | None = None
+    aux_loss_decay_start: StepsOrNone = cast(Any, None)
     k_aux: int | None = None
     underuse_fraction: float = 0.5
     density_window_tokens: int = 500_000

@@ -1,6 +1,7 @@
 """Feature Choice: feature j is active on its best m_j tokens of a batch."""
 
 from dataclasses import dataclass
+from typing import Any, cast
 
 from typing_extensions import override
 
@@ -8,6 +9,7 @@ from sae_lens_alloc.saes.allocation_sae import AllocationTrainingSAE
 from sae_lens_alloc.saes.allocation_sae_config import AllocationTrainingSAEConfig
 from sae_lens_alloc.saes.allocator import Rule
 from sae_lens_alloc.saes.auxiliary_loss import require
+from sae_lens_alloc.shares import Steps
 
 
 @dataclass
@@ -24,7 +26,7 @@ class FeatureChoiceTrainingSAEConfig(AllocationTrainingSAEConfig):
             described in AllocationTrainingSAEConfig.
     """
 
-    mutual_choice_steps: int = 0
+    mutual_choice_steps: Steps = cast(Any, 0)
 
     @override
     def __post_init__(self) -> None:

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, replace
 from fractions import Fraction
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar, TypeVar, cast
 
 from sae_lens.saes.sae import TrainingSAEConfig
 from typing_extensions import override
@@ -12,7 +12,7 @@ from sae_lens_alloc.saes.allocation_sae import AllocationTrainingSAE
 from sae_lens_alloc.saes.allocation_sae_config import AllocationTrainingSAEConfig
 from sae_lens_alloc.saes.allocator import Rule
 from sae_lens_alloc.saes.auxiliary_loss import require
-from sae_lens_alloc.shares import sae_with_step_counts
+from sae_lens_alloc.shares import Steps, StepsOrNone, sae_with_step_counts
 
 # The recipe (docs/experiments.md): while Feature Choice allocates, the budget falls to k from this
 # multiple of it.
@@ -42,8 +42,8 @@ class MutualChoiceTrainingSAEConfig(AllocationTrainingSAEConfig):
             described in AllocationTrainingSAEConfig.
     """
 
-    feature_choice_steps: int | None = None
-    topk_steps: int = 0
+    feature_choice_steps: StepsOrNone = cast(Any, None)
+    topk_steps: Steps = cast(Any, 0)
 
     # of the training, in the recipe
     feature_choice_share: ClassVar[float] = 1 / 4

@@ -20,6 +20,7 @@ from safetensors import safe_open
 
 from sae_lens_alloc.distributed.stored_tensors import METADATA_FILENAME
 from sae_lens_alloc.errors import as_reason
+from sae_lens_alloc.progress import announced
 from sae_lens_alloc.saes.checkpoint_for_inference import CheckpointForInference
 from sae_lens_alloc.saes.checkpoint_weights import weights_as_saved
 from sae_lens_alloc.saes.split_weights import INDEX_FILENAME, read_split_weights
@@ -67,7 +68,8 @@ def load_sae(folder: str | Path, device: str = "cpu") -> SAE[Any]:
         )
 
     try:
-        return kind.load_from_disk(folder, device, converter=read)
+        with announced("loading the SAE"):
+            return kind.load_from_disk(folder, device, converter=read)
     except torch.OutOfMemoryError:
         raise
     except RuntimeError as error:

@@ -13,6 +13,7 @@ from sae_lens.saes.topk_sae import TopKSAE
 from sae_lens.saes.transcoder import JumpReLUTranscoder
 
 from sae_lens_alloc.evaluation.usage import Usage, as_user, measure_usage
+from sae_lens_alloc.progress import announced
 from sae_lens_alloc.saes.rows import encoded_and_target
 from sae_lens_alloc.saes.saved_sae import load_sae
 from sae_lens_alloc.thresholds.densities import set_densities
@@ -136,11 +137,12 @@ def recalibrate(
         calibrated = jumprelu_form(sae)
     if isinstance(sae, TopKSAE):
         calibrated.threshold.fill_(1.0)  # a common one, that a factor can move
-    if isinstance(sae, TopKSAE) or not per_feature:
-        set_l0(calibrated, encoded, target_l0)
-    if per_feature:
-        firings = before.firings.to(encoded.device)
-        set_densities(calibrated, encoded, firings, target_l0)
+    with announced("setting the thresholds"):
+        if isinstance(sae, TopKSAE) or not per_feature:
+            set_l0(calibrated, encoded, target_l0)
+        if per_feature:
+            firings = before.firings.to(encoded.device)
+            set_densities(calibrated, encoded, firings, target_l0)
     report = Recalibration(
         sae=calibrated,
         target_l0=target_l0,
@@ -153,6 +155,7 @@ def recalibrate(
     _require_sense(report)
     calibrated.cfg.metadata.calibration = report.to_dict()
     calibrated.cfg.metadata.l0 = report.after.l0
+    calibrated.cfg.metadata.held_out = None  # of other thresholds
     return report
 
 

@@ -23,6 +23,8 @@ from safetensors.torch import save_file
 
 from sae_lens_alloc.distributed.ranks import ALONE, Ranks
 from sae_lens_alloc.distributed.together import together
+from sae_lens_alloc.evaluation.figures import HELD_OUT_FILENAME
+from sae_lens_alloc.progress import announced
 from sae_lens_alloc.saes.allocation_sae import AllocationTrainingSAE
 from sae_lens_alloc.saes.split_weights import split_weight_files
 from sae_lens_alloc.training.gathered_weights import write_gathered_weights
@@ -68,8 +70,9 @@ def write_sae(
         if new_metrics.exists():
             shutil.copyfile(new_metrics, folder / METRICS_FILENAME)
         _remove_other_weights(output, folder)
+        (output / HELD_OUT_FILENAME).unlink(missing_ok=True)  # of another SAE
 
-    with _new_files_of_first(output, ranks) as folder:
+    with announced("saving the SAE"), _new_files_of_first(output, ranks) as folder:
         if isinstance(sae, AllocationTrainingSAE) and not ranks.is_alone:
             write_gathered_weights(sae, folder)
         elif folder is not None:

@@ -1,16 +1,13 @@
 """Training that starts from another SAE instead of random weights."""
 
-import copy
 import math
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
-from sae_lens import SAE
 from sae_lens.config import LanguageModelSAERunnerConfig
-from sae_lens.saes.sae import TrainingSAE
 
 from sae_lens_alloc.activations.gathered import GatheredBatches
+from sae_lens_alloc.progress import announced
 from sae_lens_alloc.training.before_run import share_features
 from sae_lens_alloc.training.conversion import convert_sae
 from sae_lens_alloc.training.output_folder import require_other_folder
@@ -68,13 +65,15 @@ class FineTuningRunner(AllocSAETrainingRunner):
         batches = GatheredBatches(self.activations_store, self.ranks, self.cfg.device)
         # which a config may name for the SAE by itself
         own_device = {} if self.ranks.is_alone else {"device": self.cfg.device}
-        sae = convert_sae(
-            source.sae,
-            cfg.sae.architecture(),
-            activations=batches.take(CALIBRATION_TOKENS),
-            scaling_factor=source.scaling_factor,
-            **{"device": self.cfg.device, **sae_overrides, **own_device},
-        )
+        activations = batches.take(CALIBRATION_TOKENS)
+        with announced("converting the SAE"):
+            sae = convert_sae(
+                source.sae,
+                cfg.sae.architecture(),
+                activations=activations,
+                scaling_factor=source.scaling_factor,
+                **{"device": self.cfg.device, **sae_overrides, **own_device},
+            )
         self.start = ConversionReport(**sae.cfg.metadata.conversion)
         require_plausible(source, self.start)
         if self.cfg.resume_from_checkpoint is not None:
@@ -109,15 +108,3 @@ def require_plausible(source: SourceSAE, start: ConversionReport) -> None:
             f"{found}{wanted}: it belongs to another model, hook or normalization of the "
             "activations."
         )
-
-
-def inference_sae(source: SourceSAE) -> SAE[Any]:
-    """The SAE for inference. For a training SAE, this is what its run would have saved."""
-    if not isinstance(source.sae, TrainingSAE):
-        return source.sae
-    sae = copy.deepcopy(source.sae)
-    if source.scaling_factor is not None:
-        sae.fold_activation_norm_scaling_factor(source.scaling_factor)
-    with TemporaryDirectory() as folder:
-        sae.save_inference_model(Path(folder))
-        return SAE.load_from_disk(folder, str(sae.device))

@@ -3,25 +3,28 @@
 import json
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from sae_lens import SAE
+from sae_lens import SAE, logger
 from sae_lens.config import LanguageModelSAERunnerConfig
 
 from sae_lens_alloc.activations.own_activations import activations_of
 from sae_lens_alloc.compat import InterruptedException
+from sae_lens_alloc.errors import as_reason
 from sae_lens_alloc.evaluation.baseline import measure_baseline
+from sae_lens_alloc.evaluation.figures import HELD_OUT_FILENAME, figures_of
 from sae_lens_alloc.evaluation.metrics import evaluate_sae
-from sae_lens_alloc.evaluation.report import write_report
+from sae_lens_alloc.evaluation.report import SAVED_AND_LOADED, write_report
 from sae_lens_alloc.evaluation.report_run import ReportRun, read_history
 from sae_lens_alloc.evaluation.usage import Usage, as_user, measure_usage
+from sae_lens_alloc.json_files import finite_or_null
 from sae_lens_alloc.saes.rows import encoded_and_target
-from sae_lens_alloc.training.fine_tuning import FineTuningRunner, inference_sae
+from sae_lens_alloc.training.fine_tuning import FineTuningRunner
 from sae_lens_alloc.training.output_folder import new_files
 from sae_lens_alloc.training.runner import METRICS_FILENAME
-from sae_lens_alloc.training.source_sae import SourceSAE
+from sae_lens_alloc.training.source_sae import SourceSAE, inference_sae
 from sae_lens_alloc.training.warm_start import ConversionReport
 
 EVALUATION_TOKENS = 65_536
@@ -38,11 +41,13 @@ class FineTuned:
         before: The source.
         after: The saved SAE.
         start: Figures of the converted SAE before training.
+        report: The page that shows both, if it was written.
     """
 
     before: ReportRun
     after: ReportRun
     start: ConversionReport
+    report: Path | None = None
 
     @property
     def revived_features(self) -> int:
@@ -60,10 +65,11 @@ def fine_tune(
     source: SourceSAE,
     sae_overrides: dict[str, Any],
     overwrite: bool = False,
+    with_report: bool = True,
 ) -> FineTuned | None:
     """
     Fine-tunes an SAE and compares it before and after. The SAE, the figures
-    (`fine_tuning.json`) and `report.html` go to `cfg.output_path`. Of several processes, rank 0
+    (`fine_tuning.json` and `held_out.json`) and `report.html` go to `cfg.output_path`. Of several processes, rank 0
     compares, and the others return None.
 
     Args:
@@ -71,6 +77,7 @@ def fine_tune(
         source: The SAE to start from.
         sae_overrides: See FineTuningRunner.
         overwrite: See FineTuningRunner.
+        with_report: Whether to write `report.html`. If that fails, it is a warning.
 
     Raises:
         ValueError: as FineTuningRunner, and if the saved SAE cannot be compared.
@@ -102,6 +109,8 @@ def fine_tune(
         raise InterruptedException(saved) from None
     except (ValueError, RuntimeError, OSError) as error:
         raise ValueError(f"{saved}: {str(error).rstrip('.')}.") from error
+    if with_report:
+        return replace(result, report=_report_if_possible(cfg, source, result))
     return result
 
 
@@ -138,13 +147,6 @@ def _write_results(
     result: FineTuned,
 ) -> None:
     runs: Sequence[ReportRun] = (result.after, result.before)
-    facts = {
-        "from": f"{source.sae.cfg.architecture()}, {source.name}",
-        "to": cfg.sae.architecture(),
-        "trained on": f"{cfg.training_tokens:,} tokens",
-        "activations": f"{activations_of(cfg) or cfg.hook_name}, {cfg.sae.d_in} dimensions",
-        "revived features": f"{result.revived_features:,}",
-    }
     figures = {
         "source": source.name,
         "source_architecture": source.sae.cfg.architecture(),
@@ -165,11 +167,39 @@ def _write_results(
         "seconds": result.after.seconds,
     }
     (output / RESULTS_FILENAME).write_text(json.dumps(figures, indent=2) + "\n")
-    write_report(
-        output / REPORT_FILENAME,
-        "Before and after fine-tuning",
-        "One sparse autoencoder before and after further training, in which another rule "
-        "allocates the features.",
-        runs,
-        facts=facts,
-    )
+    held_out = figures_of(result.after.evaluation, result.after.evaluation.to_dict())
+    text = json.dumps(finite_or_null(held_out), indent=2)
+    (output / HELD_OUT_FILENAME).write_text(text + "\n")
+
+
+def _report_if_possible(
+    cfg: LanguageModelSAERunnerConfig[Any], source: SourceSAE, result: FineTuned
+) -> Path | None:
+    output = Path(str(cfg.output_path))
+    saved = f"the SAE is saved in {str(output)!r}, but not its report"
+    facts = {
+        "from": f"{source.sae.cfg.architecture()}, {source.name}",
+        "to": cfg.sae.architecture(),
+        "trained on": f"{cfg.training_tokens:,} tokens",
+        "activations": f"{activations_of(cfg) or cfg.hook_name}, {cfg.sae.d_in} dimensions",
+        "revived features": f"{result.revived_features:,}",
+    }
+    try:
+        with new_files(output, "the report") as folder:
+            write_report(
+                folder / REPORT_FILENAME,
+                "Before and after fine-tuning",
+                "One sparse autoencoder before and after further training, in which another "
+                "rule allocates the features.",
+                (result.after, result.before),
+                facts=facts,
+                about_text=SAVED_AND_LOADED
+                if activations_of(cfg) is None
+                else SAVED_AND_LOADED.replace("text", "activations"),
+            )
+    except (InterruptedException, KeyboardInterrupt):
+        raise InterruptedException(saved) from None
+    except Exception as error:  # the SAE and its figures are there
+        logger.warning(f"{saved}: {as_reason(error)}.")
+        return None
+    return output / REPORT_FILENAME

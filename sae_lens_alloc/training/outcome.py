@@ -3,18 +3,22 @@
 import shlex
 from typing import Any
 
-from sae_lens.saes.sae import TrainingSAEConfig
+from sae_lens.saes.sae import SAEConfig, TrainingSAEConfig
 
 from sae_lens_alloc.saes.allocation_sae_config import AllocationTrainingSAEConfig
+from sae_lens_alloc.saes.rows import output_width
 
 
-def describe_outcome(sae: TrainingSAEConfig, output: str) -> str:
+def describe_outcome(
+    sae: TrainingSAEConfig, output: str, report: str | None = None
+) -> str:
     """
     The figures of a trained SAE on held-out activations, where it is saved, and what to do next.
 
     Args:
         sae: The config of the trained SAE, with its metadata.
         output: The folder that it is saved in.
+        report: The page that was written about it, if there is one.
     """
     lines: dict[str, str] = {}
     found: dict[str, Any] | None = sae.metadata.held_out
@@ -27,16 +31,32 @@ def describe_outcome(sae: TrainingSAEConfig, output: str) -> str:
             f"{found['dead_features']:,} of {sae.d_sae:,} features, active on none of "
             f"{found['n_tokens']:,} held-out tokens"
         )
+    if report is not None:
+        lines["report"] = report
     text = "\n".join(f"{name:<12}{value}" for name, value in lines.items())
-    return f"{text}\nsaved in {output}\n{_next_steps(output)}".lstrip()
+    return f"{text}\nsaved in {output}\n{next_steps(sae, output, report)}".lstrip()
 
 
-def _next_steps(output: str) -> str:
+def next_steps(sae: SAEConfig, output: str, report: str | None = None) -> str:
+    """What to do with a saved SAE, in lines; see `describe_outcome`."""
+    commands = {
+        "features": ("--output features.html", "what each feature does"),
+        "report": ("--output report.html", "its figures, as a page"),
+        "calibrate": ("--l0 L0 --output NEW", "another sparsity"),
+        "push": ("--to ORG/NAME --dry-run", "give it to others"),
+    }
+    if report is not None:
+        del commands["report"]
+    if output_width(sae) is not None:  # it refuses transcoders
+        del commands["features"]
     folder = shlex.quote(output)
     return "\n".join(
         (
             "next:",
-            f"  sae-lens-alloc calibrate {folder} --l0 L0 --output NEW   # another sparsity",
+            *(
+                f"  sae-lens-alloc {name} {folder} {options}   # {what}"
+                for name, (options, what) in commands.items()
+            ),
             f"  sae_lens.SAE.load_from_disk({output!r})   # in Python",
         )
     )

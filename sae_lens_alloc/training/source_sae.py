@@ -1,7 +1,9 @@
 """The SAE that a fine-tuning starts from: a folder, or a release of SAELens' directory."""
 
+import copy
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from sae_lens import SAE
@@ -10,6 +12,7 @@ from sae_lens.constants import (
     ACTIVATION_WHITENING_FILENAME,
 )
 from sae_lens.loading.pretrained_saes_directory import get_pretrained_saes_directory
+from sae_lens.saes.sae import TrainingSAE
 
 from sae_lens_alloc.saes.saved_sae import (
     load_sae,
@@ -46,7 +49,8 @@ def load_source_sae(name: str, device: str) -> SourceSAE:
     Loads an SAE from disk or from SAELens' directory of pretrained SAEs.
 
     Args:
-        name: A folder with an inference SAE or a training checkpoint, or RELEASE:ID.
+        name: A folder with an inference SAE or a training checkpoint, or RELEASE:ID, for which
+            RELEASE/ID may stand.
         device: Device to load it to.
 
     Raises:
@@ -58,10 +62,29 @@ def load_source_sae(name: str, device: str) -> SourceSAE:
         return _from_folder(folder, device)
     release, colon, sae_id = name.partition(":")
     if not colon:
+        release, colon, sae_id = name.partition("/")
+        if release not in get_pretrained_saes_directory():
+            colon = ""
+    if not colon:
         raise ValueError(
             f"{name!r} is neither a folder nor RELEASE:ID of a pretrained SAE."
         )
     return _from_release(release, sae_id, device)
+
+
+def inference_sae(source: SourceSAE) -> SAE[Any]:
+    """
+    The SAE for inference. For a training SAE, this is what its run would have saved, with the
+    thresholds of training.
+    """
+    if not isinstance(source.sae, TrainingSAE):
+        return source.sae
+    sae = copy.deepcopy(source.sae)
+    if source.scaling_factor is not None:
+        sae.fold_activation_norm_scaling_factor(source.scaling_factor)
+    with TemporaryDirectory() as folder:
+        sae.save_inference_model(Path(folder))
+        return SAE.load_from_disk(folder, str(sae.device))
 
 
 def _from_folder(folder: Path, device: str) -> SourceSAE:

@@ -13,6 +13,7 @@ from sae_lens import SAE
 from sae_lens.saes.topk_sae import TopKTrainingSAEConfig
 
 from sae_lens_alloc.config.run_file import load_fine_tuning_config
+from sae_lens_alloc.training import fine_tuning_run
 from tests.cli.commands import TINY, invoke, train
 
 pytestmark = pytest.mark.slow
@@ -74,6 +75,9 @@ def test_a_stock_topk_sae_is_trained_further(
     assert "before" in result.stdout
     assert f"{figures['revived_features']} features revived" in result.stdout
     assert "Before and after fine-tuning" in (output / "report.html").read_text()
+    held_out = json.loads((output / "held_out.json").read_text())
+    assert held_out["l0"] == figures["after"]["l0"]
+    assert f"saved in {output}, with report.html\nnext:" in result.stdout
 
 
 def test_a_dry_run_loads_no_model_and_writes_nothing(topk: Path, tmp_path: Path):
@@ -214,7 +218,7 @@ def test_a_comparison_that_fails_says_where_the_sae_is(
             os.kill(os.getpid(), signal.SIGTERM)
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr("sae_lens_alloc.training.fine_tuning_run.write_report", fail)
+    monkeypatch.setattr(fine_tuning_run, "_write_results", fail)
     output = tmp_path / "output"
     result = finetune(topk, output)
     assert result.exit_code == (130 if how == "signal" else 1)
@@ -225,3 +229,20 @@ def test_a_comparison_that_fails_says_where_the_sae_is(
     assert said + (reason if how == "error" else "\n") in result.stderr
     assert SAE.load_from_disk(output).cfg.architecture() == "jumprelu"
     assert not (output / "fine_tuning.json").exists()
+
+
+@pytest.mark.parametrize("how", ["error", "left out"])
+def test_without_a_report_there_are_the_sae_and_its_figures(
+    topk: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, how: str
+):
+    output = tmp_path / "output"
+    if how == "error":
+        (output / "report.html").mkdir(parents=True)  # where a file is to be
+    option = {"error": "--overwrite", "left out": "--no-report"}[how]
+    result = finetune(topk, output, option)
+    assert result.exit_code == 0, result.stderr
+    assert (output / "fine_tuning.json").exists()
+    assert f"saved in {output}\nnext:" in result.stdout
+    said = f"the SAE is saved in {str(output)!r}, but not its report: "
+    assert (said in caplog.text) == (how == "error")
+    assert not (output / "report.html").is_file()

@@ -5,9 +5,11 @@ import shlex
 import subprocess
 import sys
 from importlib.metadata import version
+from pathlib import Path
 
 import pytest
 import torch
+from huggingface_hub import constants
 from sae_lens.registry import SAE_TRAINING_CLASS_REGISTRY
 
 from sae_lens_alloc.ops.backend import default_backend
@@ -58,11 +60,30 @@ def test_doctor_says_what_a_bug_report_needs(monkeypatch: pytest.MonkeyPatch):
     }
     assert told["sae-lens"] == version("sae-lens")
     assert told["torch"] == version("torch")
-    assert told["W&B"] == "yes"
-    assert told["Hugging Face hub"] == "yes"
+    assert told["W&B"] == "yes, by WANDB_API_KEY"
+    assert told["Hugging Face hub"] == "yes, by HF_TOKEN"
     assert told["cpu"] == f"default {default_backend(torch.device('cpu'))}"
     assert told["  reference"] == "works"
     assert told["  triton"].startswith("Triton kernels need a CUDA device")
+
+
+def test_doctor_finds_logins_in_files(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    monkeypatch.setenv("WANDB_API_KEY", "")
+    monkeypatch.delenv("WANDB_BASE_URL", raising=False)
+    monkeypatch.delenv("HF_TOKEN", raising=False)
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "token"))
+    stdout = invoke("doctor").stdout
+    assert "Hugging Face hub        no (`hf auth login` or HF_TOKEN)" in stdout
+    assert "W&B                     no (`wandb login` or WANDB_API_KEY)" in stdout
+    (tmp_path / "token").write_text("hf_do-not-print")
+    (tmp_path / "netrc").write_text(
+        "machine api.wandb.ai\n  login user\n  password do-not-print\n"
+    )
+    stdout = invoke("doctor").stdout
+    assert "Hugging Face hub        yes, by `hf auth login`" in stdout
+    assert "W&B                     yes, by `wandb login`" in stdout
+    assert "do-not-print" not in stdout
 
 
 def test_doctor_goes_on_where_something_is_broken(monkeypatch: pytest.MonkeyPatch):

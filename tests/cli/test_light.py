@@ -65,3 +65,16 @@ def test_the_installed_script_and_the_wheel_are_of_the_light_package():
 
 def test_calibrate_reads_as_many_tokens_for_each_half_as_a_training():
     assert calibrate.TOKENS == 2 * CALIBRATION_TOKENS
+
+
+def test_long_imports_are_announced():
+    script = (
+        "import sae_lens_alloc_cli as cli, sys; cli.SECONDS_OF_SILENCE = 0.05; "
+        "sys.argv[1:] = ['features', '/no/such', '--output', 'x.html']; cli.main()"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, cwd=ROOT
+    )
+    first, *_, last = result.stderr.splitlines()
+    assert first == "importing SAELens and torch ..."
+    assert last.startswith("error: '/no/such' is neither a folder nor RELEASE:ID")

@@ -18,16 +18,46 @@ def test_train_ends_with_its_figures(tmp_path: Path):
     output = tmp_path / "my sae"
     result = train(output)
     held_out = json.loads((output / "cfg.json").read_text())["metadata"]["held_out"]
-    assert result.stdout.splitlines()[-7:] == [
+    assert result.stdout.splitlines()[-10:] == [
         f"L0          {held_out['l0']:.2f} features per token, 4 wanted",
         f"explained   {held_out['explained_variance']:.4f} of the variance",
         f"dead        {held_out['dead_features']} of 64 features, active on none of "
         f"{held_out['n_tokens']:,} held-out tokens",
+        f"report      {output / 'report.html'}",
         f"saved in {output}",
         "next:",
+        f"  sae-lens-alloc features '{output}' --output features.html   # what each feature does",
         f"  sae-lens-alloc calibrate '{output}' --l0 L0 --output NEW   # another sparsity",
+        f"  sae-lens-alloc push '{output}' --to ORG/NAME --dry-run   # give it to others",
         f"  sae_lens.SAE.load_from_disk('{output}')   # in Python",
     ]
+    # measured again on the contexts that the training held out, as saved
+    measured = json.loads((output / "held_out.json").read_text())
+    for name, value in held_out.items():
+        assert measured[name] == pytest.approx(value, rel=1e-6)
+    assert measured["ce_recovered_mean"] < 1
+    page = (output / "report.html").read_text()
+    assert f"{measured['explained_variance']:.4f}" in page
+    assert f"{measured['ce_recovered_mean']:.4f}" in page
+    assert "<h2>Training</h2>" in page and "The same, in text" in page
+    # another SAE in its place does not keep the figures of this one
+    result = train(output, "--overwrite", "--no-report", "sae.k=5")
+    assert result.exit_code == 0, result.stderr
+    assert f"saved in {output}\nnext:" in result.stdout
+    assert f"sae-lens-alloc report '{output}' --output report.html" in result.stdout
+    assert not (output / "held_out.json").exists()
+
+
+def test_a_report_that_cannot_be_written_does_not_cost_the_sae(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+):
+    output = tmp_path / "sae"
+    (output / "report.html").mkdir(parents=True)  # where a file is to be
+    result = train(output, "--overwrite")
+    assert result.exit_code == 0, result.stderr
+    assert SAE.load_from_disk(output).cfg.d_sae == 64
+    assert f"saved in {output}\nnext:" in result.stdout
+    assert f"the SAE is saved in '{output}', but not its report: " in caplog.text
 
 
 @pytest.mark.slow

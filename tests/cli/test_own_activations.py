@@ -120,9 +120,9 @@ def test_finetune_compares_before_and_after_on_held_out_rows(
     assert found["before"]["explained_variance"] < ev
     assert "ce_loss" not in found["after"]
     table, report = result.stdout, (finer / "report.html").read_text()
-    assert "22 tokens of held-out activations" in " ".join(table.split())
+    assert "22 held-out tokens" in " ".join(table.split())
     assert "CE" not in table
-    assert "Results on held-out activations" in report
+    assert "on 22 tokens of activations that it was not trained on" in report
     assert "loss recovered" not in report and str(folder / "acts") in report
 
 

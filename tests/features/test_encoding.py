@@ -1,11 +1,13 @@
 """The pairs of every architecture of SAELens, against its own `encode`."""
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from sae_lens import SAE
+from sae_lens.constants import ACTIVATION_SCALER_CFG_FILENAME
 from sae_lens.registry import SAE_CLASS_REGISTRY, SAE_TRAINING_CLASS_REGISTRY
 
 from sae_lens_alloc.features import encoding
@@ -55,15 +57,21 @@ def test_directions_are_what_a_unit_of_activation_decodes_to(rescale: bool):
     torch.testing.assert_close(decoder_directions(sae), decoded.detach())
 
 
+@pytest.mark.parametrize("factor", [None, 2.5])
 @pytest.mark.parametrize("name", ["batchtopk", "gated", "mutual_choice"])
 def test_a_checkpoint_is_read_as_the_sae_it_would_be_saved_as(
-    name: str, tmp_path: Path
+    name: str, factor: float | None, tmp_path: Path
 ):
+    """Also of a run whose activations were multiplied by a factor."""
     torch.manual_seed(0)
     trained: Any = make_source(name)
     if name == "batchtopk":
         trained.topk_threshold.fill_(0.5)
     trained.save_model(tmp_path / "checkpoint")
+    if factor is not None:
+        scaler = tmp_path / "checkpoint" / ACTIVATION_SCALER_CFG_FILENAME
+        scaler.write_text(json.dumps({"scaling_factor": factor}))
+        trained.fold_activation_norm_scaling_factor(factor)
     trained.save_inference_model(tmp_path / "saved")
     read = load_readable_sae(str(tmp_path / "checkpoint"))
     saved = SAE.load_from_disk(tmp_path / "saved")

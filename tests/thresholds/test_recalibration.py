@@ -149,14 +149,19 @@ def test_too_many_thresholds_of_zero_can_be_set_per_feature_only(
 def test_saved_sae_says_how_it_was_calibrated(
     topk: TopKSAE, activations: torch.Tensor, tmp_path: Path
 ):
-    topk.cfg.metadata = SAEMetadata(hook_name="somewhere", context_size=7)
+    held_out = {"l0": 5.0}  # with other thresholds
+    topk.cfg.metadata = SAEMetadata(
+        hook_name="somewhere", context_size=7, held_out=held_out
+    )
     report = recalibrate(topk, activations, 4)
+    assert topk.cfg.metadata.held_out == held_out
     assert "calibration" not in topk.cfg.metadata
     report.sae.save_model(tmp_path)
     loaded = SAE.load_from_disk(tmp_path)
     assert loaded.cfg.architecture() == "jumprelu"
     assert loaded.cfg.metadata.hook_name == "somewhere"
     assert loaded.cfg.metadata.l0 == 4
+    assert loaded.cfg.metadata.held_out is None
     calibration = loaded.cfg.metadata.calibration
     assert calibration == report.to_dict()
     assert calibration["l0_before"] == 5

@@ -1,10 +1,12 @@
 """Shares of the training and of k in Python's configs, as in YAML."""
 
+from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import pytest
 import torch
+from sae_lens import LanguageModelSAERunnerConfig
 from sae_lens.saes.sae import TrainingSAE
 from sae_lens.training.sae_trainer import SAETrainer
 
@@ -147,3 +149,37 @@ def test_the_runner_takes_shares_in_sae_lens_own_config_too(
     assert runner.run().cfg.feature_choice_steps == 2  # of 8
     assert runner.cfg.lr_warm_up_steps == 4
     assert cfg.sae.feature_choice_steps == "25%"  # the config given is left as it is
+
+
+def test_type_checkers_take_shares_and_read_numbers():
+    """pyright reads this file, too. SAELens' command line makes integers of the same fields."""
+    sae = MutualChoiceTrainingSAEConfig(
+        d_in=8,
+        d_sae=32,
+        k=4,
+        k_start="200%",
+        k_decay_steps="50%",
+        feature_choice_steps="25%",
+        aux_loss_decay_start="75%",
+    )
+    cfg = AllocSAERunnerConfig(
+        sae=sae,
+        training_tokens=1000,
+        train_batch_size_tokens=10,
+        lr_warm_up_steps="5%",
+        lr_decay_steps=20,
+        dead_feature_window="50%",
+    )
+    steps: int = cfg.lr_warm_up_steps + cfg.lr_decay_steps + cfg.dead_feature_window
+    assert steps == 5 + 20 + 50
+    start: float | None = sae.k_start
+    assert start == 8
+    FeatureChoiceTrainingSAEConfig(d_in=8, d_sae=32, k=4, mutual_choice_steps="25%")
+    hints = get_type_hints(MutualChoiceTrainingSAEConfig)
+    assert hints["feature_choice_steps"] == hints["aux_loss_decay_start"] == int | None
+    assert hints["k_start"] == float | None and hints["k_decay_steps"] is int
+    ours, stock = (
+        {field.name: (field.type, field.default) for field in fields(config)}
+        for config in (AllocSAERunnerConfig, LanguageModelSAERunnerConfig)
+    )
+    assert {name: ours[name] for name in stock} == stock
