@@ -167,7 +167,7 @@ def _compare_saes(
         if l0 is not None:
             require_target_l0(sae, l0)
     first = next(iter(saes.values()))
-    cfg = text_to_read(first, model, dataset, config, device)
+    cfg = text_to_read(first, model, dataset, config, device, "the comparison")
     check_devices(cfg)
     check_activations(cfg)
     for name in names:

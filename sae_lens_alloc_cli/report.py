@@ -65,7 +65,7 @@ def report(
         check_device("--device", device)
         saes = load_given_saes([sae], "cpu")
         (given,) = saes.values()
-        cfg = text_to_read(given, model, dataset, config, device)
+        cfg = text_to_read(given, model, dataset, config, device, "the report")
         check_devices(cfg)
         check_activations(cfg)
         given.to(device)
