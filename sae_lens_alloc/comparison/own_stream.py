@@ -11,13 +11,13 @@ from sae_lens_alloc.activations.row_order import RowOrder
 from sae_lens_alloc.activations.row_source import RowSource, open_rows
 from sae_lens_alloc.activations.row_store import RowStore
 from sae_lens_alloc.checksums import sha256_of
-from sae_lens_alloc.json_files import write_json
 from sae_lens_alloc.comparison.stream import (
     MANIFEST_FILENAME,
     SPLITS,
     StoredStream,
     Stream,
 )
+from sae_lens_alloc.json_files import write_json
 from sae_lens_alloc.saes.saved_sae import read_json_mapping
 
 
