@@ -2,12 +2,14 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 RESULTS = Path(__file__).parent / "results"
 DEMO = RESULTS / "demo.json"
 FINE_TUNING = RESULTS / "fine_tuning.json"
 TIMED_SWITCH = RESULTS / "timed_switch.json"
 FAULTS = RESULTS / "faults.json"
+SHIFT = RESULTS / "shift.json"
 
 
 def demo_table() -> str:
@@ -47,7 +49,7 @@ def fine_tuning_table() -> str:
         "rare (< 1e-4)": ("rare_features", ".0f"),
     }
     rows = [
-        f"Mean of {len(seeds)} seeds (lowest to highest), {seeds[0]['start']['n_tokens']:,} "
+        f"{_number_of(seeds)}, {seeds[0]['start']['n_tokens']:,} "
         f"tokens; torch {versions['torch']}, sae-lens {versions['sae_lens']} "
         f"(`{report['command']}`):\n",
         f"| trained on as | {' | '.join(columns)} |",
@@ -60,6 +62,27 @@ def fine_tuning_table() -> str:
         ]
         label = "not at all" if name == "start" else name
         rows.append(f"| {label} | {' | '.join(cells)} |")
+    return "\n".join(rows)
+
+
+def shift_table() -> str:
+    """SAEs on unlike text, from what benchmarks/shift.py measured."""
+    report = json.loads(SHIFT.read_text())
+    versions = report["versions"]
+    rows = [
+        f"One seed; torch {versions['torch']}, sae-lens {versions['sae_lens']} "
+        f"(`{report['command']}`).\n",
+        "| text | SAE | tokens | features per token | variance explained "
+        "| CE recovered (mean ablation) | KL | dead |",
+        "|---" * 8 + "|",
+    ]
+    for text, saes in report["texts"].items():
+        for name, found in saes.items():
+            rows.append(
+                f"| {text} | `{name}` | {found['n_tokens']:,} | {found['l0']:.2f} "
+                f"| {found['explained_variance']:.4f} | {found['ce_recovered_mean']:.4f} "
+                f"| {found['kl_divergence']:.3f} | {found['dead_features']:,} |"
+            )
     return "\n".join(rows)
 
 
@@ -108,6 +131,14 @@ def faults_table() -> str:
     return "\n".join(rows)
 
 
+def _number_of(seeds: list[Any]) -> str:
+    if len(seeds) == 1:
+        return "One seed"
+    return f"Mean of {len(seeds)} seeds (lowest to highest)"
+
+
 def _mean_and_range(values: list[float], style: str) -> str:
     mean = sum(values) / len(values)
+    if len(values) == 1:
+        return f"{mean:{style}}"
     return f"{mean:{style}} ({min(values):{style}}–{max(values):{style}})"

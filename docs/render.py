@@ -31,6 +31,7 @@ from docs.measured import (
     demo_table,
     faults_table,
     fine_tuning_table,
+    shift_table,
     timed_switch_table,
 )
 from docs.models import models_table, ready_configs, with_memory
@@ -67,7 +68,7 @@ def main() -> None:
             **experiment_parts(),
             "timed switch": timed_switch_table(),
         },
-        DOCS / "results.md": comparison_parts(),
+        DOCS / "results.md": {**comparison_parts(), "shift": shift_table()},
         DOCS / "transcoders.md": transcoder_parts(),
         DOCS / "faults.md": {"faults": faults_table()},
         DOCS / "host-tests.md": host_tests_parts(),

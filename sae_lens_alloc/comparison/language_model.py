@@ -17,6 +17,7 @@ from sae_lens_alloc.activations.held_out_store import require_ordinary_tokens
 from sae_lens_alloc.activations.hook_names import hook_name_out_of
 from sae_lens_alloc.activations.language_model import load_language_model
 from sae_lens_alloc.activations.local_dataset import override_for_local_dataset
+from sae_lens_alloc.activations.names import name_for_others
 from sae_lens_alloc.activations.store import ResumableActivationsStore
 from sae_lens_alloc.comparison.config import ComparisonConfig
 from sae_lens_alloc.comparison.stream import StoredStream, Stream, write_stream
@@ -91,7 +92,7 @@ class LanguageModelSubject(Subject):
     def facts(self) -> dict[str, Any]:
         return {
             "kind": "language_model",
-            "activations": f"{self.cfg.model_name} at {self.cfg.hook_name}",
+            "activations": f"{name_for_others(self.cfg.model_name)} at {self.cfg.hook_name}",
         }
 
     @cached_property

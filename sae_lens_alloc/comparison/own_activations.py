@@ -6,6 +6,7 @@ from typing import Any
 from sae_lens import SAE
 from typing_extensions import override
 
+from sae_lens_alloc.activations.names import name_for_others
 from sae_lens_alloc.activations.own_activations import buffer_rows_of
 from sae_lens_alloc.comparison.config import ComparisonConfig
 from sae_lens_alloc.comparison.own_stream import describe_own_stream, open_split
@@ -63,4 +64,7 @@ class OwnActivationsSubject(Subject):
 
     @override
     def facts(self) -> dict[str, Any]:
-        return {"kind": "own_activations", "activations": self.paths["train"]}
+        return {
+            "kind": "own_activations",
+            "activations": name_for_others(self.paths["train"]),
+        }
