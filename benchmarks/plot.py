@@ -140,7 +140,7 @@ def continuations(report: dict[str, Any]) -> go.Figure:
     picture.update_xaxes(**AXIS_STYLE)
     picture.update_yaxes(**AXIS_STYLE)
     picture.update_layout(
-        width=1100, height=400, margin={"l": 60, "r": 90, "t": 40, "b": 100}, **STYLE
+        width=1150, height=480, margin={"l": 60, "r": 140, "t": 40, "b": 180}, **STYLE
     )
     return picture
 
