@@ -13,12 +13,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import sae_lens
 import torch
 from sae_lens.config import LanguageModelSAERunnerConfig
 
-import sae_lens_alloc
-from benchmarks.results import write_results
+from benchmarks.results import main_versions, write_results
 from sae_lens_alloc.config.run_file import load_fine_tuning_config, load_runner_config
 from sae_lens_alloc.demo.methods import Trained
 from sae_lens_alloc.demo.run import CONTEXTS, evaluate
@@ -102,11 +100,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=Path("output/fine_tuning"))
     args = parser.parse_args()
     report: dict[str, Any] = {
-        "versions": {
-            "sae_lens_alloc": sae_lens_alloc.__version__,
-            "sae_lens": sae_lens.__version__,
-            "torch": torch.__version__,
-        },
+        "versions": main_versions(),
         "threads": torch.get_num_threads(),
         "command": "python -m benchmarks.fine_tuning docs/results/fine_tuning.json",
         "seeds": {},

@@ -9,6 +9,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+import sae_lens
 import torch
 
 import sae_lens_alloc
@@ -37,6 +38,14 @@ def write_results(path: Path, content: dict[str, Any]) -> None:
     partial = path.with_suffix(".partial")
     partial.write_text(json.dumps(content, indent=1) + "\n")
     partial.replace(path)
+
+
+def main_versions() -> dict[str, str]:
+    """Versions of what figures of quality depend on, by the names of the modules."""
+    return {
+        module.__name__: module.__version__
+        for module in (sae_lens_alloc, sae_lens, torch)
+    }
 
 
 def installed_versions(packages: Sequence[str]) -> dict[str, str]:

@@ -13,11 +13,8 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-import sae_lens
-import torch
 
-import sae_lens_alloc
-from benchmarks.results import write_results
+from benchmarks.results import main_versions, write_results
 from sae_lens_alloc.activations.on_text import text_of_sae
 from sae_lens_alloc.comparison.given_figures import measure_given_saes
 from sae_lens_alloc.comparison.given_saes import load_given_saes
@@ -66,11 +63,7 @@ def main() -> None:
     parser.add_argument("saes", nargs="+")
     args = parser.parse_args()
     report: dict[str, Any] = {
-        "versions": {
-            "sae_lens_alloc": sae_lens_alloc.__version__,
-            "sae_lens": sae_lens.__version__,
-            "torch": torch.__version__,
-        },
+        "versions": main_versions(),
         "command": f"python -m benchmarks.shift docs/results/shift.json {' '.join(args.saes)}",
         "texts": {
             name: measure(args.saes, files, n_tokens)

@@ -14,13 +14,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import sae_lens
 import torch
 from sae_lens import SAE, LanguageModelSAETrainingRunner, SAETrainer
 from sae_lens.saes.sae import TrainingSAE
 
-import sae_lens_alloc
-from benchmarks.results import load_results, write_results
+from benchmarks.results import load_results, main_versions, write_results
 from sae_lens_alloc.activations.on_text import take_tokens
 from sae_lens_alloc.comparison.config import load_comparison
 from sae_lens_alloc.comparison.shared_activations import make_subject
@@ -112,11 +110,7 @@ def main() -> None:
     args = parser.parse_args()
     about = {
         "command": "python -m benchmarks.timed_switch docs/results/timed_switch.json",
-        "versions": {
-            "sae_lens_alloc": sae_lens_alloc.__version__,
-            "sae_lens": sae_lens.__version__,
-            "torch": torch.__version__,
-        },
+        "versions": main_versions(),
     }
     report = load_results(args.json, about) or {**about, "subjects": {}}
     subjects = {
