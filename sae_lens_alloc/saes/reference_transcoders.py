@@ -5,13 +5,11 @@ input. SAELens itself can train neither.
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 import torch
 from sae_lens import BatchTopKTrainingSAE, BatchTopKTrainingSAEConfig
 from sae_lens.saes.sae import (
     SAEConfig,
-    TrainingSAE,
     TrainStepInput,
     TrainStepOutput,
 )
@@ -27,8 +25,8 @@ from typing_extensions import override
 from sae_lens_alloc.saes.initial_weights import initial_decoder, initial_encoder
 from sae_lens_alloc.saes.rows import encoded_and_target
 from sae_lens_alloc.saes.transcoder_start import (
+    CentredInputs,
     add_input_mean,
-    fold_input_mean,
     start_transcoder,
 )
 
@@ -91,14 +89,12 @@ class BatchTopKTrainingTranscoderConfig(BatchTopKTrainingSAEConfig):
         return JumpReLUTranscoderConfig
 
 
-class _OtherOutput(TrainingSAE[Any]):
+class _OtherOutput(CentredInputs):
     """
     Comes behind SAELens' class in the bases, in place of what all its training SAEs share: rows
     [x, y] are trained on, with the initial weights and the start of our transcoders, so that what
     is compared is who gets the budget.
     """
-
-    input_mean: torch.Tensor
 
     @override
     def initialize_weights(self) -> None:
@@ -113,15 +109,7 @@ class _OtherOutput(TrainingSAE[Any]):
 
     @override
     def process_sae_in(self, sae_in: torch.Tensor) -> torch.Tensor:
-        inputs = self.hook_sae_input(sae_in)
-        return inputs - self.input_mean if self.cfg.center_inputs else inputs
-
-    @override
-    def process_state_dict_for_saving_inference(
-        self, state_dict: dict[str, Any]
-    ) -> None:
-        fold_input_mean(state_dict)
-        super().process_state_dict_for_saving_inference(state_dict)
+        return self.without_input_mean(self.hook_sae_input(sae_in))
 
     @override
     def training_forward_pass(self, step_input: TrainStepInput) -> TrainStepOutput:

@@ -13,14 +13,13 @@ from sae_lens_alloc.saes.initial_weights import initial_decoder, initial_encoder
 from sae_lens_alloc.saes.skip_connection import with_past
 from sae_lens_alloc.saes.transcoder_config import TranscoderTrainingConfig
 from sae_lens_alloc.saes.transcoder_start import (
+    CentredInputs,
     add_input_mean,
-    fold_input_mean,
-    require_input_mean,
     start_transcoder,
 )
 
 
-class TrainingTranscoder(AllocationTrainingSAE[Any]):
+class TrainingTranscoder(CentredInputs, AllocationTrainingSAE[Any]):
     """
     Training transcoder whose batch shares one budget of token-feature pairs. It is trained as the
     SAE of the same rule, whose class follows in the bases: the features of x reconstruct y.
@@ -36,7 +35,6 @@ class TrainingTranscoder(AllocationTrainingSAE[Any]):
     """
 
     W_skip: nn.Parameter
-    input_mean: torch.Tensor
 
     @override
     def initialize_weights(self) -> None:
@@ -57,26 +55,13 @@ class TrainingTranscoder(AllocationTrainingSAE[Any]):
     def process_sae_in(self, sae_in: torch.Tensor) -> torch.Tensor:
         # as SAELens' transcoders, which do not subtract b_dec
         inputs = self.hook_sae_input(sae_in.to(self.dtype))
-        inputs = self.run_time_activation_norm_fn_in(inputs)
-        return inputs - self.input_mean if self.cfg.center_inputs else inputs
+        return self.without_input_mean(self.run_time_activation_norm_fn_in(inputs))
 
     @override
     def training_forward_pass(self, step_input: TrainStepInput) -> TrainStepOutput:
         if step_input.n_training_steps == 0 and step_input.sae_in.numel() > 0:
             start_transcoder(self, step_input.sae_in)
         return super().training_forward_pass(step_input)
-
-    @override
-    def process_state_dict_for_saving_inference(
-        self, state_dict: dict[str, Any]
-    ) -> None:
-        fold_input_mean(state_dict)
-        super().process_state_dict_for_saving_inference(state_dict)
-
-    @override
-    def process_state_dict_for_loading(self, state_dict: dict[str, Any]) -> None:
-        super().process_state_dict_for_loading(state_dict)
-        require_input_mean(self, state_dict)
 
     @override
     def _norm_out(self, recons: torch.Tensor) -> torch.Tensor:

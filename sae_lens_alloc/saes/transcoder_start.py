@@ -12,10 +12,36 @@ from typing import Any
 
 import torch
 from sae_lens.saes.sae import TrainingSAE
+from typing_extensions import override
 
 from sae_lens_alloc.saes.rows import encoded_and_target
 from sae_lens_alloc.saes.skip_connection import with_past
 from sae_lens_alloc.saes.weight_names import INPUT_MEAN
+
+
+class CentredInputs(TrainingSAE[Any]):
+    """
+    What a transcoder of inputs without their mean keeps in its files, whoever gets its budget. Its
+    config has `center_inputs`.
+    """
+
+    input_mean: torch.Tensor
+
+    def without_input_mean(self, inputs: torch.Tensor) -> torch.Tensor:
+        """Encoder inputs of shape (..., d_in) as they are encoded."""
+        return inputs - self.input_mean if self.cfg.center_inputs else inputs
+
+    @override
+    def process_state_dict_for_saving_inference(
+        self, state_dict: dict[str, Any]
+    ) -> None:
+        fold_input_mean(state_dict)
+        super().process_state_dict_for_saving_inference(state_dict)
+
+    @override
+    def process_state_dict_for_loading(self, state_dict: dict[str, Any]) -> None:
+        super().process_state_dict_for_loading(state_dict)
+        require_input_mean(self, state_dict)
 
 
 @torch.no_grad()
