@@ -30,6 +30,9 @@ OverwriteOption = Annotated[
         "same name.",
     ),
 ]
+OverwriteFileOption = Annotated[
+    bool, typer.Option("--overwrite", help="Replace the file if it exists.")
+]
 DryRunOption = Annotated[
     bool,
     typer.Option("--dry-run", help="Check the run, print what it would do, and stop."),

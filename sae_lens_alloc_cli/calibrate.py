@@ -8,6 +8,7 @@ import typer
 from sae_lens_alloc_cli.arguments import OverwriteOption
 from sae_lens_alloc_cli.text_to_read import (
     DatasetOption,
+    DeviceOption,
     ModelOption,
     TextConfigOption,
     activations_to_read,
@@ -60,9 +61,7 @@ def calibrate(
     model: ModelOption = None,
     dataset: DatasetOption = None,
     config: TextConfigOption = None,
-    device: Annotated[
-        str, typer.Option(help="Torch device for the SAE and the language model.")
-    ] = "cpu",
+    device: DeviceOption = "cpu",
     overwrite: OverwriteOption = False,
 ) -> None:
     """

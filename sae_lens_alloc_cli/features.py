@@ -5,8 +5,10 @@ from typing import Annotated
 
 import typer
 
+from sae_lens_alloc_cli.arguments import OverwriteFileOption
 from sae_lens_alloc_cli.text_to_read import (
     DatasetOption,
+    DeviceOption,
     ModelOption,
     TextConfigOption,
     text_to_read,
@@ -40,12 +42,8 @@ def features(
     model: ModelOption = None,
     dataset: DatasetOption = None,
     config: TextConfigOption = None,
-    device: Annotated[
-        str, typer.Option(help="Torch device for the SAE and the language model.")
-    ] = "cpu",
-    overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace the file if it exists.")
-    ] = False,
+    device: DeviceOption = "cpu",
+    overwrite: OverwriteFileOption = False,
 ) -> None:
     """
     Write one HTML page about the features of an SAE: text that each is most active on, logit

@@ -25,6 +25,9 @@ TextConfigOption = Annotated[
         help="YAML file of a run, as for `train`. Its model and text are used.",
     ),
 ]
+DeviceOption = Annotated[
+    str, typer.Option(help="Torch device for the SAE and the language model.")
+]
 
 
 def text_to_read(
