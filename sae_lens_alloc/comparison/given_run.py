@@ -1,6 +1,5 @@
 """What `report SAE` and `compare SAE1 SAE2` do with SAEs that one already has."""
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -22,7 +21,7 @@ from sae_lens_alloc.evaluation.figures import figures_of
 from sae_lens_alloc.evaluation.report import write_report
 from sae_lens_alloc.evaluation.report_run import ReportRun
 from sae_lens_alloc.evaluation.results_table import results_table
-from sae_lens_alloc.json_files import finite_or_null
+from sae_lens_alloc.json_files import write_json
 from sae_lens_alloc.training.output_folder import new_files
 from sae_lens_alloc.version import __version__
 
@@ -107,8 +106,7 @@ def compare_given_saes(
     for name, why in equal.left_out.items():
         console.print(f"{name} is left out at equal L0: {why}", markup=False)
     with new_files(output, "the comparison") as folder:
-        figures = finite_or_null(_figures(found, cfg))
-        (folder / FIGURES_OF_GIVEN).write_text(json.dumps(figures, indent=2) + "\n")
+        write_json(folder / FIGURES_OF_GIVEN, _figures(found, cfg))
         _write_page(
             folder / REPORT_FILENAME,
             "SAEs at equal sparsity",

@@ -19,7 +19,7 @@ from sae_lens_alloc.evaluation.metrics import evaluate_sae
 from sae_lens_alloc.evaluation.report import SAVED_AND_LOADED, write_report
 from sae_lens_alloc.evaluation.report_run import ReportRun, read_history
 from sae_lens_alloc.evaluation.usage import Usage, as_user, measure_usage
-from sae_lens_alloc.json_files import finite_or_null
+from sae_lens_alloc.json_files import write_json
 from sae_lens_alloc.saes.rows import encoded_and_target
 from sae_lens_alloc.training.fine_tuning import FineTuningRunner
 from sae_lens_alloc.training.output_folder import new_files
@@ -168,8 +168,7 @@ def _write_results(
     }
     (output / RESULTS_FILENAME).write_text(json.dumps(figures, indent=2) + "\n")
     held_out = figures_of(result.after.evaluation, result.after.evaluation.to_dict())
-    text = json.dumps(finite_or_null(held_out), indent=2)
-    (output / HELD_OUT_FILENAME).write_text(text + "\n")
+    write_json(output / HELD_OUT_FILENAME, held_out)
 
 
 def _report_if_possible(

@@ -1,6 +1,5 @@
 """The page at the end of a training: the saved SAE on the contexts that were held out."""
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,7 @@ from sae_lens_alloc.evaluation.report import write_report
 from sae_lens_alloc.evaluation.report_run import ReportRun, read_history
 from sae_lens_alloc.evaluation.snippets import Snippet
 from sae_lens_alloc.evaluation.usage import Usage, as_user, measure_usage
-from sae_lens_alloc.json_files import finite_or_null
+from sae_lens_alloc.json_files import write_json
 from sae_lens_alloc.saes.rows import encoded_and_target
 from sae_lens_alloc.saes.saved_sae import load_sae
 from sae_lens_alloc.training.output_folder import new_files
@@ -61,8 +60,8 @@ def write_run_report(runner: AllocSAETrainingRunner, seconds: float) -> Path:
         settings=_settings(cfg),
     )
     with new_files(output, "the report") as folder:
-        figures = finite_or_null(figures_of(usage, usage.to_dict()))
-        (folder / HELD_OUT_FILENAME).write_text(json.dumps(figures, indent=2) + "\n")
+        figures = figures_of(usage, usage.to_dict())
+        write_json(folder / HELD_OUT_FILENAME, figures)
         write_report(
             folder / REPORT_FILENAME,
             f"The SAE {run.name}",
