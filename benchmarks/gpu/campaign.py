@@ -23,7 +23,7 @@ PARTS = {
     "synthetic": 1.0,
 }
 # Where nothing is timed, several tasks run at once: most of their time is spent compiling.
-JOBS = {"kernels": 4}
+JOBS = {"kernels": 6}
 # Parts in which too little memory is a result, that another try would not change.
 MEMORY_IS_A_RESULT = ("steps", "memory")
 

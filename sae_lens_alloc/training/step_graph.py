@@ -43,7 +43,8 @@ class CudaGraph:
     @contextmanager
     def recording(self) -> Iterator[None]:
         torch.cuda.synchronize()
-        with torch.cuda.graph(self._graph):
+        # other threads of this process may ask the device for something meanwhile
+        with torch.cuda.graph(self._graph, capture_error_mode="thread_local"):
             yield
 
     def replay(self) -> None:
@@ -68,6 +69,22 @@ class RecordedStep:
     output: TrainStepOutput
     gradients: Sequence[torch.Tensor | None]
     requirements: Sequence[tuple[torch.Tensor, str]]
+
+
+def without_graph(output: TrainStepOutput) -> TrainStepOutput:
+    """
+    The same output, which no gradient goes through. Whoever keeps an output of autograd keeps the nodes that
+    add up the gradients of the parameters, and those belong to the stream on which they were made: a later
+    step cannot be recorded on another one.
+    """
+    return replace(
+        output,
+        sae_out=output.sae_out.detach(),
+        feature_acts=output.feature_acts.detach(),
+        hidden_pre=output.hidden_pre.detach(),
+        loss=output.loss.detach(),
+        losses={name: loss.detach() for name, loss in output.losses.items()},
+    )
 
 
 class StepGraph:
@@ -142,7 +159,7 @@ class StepGraph:
     def _backward(self, output: TrainStepOutput) -> TrainStepOutput:
         output.loss.backward()
         self._clip()
-        return output
+        return without_graph(output)
 
     def _record(self, sae_in: torch.Tensor, plan: StepPlan) -> RecordedStep:
         sae, recording = self._sae, self._make_recording()

@@ -211,3 +211,23 @@ def test_a_step_of_our_trainer_asks_the_device_nothing(
         with no_questions(triton_device):
             train_step(trainer, batch)
         sae.checks.report(wait=True)
+
+
+def test_kept_outputs_hold_no_graph(monkeypatch: pytest.MonkeyPatch):
+    """
+    Their nodes would add up gradients on the stream of an earlier step, and CUDA cannot record that.
+    """
+    kept: list[Any] = []
+    forward = StepGraph.forward_and_backward
+
+    def keep(graph: StepGraph, step_input: Any) -> Any:
+        kept.append(forward(graph, step_input))
+        return kept[-1]
+
+    monkeypatch.setattr(StepGraph, "forward_and_backward", keep)
+    train(make_sae(d_sae=40, aux_loss="aux_zipf"), monkeypatch, cuda_graph=True)
+    assert len(kept) == N_STEPS
+    for output in kept:
+        tensors = [output.sae_out, output.feature_acts, output.loss]
+        tensors += [output.hidden_pre, *output.losses.values()]
+        assert not any(tensor.requires_grad for tensor in tensors)
