@@ -58,6 +58,14 @@ try:
         TopKTranscoder,
         TopKTranscoderConfig,
     )
+    from sae_lens_alloc.saes.refined_jumprelu_sae import (
+        RefinedJumpReLUSAE,
+        RefinedJumpReLUSAEConfig,
+    )
+    from sae_lens_alloc.saes.refined_mutual_choice_sae import (
+        RefinedMutualChoiceTrainingSAE,
+        RefinedMutualChoiceTrainingSAEConfig,
+    )
     from sae_lens_alloc.saes.with_aux_zipf import with_aux_zipf
     from sae_lens_alloc.thresholds.calibration import (
         CalibrationReport,
@@ -90,6 +98,10 @@ __all__ = [
     "MutualChoiceTrainingSAEConfig",
     "MutualChoiceTrainingTranscoder",
     "MutualChoiceTrainingTranscoderConfig",
+    "RefinedJumpReLUSAE",
+    "RefinedJumpReLUSAEConfig",
+    "RefinedMutualChoiceTrainingSAE",
+    "RefinedMutualChoiceTrainingSAEConfig",
     "SparseActivations",
     "ZipfLaw",
     "calibrate_thresholds",
@@ -105,14 +117,19 @@ __all__ = [
 
 def _register() -> None:
     """Registers our architectures with SAELens; importing or reloading twice is harmless."""
-    if TopKTranscoderConfig.architecture() not in SAE_CLASS_REGISTRY:
-        register_sae_class(
-            TopKTranscoderConfig.architecture(), TopKTranscoder, TopKTranscoderConfig
-        )
+    for inference_class, inference_config in (
+        (TopKTranscoder, TopKTranscoderConfig),
+        (RefinedJumpReLUSAE, RefinedJumpReLUSAEConfig),
+    ):
+        if inference_config.architecture() not in SAE_CLASS_REGISTRY:
+            register_sae_class(
+                inference_config.architecture(), inference_class, inference_config
+            )
     for sae_class, config_class in (
         (MutualChoiceTrainingSAE, MutualChoiceTrainingSAEConfig),
         (FeatureChoiceTrainingSAE, FeatureChoiceTrainingSAEConfig),
         (MatryoshkaMutualChoiceTrainingSAE, MatryoshkaMutualChoiceTrainingSAEConfig),
+        (RefinedMutualChoiceTrainingSAE, RefinedMutualChoiceTrainingSAEConfig),
         (MutualChoiceTrainingTranscoder, MutualChoiceTrainingTranscoderConfig),
         (FeatureChoiceTrainingTranscoder, FeatureChoiceTrainingTranscoderConfig),
         (TopKTrainingTranscoder, TopKTrainingTranscoderConfig),

@@ -89,6 +89,26 @@ class Pairs(ABC):
             kept if self.real is None else kept & self.real,
         )
 
+    def followed_by(self, other: "Pairs") -> "Pairs":
+        """These pairs and, as if their tokens came after all of these, those of another batch."""
+        (n_tokens, n_features), (n_others, _) = self.batch_shape, other.batch_shape
+        mine, others = self.places, other.places
+        both = SparseActivations(
+            torch.cat([mine.token_indices, others.token_indices + n_tokens]),
+            torch.cat([mine.feature_indices, others.feature_indices]),
+            torch.cat([mine.values, others.values]),
+            (n_tokens + n_others, n_features),
+        )
+        if self.real is None and other.real is None:
+            return both
+        real = [
+            torch.ones_like(pairs.places.values, dtype=torch.bool)
+            if pairs.real is None
+            else pairs.real
+            for pairs in (self, other)
+        ]
+        return PaddedActivations(both, torch.cat(real))
+
     def of_first_features(self, width: int) -> "Pairs":
         """The pairs of the features below `width`, as `only` gives them."""
         return self.only(self.places.feature_indices < width)

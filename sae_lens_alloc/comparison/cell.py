@@ -31,6 +31,7 @@ class Cell:
             its k or, without a k, every k of the comparison.
         settings: Its run, laid out as in the file that `load_runner_config` reads.
         stream: Digest of the activations' settings.
+        stock_form: Whether a refined SAE is measured in its stock form.
     """
 
     row: str
@@ -41,11 +42,15 @@ class Cell:
     target_l0s: tuple[float, ...]
     settings: Mapping[str, Any]
     stream: str
+    stock_form: bool = False
 
     @property
     def key(self) -> str:
         """Name of its folder. It depends on all settings, so no other cell is overwritten."""
-        text = json.dumps(asdict(self), sort_keys=True, default=str)
+        settings = asdict(self)
+        if not self.stock_form:  # as it was before there was the choice
+            del settings["stock_form"]
+        text = json.dumps(settings, sort_keys=True, default=str)
         row = re.sub(r"[^A-Za-z0-9_.-]+", "-", self.row)
         return (
             f"{row}-{self.sparsity_key}{self.sparsity:g}-lr{self.lr:g}-seed{self.seed}-"

@@ -19,6 +19,9 @@ from sae_lens_alloc.config.run_file import (
     read_settings,
     sae_config_class,
 )
+from sae_lens_alloc.saes.refined_mutual_choice_sae import (
+    RefinedMutualChoiceTrainingSAEConfig,
+)
 from sae_lens_alloc.typed_values import convert, in_words
 
 # The grid sets these, so a file must not.
@@ -30,7 +33,7 @@ GRID_KEYS = {
 # The activations depend on these.
 WIDTHS = ("d_in", "d_out")
 # What a row may set for itself besides its SAE.
-ROW_KEYS = ("lr", "seeds", "optimizer")
+ROW_KEYS = ("lr", "seeds", "optimizer", "stock_form")
 # A comparison has an output folder of its own, and is resumed cell by cell.
 UNUSED_KEYS = (
     *("output_path", "checkpoint_path", "n_checkpoints", "save_final_checkpoint"),
@@ -51,7 +54,8 @@ class ComparisonConfig:
         rows: SAE settings by name of the row, on top of the shared ones under `sae:`. A row
             whose architecture has no k gives a list for its sparsity coefficient, with one
             value for each `k`. A row may also have learning rates of its own (`lr`, as many as
-            the other rows), more seeds (`seeds`, the shared ones first) and an `optimizer`.
+            the other rows), more seeds (`seeds`, the shared ones first) and an `optimizer`. With
+            `stock_form: true` a refined architecture is measured in its stock form.
         heldout_path: Parquet file with a column `text`, for a language model. Its contexts
             go to the validation and the test split in turn.
         synthetic: Fields of SAELens' SyntheticModelConfig, for synthetic activations.
@@ -163,6 +167,7 @@ class ComparisonConfig:
                 **{"sae": sae, "lr": lr, "seed": seed},
             },
             stream=digest(self.stream_settings()),
+            stock_form=bool(own.get("stock_form")),
         )
 
 
@@ -227,6 +232,8 @@ def _build(settings: dict[str, Any]) -> ComparisonConfig:
         sae_config_class(row.get("architecture"))
         if "lr" in row:
             _require_lrs(name, row["lr"], len(values["lr"]))
+        if row.get("stock_form", False) is not False:
+            _require_stock_form(name, row)
         if "seeds" in row:
             _require_seeds(name, row["seeds"], list(values["seeds"]))
     config = ComparisonConfig(shared=shared, **values)
@@ -273,6 +280,17 @@ def _require_lrs(row: str, value: Any, n: int) -> None:
         raise ValueError(
             f"compare.rows.{row}.lr must be a list of {n} learning rates, as many as "
             f"compare.lr has, so that all rows have as many tries, got {value!r}."
+        )
+
+
+def _require_stock_form(name: str, row: Mapping[str, Any]) -> None:
+    config_class = sae_config_class(row["architecture"])
+    if row["stock_form"] is not True or not issubclass(
+        config_class, RefinedMutualChoiceTrainingSAEConfig
+    ):
+        raise ValueError(
+            f"compare.rows.{name}.stock_form is {row['stock_form']!r} for the architecture "
+            f"{row['architecture']!r}: give true, for a refined architecture, or leave it out."
         )
 
 

@@ -28,6 +28,7 @@ from sae_lens_alloc.comparison.stream import Stream
 from sae_lens_alloc.errors import as_reason
 from sae_lens_alloc.evaluation.usage import as_user, measure_usage
 from sae_lens_alloc.json_files import write_json
+from sae_lens_alloc.saes.refined_jumprelu_sae import RefinedJumpReLUSAE
 from sae_lens_alloc.saes.rows import encoded_and_target
 from sae_lens_alloc.saes.saved_sae import load_sae
 from sae_lens_alloc.thresholds.operating_point import at_l0
@@ -75,6 +76,7 @@ def train_cell(cell: Cell, stream: Stream, folder: Path) -> dict[str, Any]:
         stream.split("validation").to(cfg.device),
         folder,
         cfg.device,
+        cell.stock_form,
     )
     result = {
         "row": cell.row,
@@ -98,18 +100,25 @@ def _save_at_each_l0(
     validation: torch.Tensor,
     folder: Path,
     device: str,
+    stock_form: bool,
 ) -> tuple[float, dict[str, Any]]:
     """L0 as training left it, and figures on the validation split at each wanted L0."""
     points: dict[str, Any] = {}
     encoded, reconstructed = encoded_and_target(sae.cfg, validation)
     with tempfile.TemporaryDirectory() as trained:
         sae.save_inference_model(trained)
-        natural = measure_usage(
-            as_user(_load(trained, device)), encoded, target=reconstructed
-        )
+
+        def load() -> SAE[Any]:
+            loaded = load_sae(trained, device).eval()
+            if not stock_form:
+                return loaded
+            assert isinstance(loaded, RefinedJumpReLUSAE)
+            return loaded.stock_form()
+
+        natural = measure_usage(as_user(load()), encoded, target=reconstructed)
         for target in target_l0s:
             try:
-                calibrated = at_l0(_load(trained, device), encoded, target)
+                calibrated = at_l0(load(), encoded, target)
             except ValueError as error:
                 points[f"{target:g}"] = {"unreachable": str(error)}
                 continue
@@ -125,10 +134,6 @@ def _save_at_each_l0(
             }
             calibrated.save_model(sae_folder(folder, target))
     return natural.l0, points
-
-
-def _load(folder: str, device: str) -> SAE[Any]:
-    return load_sae(folder, device).eval()
 
 
 def _peak_memory(device: str) -> int:

@@ -10,6 +10,9 @@ from sae_lens_alloc.compat import has_hooks
 from sae_lens_alloc.distributed.feature_shard import FeatureShard
 from sae_lens_alloc.distributed.ranks import Ranks
 from sae_lens_alloc.saes.allocation_sae_config import AllocationTrainingSAEConfig
+from sae_lens_alloc.saes.refined_mutual_choice_sae import (
+    RefinedMutualChoiceTrainingSAEConfig,
+)
 
 
 def check_for_ranks(cfg: LanguageModelSAERunnerConfig[Any], ranks: Ranks) -> None:
@@ -43,6 +46,11 @@ def check_for_ranks(cfg: LanguageModelSAERunnerConfig[Any], ranks: Ranks) -> Non
         raise ValueError(
             f"sae.topk_steps is for one process, not for {n}: give sae.topk_steps=0, or start it "
             "without torchrun."
+        )
+    if isinstance(sae, RefinedMutualChoiceTrainingSAEConfig):
+        raise ValueError(
+            f"sae.architecture 'refined_mutual_choice' is for one process, not for {n}: give "
+            "'mutual_choice', or start it without torchrun."
         )
     if torch.device(cfg.device).type not in ("cpu", "cuda"):
         raise ValueError(

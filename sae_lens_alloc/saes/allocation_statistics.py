@@ -9,6 +9,7 @@ from sae_lens_alloc.allocation.sparse_activations import Pairs
 from sae_lens_alloc.allocation.thresholds import follow_cut, track_threshold
 from sae_lens_alloc.allocation.zipf import NATURAL_LAW
 from sae_lens_alloc.saes.density_statistics import DensityStatistics
+from sae_lens_alloc.saes.running_statistics import StepTotals
 
 # Under Mutual Choice the threshold of a feature is the cut, or lower such that it fires at least
 # at this share of the mean density: on 1 token in 5,000 with k = 16 and 3,072 features.
@@ -84,18 +85,24 @@ class AllocationStatistics(DensityStatistics):
             pairs: The pairs that Mutual Choice selects.
             n_tokens: Tokens in the call.
         """
+        self.follow("cut", self.totals, pairs, n_tokens)
+
+    def follow(
+        self, name: str, totals: StepTotals, pairs: Pairs, n_tokens: int
+    ) -> None:
+        """`follow_cut` of a cut by its name, whose step began in `totals`."""
         if len(pairs.places.values) == 0 and self.shard.is_whole:
             return
         smallest = self.shard.ranks.smallest(pairs.smallest_value().float())
-        n_seen = self.totals.add("n_cut_tokens", n_tokens)
-        total = self.totals.add("cuts", smallest * n_tokens)
+        n_seen = totals.add("n_cut_tokens", n_tokens)
+        total = totals.add("cuts", smallest * n_tokens)
         if n_seen > n_tokens:
             smallest = total / n_seen
-        start = self.totals.start["cut"]
+        start, cut = totals.start[name], self.get_buffer(name)
         # a first cut is taken as it is
         followed = torch.where(start > 0, follow_cut(start, smallest), smallest)
         # infinite where all the pairs are padding
-        self.cut.copy_(torch.where(smallest.isinf(), self.cut, followed))
+        cut.copy_(torch.where(smallest.isinf(), cut, followed))
 
     def relative_thresholds(self) -> torch.Tensor:
         """Thresholds relative to the cut, at most 1, shape (F,)."""

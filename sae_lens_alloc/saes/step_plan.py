@@ -39,6 +39,20 @@ class StepPlan:
 
 
 @dataclass(frozen=True)
+class FirstPass:
+    """
+    The first of two passes of a batch.
+
+    Args:
+        pairs: Its active pairs.
+        x: Its encoder inputs, shape (B, d_in).
+    """
+
+    pairs: Pairs
+    x: torch.Tensor
+
+
+@dataclass(frozen=True)
 class Selection:
     """
     Who takes part in a step.
@@ -49,12 +63,14 @@ class Selection:
         aux: Pairs of the auxiliary loss, None without.
         dense_acts: Activations of shape (..., F), where hooks on them may change them; None
             where nobody looks.
+        first: The first pass, None where there is one pass.
     """
 
     pairs: Pairs
     margin: Margin | None
     aux: AuxiliaryPairs | None
     dense_acts: torch.Tensor | None
+    first: FirstPass | None = None
 
 
 @dataclass(frozen=True)
@@ -68,9 +84,11 @@ class Outputs:
         aux: Reconstruction of the error by the auxiliary pairs, None without.
         unit: What a reconstruction of ones becomes, None without a margin.
         margin_pre_acts: Pre-activations of the margin's pairs, shape (N,).
+        first: Reconstruction by the first pass, None where there is one pass.
     """
 
     levels: Mapping[int, torch.Tensor]
     aux: torch.Tensor | None
     unit: torch.Tensor | None
     margin_pre_acts: torch.Tensor
+    first: torch.Tensor | None

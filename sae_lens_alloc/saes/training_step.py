@@ -2,14 +2,16 @@
 
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 
 import torch
 from sae_lens.saes.sae import TrainStepOutput
 
+from sae_lens_alloc.allocation.sparse_activations import Pairs
 from sae_lens_alloc.ops.block_encoder import Encoder, KnownAffinities
 from sae_lens_alloc.ops.pair_autoencoder import GradientMemory
 from sae_lens_alloc.saes.allocator import Allocator, Rule
-from sae_lens_alloc.saes.auxiliary_loss import auxiliary_pairs, outputs_and_parts
+from sae_lens_alloc.saes.auxiliary_loss import auxiliary_pairs
 from sae_lens_alloc.saes.backend_record import BackendRecord
 from sae_lens_alloc.saes.dense_path import (
     acts_are_hooked,
@@ -18,14 +20,15 @@ from sae_lens_alloc.saes.dense_path import (
 )
 from sae_lens_alloc.saes.finite_checks import require_finite, require_finite_loss
 from sae_lens_alloc.saes.margin_loss import margin_term
-from sae_lens_alloc.saes.nesting import inner_pairs, level_loss_names
-from sae_lens_alloc.saes.reconstruction import Weights, reconstruct
+from sae_lens_alloc.saes.nesting import level_loss_names
+from sae_lens_alloc.saes.reconstruction import Weights
 from sae_lens_alloc.saes.rows import encoded_and_target
 from sae_lens_alloc.saes.settling_clock import SettlingClock
 from sae_lens_alloc.saes.skip_connection import past_features
 from sae_lens_alloc.saes.step_count import StepCount
 from sae_lens_alloc.saes.step_metrics import allocation_metrics
-from sae_lens_alloc.saes.step_plan import Outputs, Selection, StepPlan
+from sae_lens_alloc.saes.step_outputs import outputs_of_step
+from sae_lens_alloc.saes.step_plan import FirstPass, Outputs, Selection, StepPlan
 from sae_lens_alloc.saes.threshold_sae import T_CONFIG, ThresholdTrainingSAE
 from sae_lens_alloc.saes.weight_names import OF_NO_FEATURE
 
@@ -67,6 +70,28 @@ class SparseStepTrainingSAE(ThresholdTrainingSAE[T_CONFIG]):
         """
         return ()
 
+    def first_inputs(self, sae_in: torch.Tensor) -> torch.Tensor:
+        """Encoder inputs of shape (..., d_in), before any pass."""
+        return self.process_sae_in(sae_in)
+
+    def first_pass(
+        self,
+        encoder: Encoder,  # noqa: ARG002
+        x: torch.Tensor,  # noqa: ARG002
+        plan: StepPlan,  # noqa: ARG002
+    ) -> FirstPass | None:
+        """
+        A pass before the one that allocates a batch of encoder inputs x, shape (B, d_in). It
+        moves its statistics. None where there is one pass.
+        """
+        return None
+
+    def second_inputs(
+        self, encoder: Encoder, inputs: torch.Tensor, first: Pairs
+    ) -> torch.Tensor:
+        """The encoder inputs that a first pass makes of `first_inputs`, shape (..., d_in)."""
+        raise NotImplementedError
+
     def take_step(
         self, sae_in: torch.Tensor, number: int, planned: Callable[[], StepPlan]
     ) -> TrainStepOutput:
@@ -79,17 +104,33 @@ class SparseStepTrainingSAE(ThresholdTrainingSAE[T_CONFIG]):
             planned: Gives the plan, once the activations are known to be finite.
         """
         encoded, target = encoded_and_target(self.cfg, sae_in)
-        inputs, encoder = self.process_sae_in(encoded), self.encoder()
+        inputs, encoder = self.first_inputs(encoded), self.encoder()
         x = inputs.reshape(-1, self.cfg.d_in)
         others = [w for name, w in self.named_parameters() if name in OF_NO_FEATURE]
         normalized = self.cfg.normalize_activations == "layer_norm"
         require_finite(self.checks, encoder, others, sae_in, x, normalized, number)
         plan = planned()
-        if not gradient_reaches_inputs(self, sae_in, self.shard):
+        reaches_inputs = gradient_reaches_inputs(self, sae_in, self.shard)
+        first = self.first_pass(encoder, x if reaches_inputs else x.detach(), plan)
+        if first is not None:
+            inputs = self.second_inputs(encoder, inputs, first.pairs)
+            x = inputs.reshape(-1, self.cfg.d_in)
+        if not reaches_inputs:
             x = x.detach()
-        selection = self._select(encoder, inputs, x, plan)
+        selection = replace(self._select(encoder, inputs, x, plan), first=first)
         shape = torch.Size([*inputs.shape[:-1], self.W_dec.shape[1]])
-        outputs = self._reconstruct(encoder, x, shape, selection)
+        by_b_dec = self.cfg.apply_b_dec_to_input and not x.requires_grad
+        weights = Weights(
+            self.W_enc,
+            self.b_enc,
+            self.W_dec,
+            self.b_dec if by_b_dec else None,
+            self.gradient_memory,
+            self.shard.ranks,
+        )
+        outputs = outputs_of_step(
+            self, weights, encoder, x, shape, selection, self.inner_widths()
+        )
         past = past_features(self, encoded)
         # what is left for the features
         left = target if past is None else target - past
@@ -159,53 +200,6 @@ class SparseStepTrainingSAE(ThresholdTrainingSAE[T_CONFIG]):
             acts = self.hook_sae_acts_post(affinities * mask)
         return Selection(pairs, margin, aux, acts)
 
-    def _reconstruct(
-        self,
-        encoder: Encoder,
-        x: torch.Tensor,
-        shape: torch.Size,
-        selection: Selection,
-    ) -> Outputs:
-        """Reconstructions of all levels and of the error, in one pass."""
-        margin, aux, acts = selection.margin, selection.aux, selection.dense_acts
-        widths = self.inner_widths()
-        sets = inner_pairs(selection.pairs, widths, self.shard)
-        if acts is None:
-            sets.insert(0, selection.pairs)
-        by_b_dec = self.cfg.apply_b_dec_to_input and not x.requires_grad
-        recons, margin_pre_acts = reconstruct(
-            Weights(
-                self.W_enc,
-                self.b_enc,
-                self.W_dec,
-                self.b_dec if by_b_dec else None,
-                self.gradient_memory,
-                self.shard.ranks,
-            ),
-            encoder,
-            x,
-            sets if aux is None else [*sets, aux.pairs],
-            [] if margin is None else [margin.pairs],
-        )
-        if acts is not None:
-            recons.insert(0, self._decode_dense(acts))
-        n_levels = 1 + len(widths)
-        levels, parts = recons[:n_levels], recons[n_levels:]
-        if margin is not None:
-            # what a reconstruction of 1 becomes tells by how much the output is scaled
-            parts.append(torch.ones_like(levels[0]))
-        levels = [(level.view(shape) + self.b_dec).to(level.dtype) for level in levels]
-        levels[0] = self.hook_sae_recons(levels[0])
-        outs, part_outs = outputs_and_parts(
-            self._norm_out, levels, [part.view(shape) for part in parts]
-        )
-        return Outputs(
-            dict(zip([self.cfg.d_sae, *widths], outs, strict=True)),
-            None if aux is None else part_outs[0],
-            None if margin is None else part_outs[-1],
-            margin_pre_acts,
-        )
-
     def _losses(
         self, target: torch.Tensor, outputs: Outputs, selection: Selection, step: int
     ) -> tuple[dict[str, torch.Tensor], Mapping[int, torch.Tensor]]:
@@ -214,6 +208,8 @@ class SparseStepTrainingSAE(ThresholdTrainingSAE[T_CONFIG]):
         named = zip(names, levels.values(), strict=True)
         losses = {name: self._mse(out, target) for name, out in named}
         require_finite_loss(self.checks, losses["mse_loss"], step)
+        if outputs.first is not None:
+            losses["first_pass_loss"] = self._mse(outputs.first, target)
         if self.times_itself:
             self.settling.note_loss(losses["mse_loss"].detach())
         residuals = {width: (target - out).detach() for width, out in levels.items()}

@@ -14,6 +14,7 @@ from sae_lens.saes.standard_sae import StandardSAE
 from sae_lens.saes.topk_sae import TopKSAE
 from safetensors.torch import save_file
 
+from sae_lens_alloc.saes.refined_jumprelu_sae import RefinedJumpReLUSAE
 from sae_lens_alloc.saes.rows import output_width
 from sae_lens_alloc.thresholds.jumprelu_form import jumprelu_form
 
@@ -139,6 +140,8 @@ def _plain_weights(sae: SAE[Any], library: str) -> PlainWeights:
     why = None
     if not isinstance(sae, JumpReLUSAE | TopKSAE | StandardSAE | GatedSAE):
         why = f"its architecture is {sae.cfg.architecture()}"
+    elif isinstance(sae, RefinedJumpReLUSAE):
+        why = "it encodes twice (give the folder stock_jumprelu in its own)"
     elif output_width(sae.cfg) is not None:
         why = "it is a transcoder"
     elif sae.cfg.normalize_activations in AT_RUN_TIME:

@@ -13,11 +13,15 @@ from sae_lens_alloc.ops.block_encoder import Encoder, WatchedEncoder
 from sae_lens_alloc.ops.encode_thresholds import ThresholdCollector
 from sae_lens_alloc.ops.split_over_ranks import split_over_ranks
 from sae_lens_alloc.saes.allocation_sae import AllocationTrainingSAE
+from sae_lens_alloc.saes.refined_mutual_choice_sae import (
+    RefinedMutualChoiceTrainingSAE,
+)
 from sae_lens_alloc.saes.rows import encoded_and_target
 from sae_lens_alloc.thresholds.factor import (
     factor_of,
     movable_thresholds,
     relative_encoder,
+    threshold_factor,
 )
 from sae_lens_alloc.thresholds.requirements import require_activations
 
@@ -80,6 +84,8 @@ def calibrate_thresholds(
     wanted: float = sae.cfg.k if target_l0 is None else target_l0
     require_activations(sae, activations)
     encoded, target = encoded_and_target(sae.cfg, activations)
+    if isinstance(sae, RefinedMutualChoiceTrainingSAE):
+        calibrate_first_pass(sae, encoded, wanted)
     tracked = sae.allocation.threshold
     shard = sae.shard
     thresholds = movable_thresholds(tracked, shard.ranks)
@@ -106,6 +112,19 @@ def calibrate_thresholds(
     )
     sae.cfg.metadata.calibration = asdict(report)
     return report
+
+
+def calibrate_first_pass(
+    sae: RefinedMutualChoiceTrainingSAE, activations: torch.Tensor, target_l0: float
+) -> None:
+    """
+    Sets the threshold of the first of two passes such that `target_l0` features per token are active
+    in it, on activations of shape (T, d_in). Does nothing where there was none in training.
+    """
+    if sae.first_cut > 0:
+        cut, x = sae.first_cut, sae.first_inputs(activations)
+        thresholds = cut.expand(sae.cfg.d_sae)
+        cut.mul_(threshold_factor(sae.encoder(), x, thresholds, target_l0))
 
 
 class _FirstPass:

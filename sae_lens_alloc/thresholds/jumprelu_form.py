@@ -9,6 +9,8 @@ from sae_lens import SAE
 from sae_lens.saes.gated_sae import GatedSAE, GatedTrainingSAE
 from sae_lens.saes.jumprelu_sae import JumpReLUSAE, JumpReLUSAEConfig
 
+from sae_lens_alloc.saes.refined_jumprelu_sae import RefinedJumpReLUSAE
+
 
 @torch.no_grad()
 def jumprelu_form(sae: SAE[Any]) -> JumpReLUSAE:
@@ -19,9 +21,11 @@ def jumprelu_form(sae: SAE[Any]) -> JumpReLUSAE:
     topk SAE: with them it activates all its positive affinities, until they are set.
 
     Args:
-        sae: An inference SAE of SAELens' jumprelu, topk, standard or gated architecture. Not
-            changed.
+        sae: An inference SAE of SAELens' jumprelu, topk, standard or gated architecture, or one of
+            refined_jumprelu, which stays that. Not changed.
     """
+    if isinstance(sae, RefinedJumpReLUSAE):
+        return copy.deepcopy(sae)
     settings: dict[str, Any] = sae.cfg.to_dict()
     names = {field.name for field in fields(JumpReLUSAEConfig)}
     settings = {name: value for name, value in settings.items() if name in names}

@@ -13,9 +13,14 @@ from sae_lens.saes.sae import TrainingSAE
 from sae_lens_alloc.distributed.ranks import ALONE, Ranks
 from sae_lens_alloc.distributed.speaking import is_lost_peer
 from sae_lens_alloc.saes.allocation_sae import AllocationTrainingSAE
+from sae_lens_alloc.saes.refined_jumprelu_sae import STOCK_FOLDER
+from sae_lens_alloc.saes.refined_mutual_choice_sae import (
+    RefinedMutualChoiceTrainingSAE,
+)
 from sae_lens_alloc.thresholds.calibration import calibrate_thresholds
 from sae_lens_alloc.training.final_sae import (
     how_to_calibrate,
+    stock_form,
     write_sae,
     write_sae_somewhere,
 )
@@ -130,6 +135,15 @@ class AfterTraining:
                 ),
                 "n_tokens": len(self.held_out),
             }
+            if isinstance(sae, RefinedMutualChoiceTrainingSAE):
+                stock = stock_form(sae)
+                stock.turn_off_forward_pass_hook_z_reshaping()
+                sae.cfg.metadata.stock_form = {
+                    **held_out_metrics(
+                        stock, self.held_out, self.cfg.train_batch_size_tokens
+                    ),
+                    "folder": STOCK_FOLDER,
+                }
 
     def _check(self, output: Path, recorded: dict[str, Any] | None) -> None:
         if recorded is None or self.ranks.rank > 0:

@@ -18,7 +18,8 @@ from sae_lens.constants import (
     SAE_WEIGHTS_FILENAME,
     SPARSITY_FILENAME,
 )
-from sae_lens.saes.sae import TrainingSAE
+from sae_lens.saes.jumprelu_sae import JumpReLUSAE
+from sae_lens.saes.sae import SAE, TrainingSAE
 from safetensors.torch import save_file
 
 from sae_lens_alloc.distributed.ranks import ALONE, Ranks
@@ -26,6 +27,13 @@ from sae_lens_alloc.distributed.together import together
 from sae_lens_alloc.evaluation.figures import HELD_OUT_FILENAME
 from sae_lens_alloc.progress import announced
 from sae_lens_alloc.saes.allocation_sae import AllocationTrainingSAE
+from sae_lens_alloc.saes.refined_jumprelu_sae import (
+    STOCK_FOLDER,
+    RefinedJumpReLUSAE,
+)
+from sae_lens_alloc.saes.refined_mutual_choice_sae import (
+    RefinedMutualChoiceTrainingSAE,
+)
 from sae_lens_alloc.saes.split_weights import split_weight_files
 from sae_lens_alloc.training.gathered_weights import write_gathered_weights
 from sae_lens_alloc.training.output_folder import (
@@ -66,6 +74,8 @@ def write_sae(
             (folder / SAE_CFG_FILENAME).write_text(json.dumps(settings))
         if log_feature_sparsity is not None:
             save_file({"sparsity": log_feature_sparsity}, folder / SPARSITY_FILENAME)
+        if isinstance(sae, RefinedMutualChoiceTrainingSAE):
+            stock_form(sae).save_model(folder / STOCK_FOLDER)
         (folder / RUNNER_CFG_FILENAME).write_text(json.dumps(cfg.to_dict()))
         if new_metrics.exists():
             shutil.copyfile(new_metrics, folder / METRICS_FILENAME)
@@ -114,6 +124,15 @@ def write_sae_somewhere(
         ) from error
 
 
+def stock_form(sae: RefinedMutualChoiceTrainingSAE) -> JumpReLUSAE:
+    """The stock JumpReLU SAE that a refined one is saved with."""
+    with tempfile.TemporaryDirectory() as folder:
+        sae.save_inference_model(folder)
+        saved = SAE.load_from_disk(folder, device=str(sae.device))
+    assert isinstance(saved, RefinedJumpReLUSAE)
+    return saved.stock_form()
+
+
 def how_to_calibrate(sae: TrainingSAE[Any], output: Path) -> str:
     """The command that calibrates a saved SAE."""
     assert isinstance(sae, AllocationTrainingSAE)
@@ -146,6 +165,8 @@ def _remove_other_weights(output: Path, folder: Path) -> None:
     for old in (output / SAE_WEIGHTS_FILENAME, *split_weight_files(output)):
         if not (folder / old.name).exists():
             old.unlink(missing_ok=True)
+    if not (folder / STOCK_FOLDER).exists():
+        shutil.rmtree(output / STOCK_FOLDER, ignore_errors=True)
 
 
 @contextmanager

@@ -249,6 +249,8 @@ def _move_to_their_place(ready: Path) -> None:
     if files and files[-1].name == SAE_CFG_FILENAME:
         (folder / SAE_CFG_FILENAME).unlink(missing_ok=True)
     for file in files:
+        if file.is_dir() and not file.is_symlink():
+            shutil.rmtree(folder / file.name, ignore_errors=True)
         os.replace(file, folder / file.name)
     ready.rmdir()
     flush(folder)
