@@ -4,7 +4,7 @@ import hashlib
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +31,7 @@ class Cell:
             its k or, without a k, every k of the comparison.
         settings: Its run, laid out as in the file that `load_runner_config` reads.
         stream: Digest of the activations' settings.
-        stock_form: Whether a refined SAE is measured in its stock form.
+        stock_form_of: Name of the row of refined SAEs whose stock form this one has.
     """
 
     row: str
@@ -42,20 +42,27 @@ class Cell:
     target_l0s: tuple[float, ...]
     settings: Mapping[str, Any]
     stream: str
-    stock_form: bool = False
+    stock_form_of: str | None = None
 
     @property
     def key(self) -> str:
         """Name of its folder. It depends on all settings, so no other cell is overwritten."""
         settings = asdict(self)
-        if not self.stock_form:  # as it was before there was the choice
-            del settings["stock_form"]
+        if self.stock_form_of is None:  # as it was before there was the choice
+            del settings["stock_form_of"]
         text = json.dumps(settings, sort_keys=True, default=str)
         row = re.sub(r"[^A-Za-z0-9_.-]+", "-", self.row)
         return (
             f"{row}-{self.sparsity_key}{self.sparsity:g}-lr{self.lr:g}-seed{self.seed}-"
             f"{hashlib.sha256(text.encode()).hexdigest()[:8]}"
         )
+
+    @property
+    def trained(self) -> "Cell":
+        """The cell whose SAE this one measures: itself, or that of refined SAEs."""
+        if self.stock_form_of is None:
+            return self
+        return replace(self, row=self.stock_form_of, stock_form_of=None)
 
     def runner_config(self) -> LanguageModelSAERunnerConfig[Any]:
         """Its run. Raises ValueError if the run could not work."""

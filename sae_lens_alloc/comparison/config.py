@@ -33,7 +33,7 @@ GRID_KEYS = {
 # The activations depend on these.
 WIDTHS = ("d_in", "d_out")
 # What a row may set for itself besides its SAE.
-ROW_KEYS = ("lr", "seeds", "optimizer", "stock_form")
+ROW_KEYS = ("lr", "seeds", "optimizer", "stock_form_of")
 # A comparison has an output folder of its own, and is resumed cell by cell.
 UNUSED_KEYS = (
     *("output_path", "checkpoint_path", "n_checkpoints", "save_final_checkpoint"),
@@ -54,8 +54,9 @@ class ComparisonConfig:
         rows: SAE settings by name of the row, on top of the shared ones under `sae:`. A row
             whose architecture has no k gives a list for its sparsity coefficient, with one
             value for each `k`. A row may also have learning rates of its own (`lr`, as many as
-            the other rows), more seeds (`seeds`, the shared ones first) and an `optimizer`. With
-            `stock_form: true` a refined architecture is measured in its stock form.
+            the other rows), more seeds (`seeds`, the shared ones first) and an `optimizer`. A
+            row with `stock_form_of`, the name of another row, has the SAEs of that one in their
+            stock form.
         heldout_path: Parquet file with a column `text`, for a language model. Its contexts
             go to the validation and the test split in turn.
         synthetic: Fields of SAELens' SyntheticModelConfig, for synthetic activations.
@@ -151,7 +152,7 @@ class ComparisonConfig:
     def _cell(self, row: str, sparsity: float, lr: float, seed: int) -> Cell:
         key = self.sparsity_key(row)
         sae = {**self.shared["sae"], **self.rows[row], key: sparsity}
-        own = {name: sae.pop(name) for name in ROW_KEYS if name in sae}
+        own: dict[str, Any] = {name: sae.pop(name) for name in ROW_KEYS if name in sae}
         run = {name: own[name] for name in ("optimizer",) if name in own}
         return Cell(
             row=row,
@@ -167,7 +168,7 @@ class ComparisonConfig:
                 **{"sae": sae, "lr": lr, "seed": seed},
             },
             stream=digest(self.stream_settings()),
-            stock_form=bool(own.get("stock_form")),
+            stock_form_of=own.get("stock_form_of"),
         )
 
 
@@ -229,11 +230,14 @@ def _build(settings: dict[str, Any]) -> ComparisonConfig:
             raise ValueError(f"compare.{f.name} is missing.")
     for name, row in values["rows"].items():
         _mapping(row, f"compare.rows.{name}")
+    values["rows"] = {
+        name: _with_stock_form(name, row, values["rows"])
+        for name, row in values["rows"].items()
+    }
+    for name, row in values["rows"].items():
         sae_config_class(row.get("architecture"))
         if "lr" in row:
             _require_lrs(name, row["lr"], len(values["lr"]))
-        if row.get("stock_form", False) is not False:
-            _require_stock_form(name, row)
         if "seeds" in row:
             _require_seeds(name, row["seeds"], list(values["seeds"]))
     config = ComparisonConfig(shared=shared, **values)
@@ -283,15 +287,23 @@ def _require_lrs(row: str, value: Any, n: int) -> None:
         )
 
 
-def _require_stock_form(name: str, row: Mapping[str, Any]) -> None:
-    config_class = sae_config_class(row["architecture"])
-    if row["stock_form"] is not True or not issubclass(
-        config_class, RefinedMutualChoiceTrainingSAEConfig
+def _with_stock_form(
+    name: str, row: Mapping[str, Any], rows: Mapping[str, Mapping[str, Any]]
+) -> Mapping[str, Any]:
+    """A row, with the settings of the row whose stock form it is."""
+    if "stock_form_of" not in row:
+        return row
+    trained = rows.get(row["stock_form_of"], {})
+    if (
+        len(row) > 1
+        or trained.get("architecture")
+        != RefinedMutualChoiceTrainingSAEConfig.architecture()
     ):
         raise ValueError(
-            f"compare.rows.{name}.stock_form is {row['stock_form']!r} for the architecture "
-            f"{row['architecture']!r}: give true, for a refined architecture, or leave it out."
+            f"compare.rows.{name}.stock_form_of must be the name of a row of "
+            f"refined_mutual_choice, and nothing else may be set, got {dict(row)!r}."
         )
+    return {**trained, **row}
 
 
 def _require_seeds(row: str, value: Any, shared: list[int]) -> None:

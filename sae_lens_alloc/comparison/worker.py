@@ -30,7 +30,7 @@ from sae_lens_alloc.evaluation.usage import as_user, measure_usage
 from sae_lens_alloc.json_files import write_json
 from sae_lens_alloc.saes.refined_jumprelu_sae import RefinedJumpReLUSAE
 from sae_lens_alloc.saes.rows import encoded_and_target
-from sae_lens_alloc.saes.saved_sae import load_sae
+from sae_lens_alloc.saes.saved_sae import load_sae, read_json_mapping
 from sae_lens_alloc.thresholds.operating_point import at_l0
 from sae_lens_alloc.training.trainer import AllocSAETrainer
 
@@ -76,7 +76,6 @@ def train_cell(cell: Cell, stream: Stream, folder: Path) -> dict[str, Any]:
         stream.split("validation").to(cfg.device),
         folder,
         cfg.device,
-        cell.stock_form,
     )
     result = {
         "row": cell.row,
@@ -100,25 +99,18 @@ def _save_at_each_l0(
     validation: torch.Tensor,
     folder: Path,
     device: str,
-    stock_form: bool,
 ) -> tuple[float, dict[str, Any]]:
     """L0 as training left it, and figures on the validation split at each wanted L0."""
     points: dict[str, Any] = {}
     encoded, reconstructed = encoded_and_target(sae.cfg, validation)
     with tempfile.TemporaryDirectory() as trained:
         sae.save_inference_model(trained)
-
-        def load() -> SAE[Any]:
-            loaded = load_sae(trained, device).eval()
-            if not stock_form:
-                return loaded
-            assert isinstance(loaded, RefinedJumpReLUSAE)
-            return loaded.stock_form()
-
-        natural = measure_usage(as_user(load()), encoded, target=reconstructed)
+        natural = measure_usage(
+            as_user(_load(trained, device)), encoded, target=reconstructed
+        )
         for target in target_l0s:
             try:
-                calibrated = at_l0(load(), encoded, target)
+                calibrated = at_l0(_load(trained, device), encoded, target)
             except ValueError as error:
                 points[f"{target:g}"] = {"unreachable": str(error)}
                 continue
@@ -134,6 +126,42 @@ def _save_at_each_l0(
             }
             calibrated.save_model(sae_folder(folder, target))
     return natural.l0, points
+
+
+def _load(folder: str | Path, device: str) -> SAE[Any]:
+    return load_sae(folder, device).eval()
+
+
+def measure_stock_form(cell: Cell, stream: Stream, folder: Path) -> dict[str, Any]:
+    """
+    The same as `train_cell` for a cell in the stock form of refined SAEs. These are trained only if they
+    have not been.
+    """
+    cfg, trained = cell.runner_config(), folder.parent / cell.trained.key
+    path = trained / RESULT_FILENAME
+    if path.exists():
+        result = read_json_mapping(path)
+    else:
+        trained = folder / "trained"
+        result = train_cell(cell.trained, stream, trained)
+    validation = stream.split("validation").to(cfg.device)
+    points: dict[str, Any] = {}
+    for target in cell.target_l0s:
+        sae = _load(sae_folder(trained, target), cfg.device)
+        assert isinstance(sae, RefinedJumpReLUSAE)
+        stock = sae.stock_form().eval()
+        before = measure_usage(as_user(stock), validation)
+        calibrated = at_l0(stock, validation, target)
+        usage = measure_usage(as_user(calibrated), validation)
+        points[f"{target:g}"] = {
+            "l0": usage.l0,
+            "explained_variance": usage.explained_variance,
+        }
+        calibrated.save_model(sae_folder(folder, target))
+        result["l0_before_calibration"] = before.l0
+    result = {**result, "row": cell.row, "validation": points}
+    write_json(folder / RESULT_FILENAME, result)
+    return result
 
 
 def _peak_memory(device: str) -> int:
@@ -171,7 +199,8 @@ def main() -> None:
     try:
         stream = open_stream(args.stream)
         assert stream is not None  # written before the first cell
-        train_cell(cell, stream, args.folder)
+        run = train_cell if cell.stock_form_of is None else measure_stock_form
+        run(cell, stream, args.folder)
     except Exception as error:
         traceback.print_exc()
         sys.exit(as_reason(error))  # the last line of the log, which the results show
