@@ -12,6 +12,13 @@ from sae_lens.util import dtype_to_str
 
 from sae_lens_alloc.saes.allocation_sae import AllocationTrainingSAE
 from sae_lens_alloc.saes.mutual_choice_sae import MutualChoiceTrainingSAEConfig
+from sae_lens_alloc.saes.refined_jumprelu_sae import (
+    STOCK_FOLDER,
+    RefinedJumpReLUSAE,
+)
+from sae_lens_alloc.saes.refined_mutual_choice_sae import (
+    RefinedMutualChoiceTrainingSAE,
+)
 from sae_lens_alloc.saes.rows import output_width
 from sae_lens_alloc.saes.transcoder import TrainingTranscoder
 from sae_lens_alloc.training.source_selection import (
@@ -65,7 +72,8 @@ def convert_sae(
         sae: An inference or training SAE of SAELens' topk, batchtopk, jumprelu, standard,
             gated or matryoshka_batchtopk architecture, with aux_zipf_loss or without, or of
             this package. Not changed.
-        architecture: "mutual_choice", "feature_choice" or "matryoshka_mutual_choice".
+        architecture: "mutual_choice", "feature_choice", "matryoshka_mutual_choice" or
+            "refined_mutual_choice".
         activations: Inputs of the converted SAE, shape (T, d_in), for `warm_start`, whose
             report goes to `cfg.metadata.conversion`. Without them training starts without
             statistics, as from scratch, unless the source is an SAE of this package.
@@ -131,6 +139,11 @@ def require_convertible(source: SAE[Any], architecture: str) -> None:
     # by name, since AbsTopK is a subclass of TopK and activates other features
     name = source_architecture(source)
     is_ours = isinstance(source, AllocationTrainingSAE)
+    if isinstance(source, RefinedJumpReLUSAE | RefinedMutualChoiceTrainingSAE):
+        raise ValueError(
+            f"a {name} SAE cannot be converted, since it encodes twice: give its stock form, the "
+            f"folder {STOCK_FOLDER} in that of the SAE that its run saved."
+        )
     if output_width(source.cfg) is not None or (
         name not in STOCK_ARCHITECTURES and not is_ours
     ):

@@ -6,7 +6,11 @@ import pytest
 import torch
 from sae_lens import BatchTopKTrainingSAEConfig, TrainingSAE
 
-from sae_lens_alloc import AllocSAERunnerConfig, MutualChoiceTrainingSAEConfig
+from sae_lens_alloc import (
+    AllocSAERunnerConfig,
+    MutualChoiceTrainingSAEConfig,
+    RefinedMutualChoiceTrainingSAEConfig,
+)
 from sae_lens_alloc.config.rank_checks import check_for_ranks, require_no_hooks
 from sae_lens_alloc.distributed.ranks import ALONE
 from tests.distributed.test_feature_shard import RankOf
@@ -45,6 +49,11 @@ def test_what_works_with_three():
         (
             config(cuda_graph=True),
             "cuda_graph is for one process, not for 3: give cuda_graph=false.",
+        ),
+        (
+            config(RefinedMutualChoiceTrainingSAEConfig(d_in=8, d_sae=7, k=2)),
+            "sae.architecture 'refined_mutual_choice' is for one process, not for 3: give "
+            "'mutual_choice', or start it without torchrun.",
         ),
         (
             config(compile_sae=True),

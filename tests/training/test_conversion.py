@@ -278,8 +278,8 @@ def test_what_cannot_be_converted_is_refused():
     # a subclass of topk, whose features may be negative
     with pytest.raises(ValueError, match="a abstopk SAE cannot be converted"):
         convert_sae(make_source("abstopk", k=K), "mutual_choice")
-    targets = "feature_choice, matryoshka_mutual_choice or mutual_choice"
-    with pytest.raises(ValueError, match=f"to {targets}, not"):
+    targets = "feature_choice, matryoshka_mutual_choice, mutual_choice or refined_mu"
+    with pytest.raises(ValueError, match=f"to {targets}tual_choice, not"):
         convert_sae(topk, "topk")
     with pytest.raises(ValueError, match="d_sae cannot be overridden"):
         convert_sae(topk, "mutual_choice", d_sae=64)
