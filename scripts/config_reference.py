@@ -17,6 +17,9 @@ from sae_lens_alloc.saes.matryoshka_mutual_choice_sae import (
     MatryoshkaMutualChoiceTrainingSAEConfig,
 )
 from sae_lens_alloc.saes.mutual_choice_sae import MutualChoiceTrainingSAEConfig
+from sae_lens_alloc.saes.refined_mutual_choice_sae import (
+    RefinedMutualChoiceTrainingSAEConfig,
+)
 from sae_lens_alloc.saes.transcoder_config import TranscoderTrainingConfig
 
 
@@ -42,11 +45,15 @@ def config_reference() -> str:
         "`LanguageModelSAERunnerConfig`, "
         "[with a few differences](checks.md#where-the-keys-differ-from-saelens), and "
         "[five of ours](#the-run). `python docs/render.py` writes this page from the docstrings.\n",
-        "## Common to all three architectures\n",
-        "`mutual_choice`, `matryoshka_mutual_choice` and `feature_choice` have these fields:\n",
+        "## Common to all architectures that allocate\n",
+        "`mutual_choice`, `refined_mutual_choice`, `matryoshka_mutual_choice` and `feature_choice` "
+        "have these fields:\n",
         _field_table(AllocationTrainingSAEConfig, shared),
         "## `mutual_choice`\n",
         _field_table(MutualChoiceTrainingSAEConfig, own - shared),
+        "## `refined_mutual_choice`\n",
+        "The fields of `mutual_choice`, with this addition ([encoding twice](refined.md)):\n",
+        _field_table(RefinedMutualChoiceTrainingSAEConfig, {"refinement"}),
         "## `matryoshka_mutual_choice`\n",
         "The fields of `mutual_choice`, with this difference and this addition:\n",
         _field_table(
