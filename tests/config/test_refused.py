@@ -249,8 +249,8 @@ def test_buffer_counts_the_positions_that_are_kept(config_path: Path):
             "batchtopk_aux_zipf, batchtopk_transcoder, feature_choice, "
             "feature_choice_transcoder, gated, gated_aux_zipf, jumprelu, jumprelu_aux_zipf, "
             "matching_pursuit, matryoshka_batchtopk, matryoshka_batchtopk_aux_zipf, "
-            "matryoshka_mutual_choice, mutual_choice, mutual_choice_transcoder, standard, "
-            "standard_aux_zipf, topk, topk_aux_zipf, topk_transcoder.",
+            "matryoshka_mutual_choice, mutual_choice, mutual_choice_transcoder, "
+            "refined_mutual_choice, standard, standard_aux_zipf, topk, topk_aux_zipf, topk_transcoder.",
         ),
     ],
 )
