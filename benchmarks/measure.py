@@ -102,7 +102,7 @@ def _train(
 ) -> dict[str, Any]:
     """
     Trains a subject on the batches, and returns the memory this took, and whether it replays
-    a CUDA graph where it was asked to.
+    a CUDA graph where it was asked to, or why not.
     """
     torch.manual_seed(0)
     if not machine.is_cuda:
@@ -118,7 +118,10 @@ def _train(
         "working_bytes": _peak_bytes(machine) - before - persistent,
     }
     if machine.cuda_graph:
-        result["replays_graph"] = subject.replays_graph()
+        why_not = subject.why_no_graph()
+        result["replays_graph"] = why_not is None
+        if why_not is not None:
+            result["why_no_graph"] = why_not
     return result
 
 

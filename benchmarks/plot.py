@@ -2,7 +2,10 @@
 
 import hashlib
 import json
+import statistics
 from collections.abc import Callable
+from dataclasses import replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +13,8 @@ import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
 from benchmarks.comparison_tables import finished_ks
+from benchmarks.gpu.rows import COLUMNS, by_setting, fastest
+from benchmarks.gpu.scale import PRECISIONS
 from benchmarks.tables import floor_seconds, measured, seconds, sweep
 from sae_lens_alloc.comparison.plots import pareto_plot, points_by_row
 
@@ -21,6 +26,8 @@ SYMBOLS = (
     *("circle", "circle-open", "square", "diamond", "cross"),
     *("x", "triangle-up", "star"),
 )
+# Of ours without and with a CUDA graph, in both phases, and of others.
+GPU_COLOURS = ("#0b62c4", "#3b93e0", "#15803d", "#4aa564", "#d9480f", "#9c36b5")
 OURS = ("mutual_choice", "mutual_choice, first quarter", "feature_choice")
 COMPARED = {
     "language_model": {
@@ -112,6 +119,101 @@ def growth(report: dict[str, Any]) -> go.Figure:
         **STYLE,
     )
     return picture
+
+
+def gpu_steps(report: dict[str, Any]) -> go.Figure:
+    """
+    Milliseconds of a step on a GPU in groups by precision: medians, and lines from the shortest
+    to the longest round. A column of panels for each shape, a row of them without and with dead
+    features.
+    """
+    settings = by_setting(report)
+    shapes = list(dict.fromkeys(replace(shape, aux=False) for shape, _ in settings))
+    with_dead = sorted({shape.aux for shape, _ in settings})
+    panels = [[replace(shape, aux=aux) for shape in shapes] for aux in with_dead]
+    measured_shapes = {shape for shape, _ in settings}
+    picture = make_subplots(
+        cols=len(shapes),
+        rows=len(with_dead),
+        specs=[
+            [{} if shape in measured_shapes else None for shape in row]
+            for row in panels
+        ],
+        subplot_titles=[
+            f"d_in {shape.d_in:,} → d_sae {shape.d_sae:,}, B {shape.batch:,}<br>"
+            f"{'a tenth of the features dead' if shape.aux else 'no feature dead'}"
+            for row in panels
+            for shape in row
+            if shape in measured_shapes
+        ],
+        # as many bars as there are precisions, and room for the title
+        column_widths=[
+            1
+            + len(
+                {
+                    precision
+                    for of, precision in settings
+                    if replace(of, aux=False) == shape
+                }
+            )
+            for shape in shapes
+        ],
+        horizontal_spacing=0.07,
+        vertical_spacing=0.2,
+    )
+    for i, column in enumerate(COLUMNS):
+        is_in_legend = False
+        for (y, row), (x, shape) in product(enumerate(panels, 1), enumerate(shapes, 1)):
+            bars = {
+                precision: [1e3 * value for value in found["seconds"]]
+                for (of, precision), rows in settings.items()
+                if of == row[x - 1] and (found := fastest(rows, column)) is not None
+            }
+            if bars:
+                picture.add_bar(
+                    **_bars(bars),
+                    name=str(column),
+                    legendgroup=str(column),
+                    showlegend=not is_in_legend,
+                    marker={"color": GPU_COLOURS[i]},
+                    row=y,
+                    col=x,
+                )
+                is_in_legend = True
+    picture.update_xaxes(**{**AXIS_STYLE, "showgrid": False})
+    picture.update_xaxes(categoryorder="array", categoryarray=list(PRECISIONS))
+    picture.update_yaxes(rangemode="tozero", **AXIS_STYLE)
+    picture.update_yaxes(title="ms per training step", col=1)
+    picture.update_layout(
+        barmode="group",
+        width=1100,
+        height=120 + 330 * len(with_dead),
+        margin={"l": 60, "r": 20, "t": 60, "b": 90},
+        legend={**LEGEND_BELOW, "y": -0.1},
+        **STYLE,
+    )
+    return picture
+
+
+def _bars(ms: dict[str, list[float]]) -> dict[str, Any]:
+    """Bars of medians with their range, by names below them."""
+    medians = [statistics.median(values) for values in ms.values()]
+    ends = list(zip(medians, ms.values(), strict=True))
+    return {
+        "x": list(ms),
+        "y": medians,
+        "error_y": {
+            "array": [max(values) - median for median, values in ends],
+            "arrayminus": [median - min(values) for median, values in ends],
+            "thickness": 1.2,
+            "width": 3,
+        },
+        "text": [f"{median:.1f}" for median in medians],
+        "textposition": "inside",
+        "insidetextanchor": "start",
+        "textangle": 0,
+        "textfont": {"color": "white", "size": 11},
+    }
 
 
 def continuations(report: dict[str, Any]) -> go.Figure:

@@ -13,6 +13,7 @@ from benchmarks.shape import Shape
 from sae_lens_alloc.ops.backend import BACKEND_VARIABLE
 
 MANY_STEPS = 10**6
+NO_GRAPH = "its trainer makes none"
 
 
 @dataclass(frozen=True)
@@ -54,14 +55,14 @@ class Subject:
         train: Trains on the batches, each of shape (B, d_in), until there are no more.
         parameters: What is trained.
         optimizers: Whatever has a `state` that maps parameters to dicts of tensors.
-        replays_graph: Whether its steps are the replay of a CUDA graph by now.
+        why_no_graph: Why its steps are not the replay of a CUDA graph by now, None if they are.
         keeps_gradients: Whether there are gradients of all parameters from step to step.
     """
 
     train: Callable[[Iterator[torch.Tensor]], object]
     parameters: list[torch.Tensor]
     optimizers: list[Any]
-    replays_graph: Callable[[], bool] = lambda: False
+    why_no_graph: Callable[[], str | None] = lambda: NO_GRAPH
     keeps_gradients: bool = True
 
     def persistent_bytes(self) -> int:

@@ -26,6 +26,7 @@ from benchmarks.other_libraries import (
 from benchmarks.shape import Shape
 from benchmarks.subject import (
     MANY_STEPS,
+    NO_GRAPH,
     Machine,
     Subject,
     SubjectKind,
@@ -172,12 +173,12 @@ def _with_trainer(trainer: SAETrainer[Any, Any], shape: Shape) -> Subject:
         with suppress(StopIteration, DataEndedError):
             trainer.fit()
 
-    def replays_graph() -> bool:
+    def why_no_graph() -> str | None:
         graph = getattr(trainer, "_graph", None)
-        return graph is not None and graph._recorded is not None
+        return NO_GRAPH if graph is None else graph.why_not_recorded
 
     return Subject(
-        train, list(trainer.sae.parameters()), [trainer.optimizer], replays_graph
+        train, list(trainer.sae.parameters()), [trainer.optimizer], why_no_graph
     )
 
 

@@ -3,7 +3,10 @@
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+from benchmarks.gpu.rows import OURS, Column, by_setting, fastest, title
+from benchmarks.tables import seconds
 from sae_lens_alloc.distributed.cost import Step, bytes_per_step, messages
 
 TWO_PROCESSES = Path(__file__).parent / "results" / "ranks_cpu.json"
@@ -108,6 +111,26 @@ def _cell(step: Step, n_ranks: int, rates: Rates) -> str:
     seconds, sending = step_seconds(step, n_ranks, rates)
     size = f"{gigabytes:.2g}" if gigabytes < 10 else f"{gigabytes:.0f}"
     return f"{1e3 * seconds:.3g} ms, {sending / seconds:.0%}, {size} GB"
+
+
+def measured_beside_computed(report: dict[str, Any]) -> str:
+    """What a step on one GPU took, beside what the table would say of it; from a campaign."""
+    said = []
+    for (shape, precision), rows in by_setting(report).items():
+        row = fastest(rows, Column(OURS))
+        if row is None or shape.aux:
+            continue
+        step = Step(shape.batch, shape.d_in, shape.d_sae)
+        computed, _ = step_seconds(step, 1, Rates())
+        said.append(
+            f"{1e3 * seconds(row):.1f} ms in {precision} at {title(shape)} with "
+            f"{shape.batch:,} tokens (so computed: {1e3 * computed:.1f} ms)"
+        )
+    return (
+        "The table counts the encoder's product, Adam and what is sent, and nothing else of a "
+        f"step. Measured on one {report['card']['name']}, without a CUDA graph: "
+        f"{'; '.join(said)}. So take the milliseconds as what a step takes at least."
+    )
 
 
 def two_processes_table() -> str:

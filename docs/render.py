@@ -17,8 +17,16 @@ import sys
 from pathlib import Path
 
 from benchmarks import tables
-from benchmarks.gpu.tables import section_of
-from benchmarks.plot import comparison, continuations, draw, growth, is_drawn_from
+from benchmarks.gpu import short as gpu
+from benchmarks.gpu.tables import section
+from benchmarks.plot import (
+    comparison,
+    continuations,
+    draw,
+    gpu_steps,
+    growth,
+    is_drawn_from,
+)
 from docs.comparisons import (
     COMPARISONS,
     TRANSCODERS,
@@ -35,7 +43,12 @@ from docs.measured import (
     timed_switch_table,
 )
 from docs.models import models_table, ready_configs, with_memory
-from docs.rank_costs import costs_table, messages_table, two_processes_table
+from docs.rank_costs import (
+    costs_table,
+    measured_beside_computed,
+    messages_table,
+    two_processes_table,
+)
 from scripts.config_reference import config_reference
 from scripts.host_tests import compare as host_tests
 
@@ -51,6 +64,7 @@ HOST_TESTS = RESULTS / "host_tests.json"
 # what each picture shows
 PICTURES = {
     DOCS / "images" / "performance_cpu.svg": (SWEEPS, growth),
+    DOCS / "images" / "performance_gpu.svg": (GPU, gpu_steps),
     DOCS / "images" / "fine_tuning.svg": (FINE_TUNING, continuations),
     DOCS / "images" / "compare_demo.svg": (COMPARISONS["compare_demo"], comparison),
 }
@@ -60,22 +74,35 @@ if TRANSCODERS.exists():
 
 
 def main() -> None:
+    on_gpu = json.loads(GPU.read_text())
     parts = {
-        README: {"step": short_step_table(), "demo": demo_table()},
+        README: {
+            "step": short_step_table(),
+            "gpu": gpu.short(on_gpu),
+            "demo": demo_table(),
+        },
         DOCS / "performance.md": performance_parts(),
         DOCS / "fine-tuning.md": {"fine-tuning": fine_tuning_table()},
         DOCS / "experiments.md": {
             **experiment_parts(),
             "timed switch": timed_switch_table(),
         },
-        DOCS / "results.md": {**comparison_parts(), "shift": shift_table()},
+        DOCS / "results.md": {
+            **comparison_parts(),
+            "shift": shift_table(),
+            "synthetic": gpu.synthetic_lead(on_gpu),
+        },
         DOCS / "transcoders.md": transcoder_parts(),
         DOCS / "faults.md": {"faults": faults_table()},
         DOCS / "host-tests.md": host_tests_parts(),
-        DOCS / "models.md": {"models": models_table()},
+        DOCS / "models.md": {
+            "models": models_table(),
+            "gpu": gpu.pipeline_lead(on_gpu),
+        },
         DOCS / "distributed.md": {
             "messages": messages_table(),
             "costs": costs_table(),
+            "measured": measured_beside_computed(on_gpu),
             "two processes": two_processes_table(),
         },
     }
@@ -122,29 +149,26 @@ def step_table(path: Path = PERFORMANCE) -> str:
     return f"{tables.measured_on(report)}\n\n{tables.centre_table(report)}"
 
 
-def lead() -> str:
-    """What a reader wants to know first: how fast, on what machine, and whether on a GPU."""
-    on_gpu = "" if GPU.exists() else " Nothing has been measured on a GPU yet."
-    return f"{tables.recipe_lead(json.loads(PERFORMANCE.read_text()))}{on_gpu}"
-
-
 def short_step_table() -> str:
     """The rows of the table of step times that a reader compares first, with their lead."""
     report = json.loads(PERFORMANCE.read_text())
-    return f"{lead()}\n\n{tables.centre_table(report, tables.SHORT)}"
+    return (
+        f"{tables.recipe_lead(report)}\n\n{tables.centre_table(report, tables.SHORT)}"
+    )
 
 
 def performance_parts() -> dict[str, str]:
     """The tables of docs/performance.md."""
-    report = json.loads(SWEEPS.read_text())
+    report, on_gpu = json.loads(SWEEPS.read_text()), json.loads(GPU.read_text())
     parts = {
-        "lead": lead(),
+        "lead": f"{tables.recipe_lead(json.loads(PERFORMANCE.read_text()))}\n\n{gpu.lead(on_gpu)}",
         "limits": tables.limits(report),
         "centre": step_table(),
         "wide": step_table(WIDE),
         "memory line": tables.memory_line_table(report),
         "pipeline": tables.pipeline_table(json.loads(PIPELINE.read_text())),
-        "gpu": section_of(GPU),
+        "gpu": section(on_gpu),
+        "row-sparse": gpu.row_sparse_lead(on_gpu),
     }
     for axis in tables.AXES:
         parts[f"time {axis}"] = tables.time_table(report, axis)

@@ -97,6 +97,19 @@ def test_a_round_is_so_many_steps_of_both(monkeypatch: pytest.MonkeyPatch):
     assert steps == ["tiny", "step", "step", *2 * [*3 * ["floor"], *3 * ["step"]]]
 
 
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("mutual_choice", "its trainer makes none"),  # on a CPU
+        ("SAELens topk", "its trainer makes none"),
+    ],
+)
+def test_a_graph_that_was_asked_for_and_not_made_has_its_reason(name: str, reason: str):
+    result = in_own_process(peak_memory, name, TINY, Machine(cuda_graph=True))
+    assert (result["replays_graph"], result["why_no_graph"]) == (False, reason)
+    assert "replays_graph" not in in_own_process(peak_memory, name, TINY, Machine())
+
+
 def test_a_process_has_the_precision_and_the_backend_of_its_machine(
     monkeypatch: pytest.MonkeyPatch,
 ):

@@ -151,7 +151,7 @@ def rehearsed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 def with_a_broken_one(marker: Path) -> Callable[..., list[Task]]:
     def tasks(*arguments: Any) -> list[Task]:
-        broken = Task("kernels", "broken", broken_until, (marker,))
+        broken = Task("kernels", "broken, triton", broken_until, (marker,))
         return [broken, *plan.all_tasks(*arguments)]
 
     return tasks

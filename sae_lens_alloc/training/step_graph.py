@@ -119,6 +119,15 @@ class StepGraph:
         self._failure: str | None = None
         self._reason: str | None = None
 
+    @property
+    def why_not_recorded(self) -> str | None:
+        """Why the last step was neither recorded nor replayed, None if it was."""
+        if self._reason is not None or self._recorded is not None:
+            return self._reason
+        return self._failure or (
+            f"no {STEPS_BEFORE_RECORDING + 1} steps in a row had the same rule and budget"
+        )
+
     def forward_and_backward(self, step_input: TrainStepInput) -> TrainStepOutput:
         """
         Runs a step up to the clipped gradients of the parameters. The next step may overwrite

@@ -84,6 +84,11 @@ def train(
     return trainer
 
 
+def why_not_recorded(trainer: AllocSAETrainer[Any, Any]) -> str | None:
+    assert trainer._graph is not None
+    return trainer._graph.why_not_recorded
+
+
 @pytest.mark.parametrize(
     ("options", "n_replays"),
     [
@@ -114,6 +119,7 @@ def test_replayed_steps_are_the_steps(
     plain = train(expected, monkeypatch, cuda_graph=False)
     recorded = train(found, monkeypatch, cuda_graph=True)
     assert OperationRecording.replays == n_replays
+    assert why_not_recorded(recorded) is None
     assert changed(state_of(expected), found) == set()
     for name in ("act_freq_scores", "n_forward_passes_since_fired"):
         assert torch.equal(getattr(plain, name), getattr(recorded, name)), name
@@ -175,12 +181,24 @@ def test_what_makes_it_impossible_is_one_sentence(
         )
         sentence = "the step cannot be recorded (aten._local_scalar_dense.default asks"
     train(expected, monkeypatch, cuda_graph=False, **overrides)
-    train(found, monkeypatch, cuda_graph=True, **overrides)
+    trainer = train(found, monkeypatch, cuda_graph=True, **overrides)
     assert OperationRecording.replays == 0
     off = [message for message in messages if "cuda_graph is off" in message]
     assert len(off) == 1
     assert sentence in off[0]
+    assert off[0] == f"cuda_graph is off: {why_not_recorded(trainer)}."
     assert changed(state_of(expected), found) == set()
+
+
+def test_why_nothing_is_recorded_while_the_budget_falls(
+    monkeypatch: pytest.MonkeyPatch,
+):
+    sae = make_sae(d_sae=40, k_start=20.0, k_decay_steps=2 * N_STEPS)
+    trainer = train(sae, monkeypatch, cuda_graph=True)
+    assert OperationRecording.replays == 0
+    assert why_not_recorded(trainer) == (
+        "no 2 steps in a row had the same rule and budget"
+    )
 
 
 def test_on_a_cpu_it_is_off_with_a_sentence(messages: list[str]):
