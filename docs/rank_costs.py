@@ -5,7 +5,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.gpu.rows import OURS, Column, by_setting, fastest, title
+from benchmarks.gpu.rows import by_setting, fastest_of_ours, title
+from benchmarks.shape import Shape
 from benchmarks.tables import seconds
 from sae_lens_alloc.distributed.cost import Step, bytes_per_step, messages
 
@@ -115,21 +116,26 @@ def _cell(step: Step, n_ranks: int, rates: Rates) -> str:
 
 def measured_beside_computed(report: dict[str, Any]) -> str:
     """What a step on one GPU took, beside what the table would say of it; from a campaign."""
-    said = []
-    for (shape, precision), rows in by_setting(report).items():
-        row = fastest(rows, Column(OURS))
-        if row is None or shape.aux:
+    said: dict[Shape, str] = {}
+    # computed for TF32; another precision stands where that was not measured
+    for (shape, precision), rows in sorted(
+        by_setting(report).items(), key=lambda item: item[0][1] != "TF32"
+    ):
+        row = fastest_of_ours(rows)
+        if row is None or shape.aux or shape in said:
             continue
-        step = Step(shape.batch, shape.d_in, shape.d_sae)
-        computed, _ = step_seconds(step, 1, Rates())
-        said.append(
-            f"{1e3 * seconds(row):.1f} ms in {precision} at {title(shape)} with "
-            f"{shape.batch:,} tokens (so computed: {1e3 * computed:.1f} ms)"
+        computed, _ = step_seconds(
+            Step(shape.batch, shape.d_in, shape.d_sae), 1, Rates()
+        )
+        graph = " with a CUDA graph" if row["cuda_graph"] else ""
+        said[shape] = (
+            f"{1e3 * seconds(row):.1f} ms in {precision}{graph} and not {1e3 * computed:.1f} ms "
+            f"at {title(shape)} with {shape.batch:,} tokens"
         )
     return (
-        "The table counts the encoder's product, Adam and what is sent, and nothing else of a "
-        f"step. Measured on one {report['card']['name']}, without a CUDA graph: "
-        f"{'; '.join(said)}. So take the milliseconds as what a step takes at least."
+        "This counts the encoder's product, Adam and what is sent, and nothing else of a step. "
+        f"Measured on one {report['card']['name']}, a step takes {'; '.join(said.values())}. So "
+        "read the milliseconds as what a step takes at least."
     )
 
 

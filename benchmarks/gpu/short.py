@@ -12,6 +12,7 @@ from benchmarks.gpu.rows import (
     Setting,
     by_setting,
     fastest,
+    fastest_of_ours,
     scale_of,
     times_as_fast,
     title,
@@ -66,15 +67,15 @@ def _cell(row: Row | None, rows: list[Row]) -> str:
 
 
 def short(report: Row) -> str:
-    """The table, what it says in words, and how to read it."""
+    """What the table says in words, how to read it, and the table."""
     return "\n\n".join(
         (
             lead(report),
-            short_table(report),
             "Milliseconds a step, of the fastest of the backends that were measured. In brackets: "
-            f"how many times as fast as {REFERENCE}, and the shortest and the longest round where they "
-            f"differ by over {UNSTEADY - 1:.0%}. A dash: not measured. sparsify computes in "
+            f"how many times as fast as {REFERENCE}, and the shortest and the longest round where "
+            f"they differ by over {UNSTEADY - 1:.0%}. A dash: not measured. sparsify computes in "
             f"{BFLOAT16} in every row.",
+            short_table(report),
         )
     )
 
@@ -136,8 +137,7 @@ def _beside_sparsify(settings: dict[Setting, list[Row]]) -> list[str]:
     where = {"faster": defaultdict(list), "slower": defaultdict(list)}
     for (shape, precision), rows in settings.items():
         theirs = fastest(rows, Column(SPARSIFY))
-        ours = [fastest(rows, Column(OURS, has_graph)) for has_graph in (False, True)]
-        best = min((row for row in ours if row is not None), key=seconds, default=None)
+        best = fastest_of_ours(rows)
         if theirs is None or best is None:
             continue
         graph = " with a CUDA graph" if best["cuda_graph"] else ""
@@ -175,7 +175,7 @@ def pipeline_lead(report: Row) -> str:
         for run in runs.values()
     )
     return (
-        f"On one {report['card']['name']}, a whole training ran at {told}. "
+        f"On one {report['card']['name']}, the training loop ran at {told}. "
         f"{pipeline_shape(report)}."
     )
 
@@ -189,12 +189,12 @@ def row_sparse_lead(report: Row) -> str:
         if adam is not None and sparse is not None:
             dead = ", a tenth of them dead" if shape.aux else ""
             said.append(
-                f"{1e3 * seconds(sparse):.1f} ms instead of {1e3 * seconds(adam):.1f} ms in "
+                f"{1e3 * seconds(sparse):.1f} ms, and with Adam {1e3 * seconds(adam):.1f} ms, in "
                 f"{precision} at {shape.d_sae:,} features{dead}"
             )
     if not said:
         return "On a GPU it was not measured."
-    return f"On one {report['card']['name']}, a step takes {'; '.join(said)}."
+    return f"A step of it takes, on one {report['card']['name']}, {'; '.join(said)}."
 
 
 def synthetic_lead(report: Row) -> str:
@@ -203,5 +203,9 @@ def synthetic_lead(report: Row) -> str:
         f"`{row['architecture']}` on {row['samples']:,} samples"
         for row in with_result(report["synthetic"]).values()
     )
-    beyond = f", beyond {trained} ([figures]({FIGURES}))" if trained else ""
-    return f"- SynthSAEBench-16k, which needs a GPU{beyond}."
+    if not trained:
+        return "- SynthSAEBench-16k, which needs a GPU."
+    return (
+        "- SynthSAEBench-16k to its end, which needs a GPU. On one, only these were trained: "
+        f"{trained} ([figures]({FIGURES}))."
+    )

@@ -231,8 +231,8 @@ def pipeline_table(report: Row) -> str:
     tokens = [f"{run['training_tokens']:,}" for run in runs.values()]
     shares = [pipeline_parts(run["seconds"]) for run in runs.values()]
     lines = [
-        f"{pipeline_shape(report)}. Tokens per second are those of the training loop; shares are "
-        "of the whole run.\n",
+        f"{pipeline_shape(report)}. Tokens per second are those of the training loop. Shares are "
+        "of another whole run, in which the host waits for the device around every part.\n",
         f"| | {' | '.join(runs)} |",
         "|---" * (len(runs) + 1) + "|",
         f"| training tokens | {' | '.join(tokens)} |",

@@ -194,7 +194,9 @@ def test_no_time_is_stated_that_was_not_measured(path: Path):
     assert not re.search(r"\d\s*(h|hours?|min|minutes?|tokens/s)\b", comment)
     page = (ROOT / "docs" / "models.md").read_text()
     assert "**None of these trainings has been run on a GPU**" in page
-    report = json.loads((ROOT / "docs" / "results" / "performance_gpu.json").read_text())
+    report = json.loads(
+        (ROOT / "docs" / "results" / "performance_gpu.json").read_text()
+    )
     assert pipeline_lead(report) in page
 
 
