@@ -113,7 +113,7 @@ def _train(
     subject = SUBJECTS[name].build(shape, machine)
     subject.train(batches)
     persistent = subject.persistent_bytes()
-    result = {
+    result: dict[str, Any] = {
         "persistent_bytes": persistent,
         "working_bytes": _peak_bytes(machine) - before - persistent,
     }

@@ -163,11 +163,11 @@ def gpu_steps(report: dict[str, Any]) -> go.Figure:
     )
     for i, column in enumerate(COLUMNS):
         is_in_legend = False
-        for (y, row), (x, shape) in product(enumerate(panels, 1), enumerate(shapes, 1)):
+        for y, x in product(range(len(panels)), range(len(shapes))):
             bars = {
                 precision: [1e3 * value for value in found["seconds"]]
                 for (of, precision), rows in settings.items()
-                if of == row[x - 1] and (found := fastest(rows, column)) is not None
+                if of == panels[y][x] and (found := fastest(rows, column)) is not None
             }
             if bars:
                 picture.add_bar(
@@ -176,8 +176,8 @@ def gpu_steps(report: dict[str, Any]) -> go.Figure:
                     legendgroup=str(column),
                     showlegend=not is_in_legend,
                     marker={"color": GPU_COLOURS[i]},
-                    row=y,
-                    col=x,
+                    row=y + 1,
+                    col=x + 1,
                 )
                 is_in_legend = True
     picture.update_xaxes(**{**AXIS_STYLE, "showgrid": False})

@@ -18,7 +18,7 @@ from docs.rank_costs import measured_beside_computed
 
 ROOT = Path(__file__).parent.parent
 KEPT = ROOT / "docs" / "results" / "performance_gpu.json"
-SIZES = {"d_in": 768, "d_sae": 32768, "k": 32, "batch": 4096}
+SIZES: dict[str, Any] = {"d_in": 768, "d_sae": 32768, "k": 32, "batch": 4096}
 OURS = "mutual_choice"
 
 
