@@ -146,17 +146,14 @@ def gpu_steps(report: dict[str, Any]) -> go.Figure:
             for shape in row
             if shape in measured_shapes
         ],
-        # as many bars as there are precisions, and room for the title
+        # a group for each precision, and room for the title
         column_widths=[
             1
-            + len(
-                {
-                    precision
-                    for of, precision in settings
-                    if replace(of, aux=False) == shape
-                }
+            + sum(
+                any((shape, name) in settings for shape in of_size)
+                for name in PRECISIONS
             )
-            for shape in shapes
+            for of_size in zip(*panels, strict=True)
         ],
         horizontal_spacing=0.07,
         vertical_spacing=0.2,

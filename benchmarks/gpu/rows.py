@@ -1,10 +1,9 @@
 """Rows of the step tables: which are of one setting, and which is a subject's best."""
 
+from collections import defaultdict
 from dataclasses import dataclass, replace
-from itertools import product
 from typing import Any
 
-from benchmarks.gpu.plan import RATES
 from benchmarks.gpu.scale import CARD, PRECISIONS, REHEARSAL, Scale
 from benchmarks.shape import Shape
 from benchmarks.tables import RECIPE, REFERENCE, seconds
@@ -50,27 +49,22 @@ def scale_of(report: Row) -> Scale:
 
 def by_setting(report: Row) -> dict[Setting, list[Row]]:
     """
-    The rows of each shape and precision. Those with dead features follow those without in a
-    shape, and shapes have the order in which they were measured.
+    The rows of each shape and precision: shapes in the order in which they were measured, and of
+    each precision those without dead features first.
     """
-    rows = [
-        row
-        for name, row in with_result(report["steps"]).items()
-        if name != RATES and "seconds" in row
-    ]
-    shapes = dict.fromkeys(replace(_shape(row), aux=False) for row in rows)
-    return {
-        (shape, precision): found
-        for without, precision, aux in product(shapes, PRECISIONS, (False, True))
-        if (shape := replace(without, aux=aux))
-        and (
-            found := [
-                row
-                for row in rows
-                if _shape(row) == shape and row["precision"] == precision
-            ]
-        )
-    }
+    found: defaultdict[Setting, list[Row]] = defaultdict(list)
+    for row in with_result(report["steps"]).values():
+        if "seconds" in row:  # the rates of the card have none
+            found[_shape(row), row["precision"]].append(row)
+    shapes = list(dict.fromkeys(replace(shape, aux=False) for shape, _ in found))
+    precisions = list(PRECISIONS)
+
+    def place(setting: Setting) -> tuple[int, int, bool]:
+        shape, precision = setting
+        without_dead = replace(shape, aux=False)
+        return shapes.index(without_dead), precisions.index(precision), shape.aux
+
+    return {setting: found[setting] for setting in sorted(found, key=place)}
 
 
 def _shape(row: Row) -> Shape:

@@ -175,8 +175,8 @@ def pipeline_lead(report: Row) -> str:
         for run in runs.values()
     )
     return (
-        f"On one {report['card']['name']}, the training loop ran at {told}. "
-        f"{pipeline_shape(report)}."
+        f"A whole training on random tokens was measured on one {report['card']['name']}. Its "
+        f"loop ran at {told}. {pipeline_shape(report)}."
     )
 
 
