@@ -89,7 +89,7 @@ def lead(report: Row) -> str:
     }
     sentences = [
         _beside_reference(report["card"]["name"], settings),
-        *_beside_sparsify(settings),
+        _beside_sparsify(settings),
         NOT_ON_A_GPU,
     ]
     return " ".join(sentence for sentence in sentences if sentence)
@@ -131,8 +131,8 @@ def _in_words(ratio: float) -> str:
     return f"{ratio:.1f} times as fast"
 
 
-def _beside_sparsify(settings: dict[Setting, list[Row]]) -> list[str]:
-    """Where sparsify's step is faster than ours, and where slower."""
+def _beside_sparsify(settings: dict[Setting, list[Row]]) -> str:
+    """Where sparsify's step is faster than ours, and where slower; empty if not measured."""
     where: dict[str, defaultdict[Shape, list[str]]]
     where = {"faster": defaultdict(list), "slower": defaultdict(list)}
     for (shape, precision), rows in settings.items():
@@ -146,12 +146,17 @@ def _beside_sparsify(settings: dict[Setting, list[Row]]) -> list[str]:
             f"{precision} ({1e3 * seconds(theirs):.1f} ms, ours {1e3 * seconds(best):.1f} ms"
             f"{graph})"
         )
-    return [
-        f"sparsify's `topk`, which computes in {BFLOAT16} and trains with SignSGD, is {than} "
-        f"than ours in {_listed(found)} at {title(shape)}."
+    said = [
+        f"{than} than ours in {_listed(found)} at {title(shape)}"
         for than, by_shape in where.items()
         for shape, found in by_shape.items()
     ]
+    if not said:
+        return ""
+    return (
+        f"sparsify's `topk` computes in {BFLOAT16} and trains with SignSGD. It is "
+        f"{'; '.join(said)}."
+    )
 
 
 def pipeline_shape(report: Row) -> str:
