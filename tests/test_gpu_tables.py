@@ -282,9 +282,9 @@ def test_the_picture_has_a_bar_of_medians_for_each_row_of_the_short_table():
             row(OURS, 30.0, d_sae=65536),
         )
     )
+    found: list[Any] = list(picture.data)
     bars = {
-        (bar.name, bar.xaxis): dict(zip(bar.x, bar.y, strict=True))
-        for bar in picture.data
+        (bar.name, bar.xaxis): dict(zip(bar.x, bar.y, strict=True)) for bar in found
     }
     assert bars == {
         ("mutual_choice", "x"): pytest.approx({"float32": 12.0, "TF32": 14.0}),
@@ -292,10 +292,10 @@ def test_the_picture_has_a_bar_of_medians_for_each_row_of_the_short_table():
         ("mutual_choice", "x3"): pytest.approx({"float32": 20.0}),
         ("mutual_choice, CUDA graph", "x"): pytest.approx({"float32": 5.0}),
     }
-    first = picture.data[0]
+    first = found[0]
     assert first.error_y.array[0] == pytest.approx(5.0)
     assert first.error_y.arrayminus[0] == pytest.approx(2.0)
-    assert sum(bar.showlegend for bar in picture.data) == 2
+    assert sum(bar.showlegend for bar in found) == 2
 
 
 # -- The kept results
