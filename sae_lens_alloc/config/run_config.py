@@ -21,8 +21,9 @@ class AllocSAETrainerConfig(SAETrainerConfig):
     Args:
         optimizer (str): "adam", or "row_sparse_adam", which does not update the features that a
             step did not select. It is for SAEs so wide that a step selects few of their features.
-        cuda_graph (bool): Whether a step is recorded once and then replayed as a whole. This
-            saves the time of launching its kernels one by one. Only on CUDA.
+        cuda_graph (bool | None): Whether a step is recorded once and then replayed as a whole,
+            which saves the time of launching its kernels one by one. None means on CUDA, where
+            a step can be recorded. True warns where it cannot.
     """
 
     if TYPE_CHECKING:  # at run time they are SAELens' own
@@ -31,7 +32,7 @@ class AllocSAETrainerConfig(SAETrainerConfig):
         dead_feature_window: Steps = cast(Any, 0)  # pyright: ignore[reportIncompatibleVariableOverride]
 
     optimizer: str = "adam"
-    cuda_graph: bool = False
+    cuda_graph: bool | None = None
 
     def __post_init__(self) -> None:
         steps = steps_of(self.total_training_samples, self.train_batch_size_samples)
@@ -49,7 +50,7 @@ class AllocSAERunnerConfig(
 
     Args:
         optimizer (str): As for `AllocSAETrainerConfig`.
-        cuda_graph (bool): As for `AllocSAETrainerConfig`.
+        cuda_graph (bool | None): As for `AllocSAETrainerConfig`.
         hook_name_out (str | None): Hook of the activations that a transcoder reconstructs from
             those at `hook_name`. None for an SAE, which reconstructs what it encodes.
         activations (str | None): File or folder of one's own activations to train on, in place of a
@@ -64,7 +65,7 @@ class AllocSAERunnerConfig(
         dead_feature_window: Steps = cast(Any, 0)  # pyright: ignore[reportIncompatibleVariableOverride]
 
     optimizer: str = "adam"
-    cuda_graph: bool = False
+    cuda_graph: bool | None = None
     hook_name_out: str | None = None
     activations: str | None = None
     activations_column: str | None = None
@@ -92,6 +93,6 @@ def optimizer_of(cfg: SAETrainerConfig | LanguageModelSAERunnerConfig[Any]) -> s
     return getattr(cfg, "optimizer", "adam")
 
 
-def uses_cuda_graph(cfg: SAETrainerConfig) -> bool:
-    """Whether a config asks for a CUDA graph. SAELens' own configs never do."""
-    return getattr(cfg, "cuda_graph", False)
+def cuda_graph_of(cfg: SAETrainerConfig) -> bool | None:
+    """Whether a config asks for a CUDA graph. SAELens' own configs leave it open."""
+    return getattr(cfg, "cuda_graph", None)

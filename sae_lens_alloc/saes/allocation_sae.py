@@ -69,18 +69,28 @@ class AllocationTrainingSAE(SparseStepTrainingSAE[T_CONFIG]):
         """
         # The number of pairs differs from batch to batch, which torch.compile would answer
         # with a recompilation per step; `compile_sae` therefore leaves the step as it is.
-        require_step_counts(self.cfg)
-        settle_backend(self, self._training_step, step_input)
+        self.before_step(step_input)
         eager: Any = torch.compiler.disable(self._training_step)
         return eager(step_input)
 
-    def _training_step(self, step_input: TrainStepInput) -> TrainStepOutput:
+    def before_step(self, step_input: TrainStepInput) -> None:
+        """
+        What must be known before a step, and is asked once in a training: that its settings are
+        settled and that it has tokens, and the backend that takes it.
+
+        Raises:
+            ValueError: in one sentence, if the schedule is not settled or there are no tokens.
+        """
+        require_step_counts(self.cfg)
         if step_input.sae_in.numel() == 0:
             raise ValueError(
                 f"The batch of training step {step_input.n_training_steps} holds no tokens "
                 f"(shape {tuple(step_input.sae_in.shape)}), so there is nothing to learn "
                 "from: check the source of the activations."
             )
+        settle_backend(self, self._training_step, step_input)
+
+    def _training_step(self, step_input: TrainStepInput) -> TrainStepOutput:
         self.checks.report()
         return self.take_step(
             step_input.sae_in,

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from sae_lens.saes.sae import TrainStepInput, TrainStepOutput
+from sae_lens.saes.sae import TrainStepInput
 from torch import nn
 from typing_extensions import override
 
@@ -58,10 +58,10 @@ class TrainingTranscoder(CentredInputs, AllocationTrainingSAE[Any]):
         return self.without_input_mean(self.run_time_activation_norm_fn_in(inputs))
 
     @override
-    def training_forward_pass(self, step_input: TrainStepInput) -> TrainStepOutput:
+    def before_step(self, step_input: TrainStepInput) -> None:
         if step_input.n_training_steps == 0 and step_input.sae_in.numel() > 0:
             start_transcoder(self, step_input.sae_in)
-        return super().training_forward_pass(step_input)
+        super().before_step(step_input)
 
     @override
     def _norm_out(self, recons: torch.Tensor) -> torch.Tensor:

@@ -10,7 +10,7 @@ from sae_lens.training.sae_trainer import SAETrainer, SaveCheckpointFn
 from sae_lens.training.types import DataProvider
 from typing_extensions import Self, override
 
-from sae_lens_alloc.config.run_config import uses_cuda_graph
+from sae_lens_alloc.config.run_config import cuda_graph_of
 from sae_lens_alloc.distributed.feature_shard import FeatureShard
 from sae_lens_alloc.distributed.ranks import Ranks
 from sae_lens_alloc.distributed.together import together
@@ -49,7 +49,7 @@ class ShardedSAETrainer(AllocSAETrainer[AllocationTrainingSAE[Any], Any]):
         Raises:
             ValueError: as AllocSAETrainer, and if a CUDA graph is asked for.
         """
-        if uses_cuda_graph(cfg):
+        if cuda_graph_of(cfg):
             raise ValueError(
                 "cuda_graph is for one process: give cuda_graph=false, or start one process."
             )
@@ -66,6 +66,10 @@ class ShardedSAETrainer(AllocSAETrainer[AllocationTrainingSAE[Any], Any]):
         )
         ours.sae.cfg = settled
         return ours
+
+    @override
+    def _make_graph(self, sae: AllocationTrainingSAE[Any]) -> None:
+        del sae  # what ranks send to each other cannot be recorded
 
     @override
     def between_steps(self) -> None:

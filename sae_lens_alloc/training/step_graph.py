@@ -1,6 +1,5 @@
 """A training step recorded once and then replayed as a whole: a CUDA graph."""
 
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
@@ -12,9 +11,7 @@ from sae_lens.saes.sae import TrainStepInput, TrainStepOutput
 
 from sae_lens_alloc.compat import has_hooks
 from sae_lens_alloc.ops.backend import uses_triton
-from sae_lens_alloc.ops.pair_autoencoder import GradientMemory
 from sae_lens_alloc.saes.allocation_sae import AllocationTrainingSAE
-from sae_lens_alloc.saes.backend_trial import settle_backend
 from sae_lens_alloc.saes.step_plan import StepPlan
 
 # Steps with the same launches before one is recorded. In these, kernels are compiled and the guesses of
@@ -91,8 +88,8 @@ class StepGraph:
     """
     Runs the forward and backward passes of an SAE's training steps. If steps have the same
     plan, one is recorded, and later ones are replayed with the same numbers. Where the plan
-    changes from step to step, as while the budget falls, steps run without a recording. If
-    nothing can be recorded at all, the log says why.
+    changes from step to step, as while the budget falls, steps run without a recording. Where
+    recording fails, the log says so once, and training goes on without it.
     """
 
     def __init__(
@@ -101,6 +98,7 @@ class StepGraph:
         clip: Callable[[], object],
         autocast: AbstractContextManager[Any],
         make_recording: Callable[[], Recording] = CudaGraph,
+        says_why_not: bool = False,
     ) -> None:
         """
         Args:
@@ -108,14 +106,17 @@ class StepGraph:
             clip: Clips its gradients.
             autocast: Context in which its forward pass runs.
             make_recording: Makes an empty recording.
+            says_why_not: Whether the log also says why nothing is recorded where that is known
+                beforehand.
         """
         self._sae = sae
         self._clip = clip
         self._autocast = autocast
         self._make_recording = make_recording
+        self._says_why_not = says_why_not
         self._recorded: RecordedStep | None = None
         self._key: object = None
-        self._seen: Counter[object] = Counter()
+        self._n_seen = 0
         self._failure: str | None = None
         self._reason: str | None = None
 
@@ -134,31 +135,58 @@ class StepGraph:
         the output.
         """
         sae = self._sae
-        settle_backend(sae, sae._training_step, step_input)
-        reason = self._why_not(step_input.sae_in)
-        if reason is not None and reason != self._reason:
-            logger.warning(f"cuda_graph is off: {reason}.")
-        self._reason = reason
-        if reason is not None:
+        with self._autocast:
+            sae.before_step(step_input)
+        if not self._can_record(step_input.sae_in):
+            self._recorded = None
             with self._autocast:
                 output = sae.training_forward_pass(step_input)
             return self._backward(output)
         sae.checks.report()
         plan = sae.plan_step(step_input)
-        key = (replace(plan, step=0), step_input.sae_in.shape, step_input.sae_in.dtype)
+        key = (
+            replace(plan, step=0),
+            step_input.sae_in.shape,
+            step_input.sae_in.dtype,
+            self._addresses(),
+        )
         if key != self._key:
-            self._recorded, self._key = None, key
-            self._seen.clear()
-        self._seen[key] += 1
-        if self._recorded is None and self._seen[key] > STEPS_BEFORE_RECORDING:
-            try:
-                self._recorded = self._record(step_input.sae_in, plan)
-            except Exception as error:  # any operation may refuse to be recorded
-                first_line = str(error).strip().partition("\n")[0]
-                self._failure = f"the step cannot be recorded ({first_line})"
+            self._recorded, self._key, self._n_seen = None, key, 0
+        self._n_seen += 1
+        # of the parts of a batch, each adds to what the host remembers of those before it
+        if self._n_seen > STEPS_BEFORE_RECORDING and not plan.continues:
+            self._recorded = self._recorded or self._try_to_record(step_input, plan)
         if self._recorded is None:
             return self._take(step_input.sae_in, plan)
         return self._replay(self._recorded, step_input.sae_in, plan)
+
+    def _can_record(self, sae_in: torch.Tensor) -> bool:
+        reason = self._why_not(sae_in)
+        is_new = reason is not None and reason != self._reason
+        if is_new and (self._says_why_not or reason == self._failure):
+            logger.warning(f"cuda_graph is off: {reason}.")
+        self._reason = reason
+        return reason is None
+
+    def _addresses(self) -> tuple[int, ...]:
+        """Where a recording reads and writes: whoever puts other tensors there is not replayed."""
+        sae = self._sae
+        kept = [*sae.parameters(), *sae.buffers()]
+        return (sae.allocation.times_replaced, *(tensor.data_ptr() for tensor in kept))
+
+    def _try_to_record(
+        self, step_input: TrainStepInput, plan: StepPlan
+    ) -> RecordedStep | None:
+        try:
+            return self._record(step_input.sae_in, plan)
+        except (
+            Exception
+        ) as error:  # any operation may refuse, or find too little memory
+            first_line = str(error).strip().partition("\n")[0]
+            self._failure = f"the step cannot be recorded ({first_line})"
+        # the error held the frames, and those the half of a recording
+        torch.cuda.empty_cache()
+        return None
 
     def _take(self, sae_in: torch.Tensor, plan: StepPlan) -> TrainStepOutput:
         with self._autocast:
@@ -173,13 +201,10 @@ class StepGraph:
     def _record(self, sae_in: torch.Tensor, plan: StepPlan) -> RecordedStep:
         sae, recording = self._sae, self._make_recording()
         batch = sae_in.clone()
-        # the recorded gradients have memory of their own
-        memory, sae.gradient_memory = sae.gradient_memory, GradientMemory()
         try:
             with sae.checks.recorded() as requirements, recording.recording():
                 output = self._take(batch, plan)
         finally:
-            sae.gradient_memory = memory
             gradients = [parameter.grad for parameter in sae.parameters()]
             sae.zero_grad()
         return RecordedStep(recording, batch, output, gradients, requirements)
@@ -202,6 +227,9 @@ class StepGraph:
         hooked = [name for name, hook in self._sae.hook_dict.items() if has_hooks(hook)]
         if hooked:
             return f"{hooked[0]} has hooks, which run on the host"
+        own = AllocationTrainingSAE.training_forward_pass
+        if getattr(self._sae.training_forward_pass, "__func__", None) is not own:
+            return "training_forward_pass of the SAE was replaced, as by compile_sae"
         if not uses_triton(sae_in.device):
             return "the kernels of this backend make the host wait, and only Triton's do not"
         if self._sae.gradient_memory.rows is not None:

@@ -126,7 +126,8 @@ def estimate_memory(
       affinities, and 64 bytes for each selected pair, each pair of the margin and each pair of
       the auxiliary loss. On a GPU, the encoder's gradient once more, which is transposed. For
       each nested reconstruction, 7 matrices and the selected pairs once more. For other
-      architectures, which work on dense matrices, 8 matrices of B x d_sae.
+      architectures, which work on dense matrices, 8 matrices of B x d_sae. A CUDA graph holds
+      the memory of its step, and its gradients are those above.
 
     Each of S processes has d_sae / S features, and its own buffer, from which it gives B / S
     tokens a step. It has places for all pairs, though it fills only its share.

@@ -18,7 +18,7 @@ from sae_lens.training.types import DataProvider
 from typing_extensions import Self, override
 
 from sae_lens_alloc.config.run_checks import check_learning_rate
-from sae_lens_alloc.config.run_config import uses_cuda_graph
+from sae_lens_alloc.config.run_config import cuda_graph_of
 from sae_lens_alloc.saes.allocation_sae import AllocationTrainingSAE
 from sae_lens_alloc.saes.mutual_choice_sae import with_schedule
 from sae_lens_alloc.saes.rows import output_width, row_width
@@ -128,20 +128,22 @@ class AllocSAETrainer(CheckpointingTrainer[T_TRAINING_SAE, T_TRAINING_SAE_CONFIG
     @override
     def fit(self) -> T_TRAINING_SAE:
         try:
-            return super().fit()
+            sae = super().fit()
         except StopIteration:
             raise DataEndedError(
                 f"data_provider ended after {self.n_training_samples:,} of the "
                 f"{self.cfg.total_training_samples:,} tokens to train on: give an iterator "
                 "that goes on, or lower total_training_samples."
             ) from None
+        self._graph = None  # its memory is for what follows the training
+        return sae
 
     @override
     def step(self, batch: torch.Tensor) -> TrainStepOutput:
         sae = self.sae
         if not self._has_begun:
             self._require_width(batch)
-            if isinstance(sae, AllocationTrainingSAE) and uses_cuda_graph(self.cfg):
+            if isinstance(sae, AllocationTrainingSAE):
                 self._graph = self._make_graph(sae)
             self._has_begun = True
         if isinstance(sae, AllocationTrainingSAE):
@@ -166,13 +168,22 @@ class AllocSAETrainer(CheckpointingTrainer[T_TRAINING_SAE, T_TRAINING_SAE_CONFIG
             )
 
     def _make_graph(self, sae: AllocationTrainingSAE[Any]) -> StepGraph | None:
-        if torch.device(self.cfg.device).type != "cuda":
-            logger.warning(
-                f"cuda_graph is off: the SAE is trained on {self.cfg.device}, and graphs "
-                "are for CUDA."
-            )
+        wanted = cuda_graph_of(self.cfg)
+        if wanted is False:
             return None
-        return StepGraph(sae, partial(clip_gradients, self), self.autocast_if_enabled)
+        if torch.device(self.cfg.device).type != "cuda":
+            if wanted:
+                logger.warning(
+                    f"cuda_graph is off: the SAE is trained on {self.cfg.device}, and graphs "
+                    "are for CUDA."
+                )
+            return None
+        return StepGraph(
+            sae,
+            partial(clip_gradients, self),
+            self.autocast_if_enabled,
+            says_why_not=bool(wanted),
+        )
 
     def _log(self, output: TrainStepOutput) -> None:
         interval = (
