@@ -38,16 +38,18 @@ def split_at_budget(pairs: Pairs, budget: int, n_margin: int) -> tuple[Pairs, Ma
     """
     # padding, whose value is 0, comes last
     by_value = pairs.places.values.argsort(descending=True, stable=True)
-    # pairs come in row order, so ascending places are the row order
-    selected, below = (
-        pairs.at(places.sort().values)
-        for places in (by_value[:budget], by_value[budget : budget + n_margin])
-    )
+    ends = (budget, budget + n_margin)
+    groups = torch.full_like(by_value, len(ends), dtype=torch.uint8)
+    for group, places in enumerate(by_value.tensor_split(ends)[: len(ends)]):
+        groups.scatter_(0, places, group)
+    # pairs come in row order, which a stable sort keeps within a group
+    in_groups = groups.argsort(stable=True).tensor_split(ends)
+    selected, below = pairs.at(in_groups[0]), pairs.at(in_groups[1])
     values = below.places.values
     width = values.new_zeros(())
     if len(values) > 0:
         # negative if the margin is all padding, which has no affinity
-        width = (values.max() - below.smallest_value()).clamp(min=0)
+        width = (values.max() - below.smallest_value).clamp(min=0)
     return selected, Margin(below, width)
 
 

@@ -2,6 +2,7 @@
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 from typing_extensions import override
@@ -48,12 +49,15 @@ class Pairs(ABC):
         ones = torch.ones_like(indices) if self.real is None else self.real.long()
         return indices.new_zeros(n).scatter_add_(0, indices, ones)
 
+    @cached_property
     def smallest_value(self) -> torch.Tensor:
         """Smallest affinity, a scalar tensor, infinite if no pair is real."""
         values = self.places.values
+        if len(values) == 0:
+            return values.new_full((), torch.inf)
         if self.real is not None:
             values = values.where(self.real, torch.inf)
-        return torch.cat([values, values.new_full((1,), torch.inf)]).min()
+        return values.amin()
 
     @abstractmethod
     def with_values(self, values: torch.Tensor) -> "Pairs":

@@ -9,7 +9,6 @@ import torch
 from typing_extensions import override
 
 from sae_lens_alloc.allocation.candidates import candidate_positions
-from sae_lens_alloc.allocation.sparse_activations import Pairs
 
 # Elements of a block of affinities: small enough for the caches of a CPU, large enough to
 # fill a GPU.
@@ -124,12 +123,11 @@ class Encoder(BlockEncoder):
         for start in range(0, self.n_features, width):
             yield slice(start, min(start + width, self.n_features))
 
-    def pre_acts(self, pairs: Pairs) -> torch.Tensor:
-        """Pre-activations of pairs whose values are affinities, 0 for padding, shape (N,)."""
-        places = pairs.places
-        if self.scale is None:
-            return places.values
-        return places.values / self.scale[places.feature_indices]
+    def pre_acts(
+        self, affinities: torch.Tensor, features: torch.Tensor
+    ) -> torch.Tensor:
+        """Pre-activations of affinities of the given features, 0 where they are 0; shape (N,)."""
+        return affinities if self.scale is None else affinities / self.scale[features]
 
 
 @dataclass(frozen=True)

@@ -92,3 +92,27 @@ class KeyEncoder(EncoderTensors, ABC):
         Returns:
             int64 of shape (2^16,).
         """
+
+    @abstractmethod
+    def find_digit(
+        self,
+        counts: torch.Tensor,
+        bound: torch.Tensor,
+        rank: torch.Tensor,
+        done: torch.Tensor,
+        shift: int,
+        spare: int,
+    ) -> None:
+        """
+        One more digit of the lower bound, in place: that of the `rank`-th largest of the keys
+        counted. Where fewer were counted, the bound stays below all of them.
+
+        Args:
+            counts: Keys by digit, int64 of shape (2^16,).
+            bound: The digits found so far, int64 of shape ().
+            rank: Which of the counted keys is sought, from 1, int64 of shape (). It becomes its
+                rank among those of its digit.
+            done: Boolean of shape (). Where it is true the bound is good already and all stays.
+            shift: Position of the digit in bits.
+            spare: So many more keys than wanted may reach the bound.
+        """

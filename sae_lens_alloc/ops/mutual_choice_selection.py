@@ -29,7 +29,12 @@ from sae_lens_alloc.ops.mutual_choice_keys import (
     CollectedKeys,
     KeyEncoder,
 )
-from sae_lens_alloc.ops.pair_keys import LEAST_KEY, feature_groups, pairs_of_keys
+from sae_lens_alloc.ops.pair_keys import (
+    LEAST_KEY,
+    feature_groups,
+    joined,
+    pairs_of_keys,
+)
 
 # Places for candidates per pair of the budget.
 CAPACITY_FACTOR = 4
@@ -84,14 +89,15 @@ def select_by_keys(
         part.collect_guess(guess, capacity, limit)
         for part, capacity, limit in zip(parts, capacities, limits, strict=True)
     ]
-    n_reached = torch.stack([first.n_reached for first in firsts]).sum()
-    is_complete = reduce(torch.logical_and, [first.is_complete for first in firsts])
+    n_reached = reduce(torch.add, [first.n_reached for first in firsts])
+    good = reduce(torch.logical_and, [first.is_complete for first in firsts])
     n_places = min(budget, encoder.shape[0] * encoder.shape[1])
-    totals = torch.stack(
-        [n_reached, torch.full_like(n_reached, n_places), (~is_complete).long()]
-    )
-    n_reached, n_wanted, n_incomplete = ranks.sum(totals)
-    good = (n_incomplete == 0) & (n_reached >= n_wanted.clamp(max=budget))
+    if ranks.is_alone:
+        good = good & (n_reached >= n_places)
+    else:
+        totals = [n_reached, torch.full_like(n_reached, n_places), (~good).long()]
+        n_reached, n_wanted, n_incomplete = ranks.sum(torch.stack(totals))
+        good = (n_incomplete == 0) & (n_reached >= n_wanted.clamp(max=budget))
 
     best, counts = [], []
     for part, first, capacity, limit in zip(
@@ -104,7 +110,7 @@ def select_by_keys(
         if first.above is not None and second.above is not None:
             counts.append(torch.where(good, first.above, second.above))
     pairs = pairs_of_keys(best, groups, encoder.shape, n_places)
-    return pairs, torch.cat(counts) if counts else None
+    return pairs, joined(counts) if counts else None
 
 
 def _capacity(encoder: KeyEncoder, budget: int) -> int:
@@ -131,47 +137,8 @@ def _collect_best(
     """
     bound = torch.zeros((), dtype=torch.int64, device=done.device)
     rank = torch.full_like(bound, n_best)
-    found = done
+    found = done.clone()
     for shift in SHIFTS:
         counts = encoder.histogram(bound, shift, found)
-        bound, rank, found = next_digit(
-            counts, bound, rank, found, shift, capacity - n_best
-        )
+        encoder.find_digit(counts, bound, rank, found, shift, capacity - n_best)
     return encoder.collect(bound.clamp(min=LEAST_KEY), done, capacity, thresholds)
-
-
-def next_digit(
-    counts: torch.Tensor,
-    bound: torch.Tensor,
-    rank: torch.Tensor,
-    done: torch.Tensor,
-    shift: int,
-    spare: int,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """
-    One more digit of the lower bound: that of the `rank`-th largest of the keys counted.
-
-    Args:
-        counts: Keys by digit, int64 of shape (2^16,).
-        bound: The digits found so far, int64 of shape ().
-        rank: Which of the counted keys is sought, from 1, int64 of shape ().
-        done: Boolean of shape (): the bound is good already and stays.
-        shift: Position of the digit in bits.
-        spare: So many more keys than wanted may reach the bound.
-
-    Returns:
-        The new bound, rank and done. Where fewer than `rank` keys were counted the bound
-        stays below all of them.
-    """
-    at_least = counts.flip(0).cumsum(0).flip(0)
-    enough = at_least >= rank
-    digit = (enough.sum() - 1).clamp(min=0)
-    # `take`, since indexing by a scalar tensor would ask the device for it
-    in_digit = counts.take(digit)
-    new_rank = rank - (at_least.take(digit) - in_digit)
-    is_good = (in_digit - new_rank <= spare) | ~enough[0]
-    return (
-        torch.where(done, bound, bound | (digit << shift)),
-        torch.where(done, rank, new_rank),
-        done | is_good,
-    )

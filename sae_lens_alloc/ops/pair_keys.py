@@ -73,18 +73,25 @@ def pairs_of_keys(
     all_positions, all_bits = [], []
     for group_keys, group in zip(keys, groups, strict=True):
         width = group.stop - group.start
-        within = MAX_POSITIONS - 1 - (group_keys & (MAX_POSITIONS - 1))
-        tokens = within // width
-        features = within - tokens * width + group.start
-        all_positions.append(tokens * shape[1] + features)
+        positions = MAX_POSITIONS - 1 - (group_keys & (MAX_POSITIONS - 1))
+        if width < shape[1]:
+            tokens = positions // width
+            features = positions - tokens * width + group.start
+            positions = tokens * shape[1] + features
+        all_positions.append(positions)
         all_bits.append(group_keys >> POSITION_BITS)
-    positions, bits = torch.cat(all_positions), torch.cat(all_bits)
+    positions, bits = joined(all_positions), joined(all_bits)
     if len(bits) > n_places:
         # of equal affinities the first position goes first, in whatever group it is
         positions, order = positions.where(bits > 0, shape[0] * shape[1]).sort()
         best = bits[order].argsort(descending=True, stable=True)[:n_places]
         positions, bits = positions[best], bits[order][best]
     return padded_pairs(positions, bits.int().view(torch.float32), bits > 0, shape)
+
+
+def joined(parts: Sequence[torch.Tensor]) -> torch.Tensor:
+    """`torch.cat`, which would copy one alone."""
+    return torch.cat([*parts]) if len(parts) > 1 else parts[0]
 
 
 def padded_pairs(
@@ -104,13 +111,16 @@ def padded_pairs(
         shape: (number of tokens B, number of features F).
     """
     end = shape[0] * shape[1]
-    positions, order = positions.where(is_real, end).sort()
+    positions = positions.where(is_real, end)
+    if end < 2**31:  # a GPU sorts numbers of 32 bits in half the passes
+        positions = positions.int()
+    positions, order = positions.sort()
     is_real = is_real[order]
-    positions = positions.clamp(max=end - 1)
+    positions = positions.clamp(max=end - 1).long()
     tokens = positions // shape[1]
     places = SparseActivations(
         tokens,
-        positions - tokens * shape[1],
+        positions % shape[1],
         values[order].where(is_real, 0.0),
         shape,
     )

@@ -64,10 +64,10 @@ def rows_of(
     The features that occur, and for each pair the place of its feature among them.
 
     Args:
-        sorted_features: int64 of shape (N,), ascending.
+        sorted_features: Whole numbers of shape (N,), ascending.
 
     Returns:
-        Ascending features of shape (U,), which asks a GPU how many there are, and places of
+        Ascending features, int64 of shape (U,), which asks a GPU how many there are, and places of
         shape (N,).
     """
-    return torch.unique_consecutive(sorted_features, return_inverse=True)
+    return torch.unique_consecutive(sorted_features.long(), return_inverse=True)

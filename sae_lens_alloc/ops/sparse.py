@@ -17,7 +17,7 @@ _REFERENCE_CHUNK = 2**22
 def row_offsets(sorted_rows: torch.Tensor, n_rows: int) -> torch.Tensor:
     """Start of each row among pairs sorted by row, int64 of shape (n_rows + 1,)."""
     # counting them would ask a GPU for the largest row
-    rows = torch.arange(n_rows + 1, device=sorted_rows.device)
+    rows = torch.arange(n_rows + 1, dtype=sorted_rows.dtype, device=sorted_rows.device)
     return torch.searchsorted(sorted_rows.contiguous(), rows)
 
 
@@ -30,11 +30,11 @@ def row_extents(
     """
     offsets = row_offsets(sorted_rows, n_rows)
     starts, stops = offsets[:-1], offsets[1:]
-    if real is not None and len(real) > 0:
+    if real is not None:
         ends = torch.arange(1, len(real) + 1, device=real.device)
-        last_real = torch.where(real, ends, 0).cummax(0).values
-        stops = torch.where(stops > starts, last_real[(stops - 1).clamp(min=0)], starts)
-        stops = stops.maximum(starts)
+        # padding repeats one row, for which all of it would wait: it goes anywhere, as a 0
+        rows = sorted_rows.where(real, ends % n_rows)
+        stops = starts.scatter_reduce(0, rows, ends * real, "amax")
     return starts, stops
 
 

@@ -88,13 +88,14 @@ def product_precision() -> str:
 
 def true_places(mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """
-    Ascending indices of the true entries of a mask of shape (n,), int64 with places for n + 1
-    of which only the first mean anything, and how many these are, int64 of shape ().
+    Ascending indices of the true entries of a mask of shape (n,), int64 with places for n of
+    which only the first mean anything, and how many these are, int64 of shape ().
     """
-    n = len(mask)
-    indices = torch.arange(n, device=mask.device)
-    places = torch.where(mask, mask.cumsum(0) - 1, n)
-    return indices.new_zeros(n + 1).scatter_(0, places, indices), mask.sum()
+    indices = torch.arange(len(mask), device=mask.device)
+    counts = mask.cumsum(0)
+    # the others go to a place of their own before the first
+    found = indices.new_zeros(len(mask) + 1).scatter_(0, counts * mask, indices)
+    return found[1:], counts[-1]
 
 
 @triton.jit

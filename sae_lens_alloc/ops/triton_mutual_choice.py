@@ -16,6 +16,9 @@ from sae_lens_alloc.ops.triton_affinities import (
     tile_options,
 )
 
+# Digits that a program looks at together.
+DIGITS_PER_BLOCK = 2048
+
 
 class TritonKeyEncoder(KeyEncoder):
     """`KeyEncoder` by Triton kernels; on CPU where Triton interprets them."""
@@ -34,7 +37,7 @@ class TritonKeyEncoder(KeyEncoder):
         collect_keys_kernel[(min(n_tiles(self), n_programs(keys.device)),)](
             encoder_arguments(self),
             bound,
-            done.to(torch.int32),
+            done.view(torch.int8),
             keys,
             count,
             capacity,
@@ -52,12 +55,33 @@ class TritonKeyEncoder(KeyEncoder):
         count_digits_kernel[(min(n_tiles(self), n_programs(counts.device)),)](
             encoder_arguments(self),
             prefix,
-            done.to(torch.int32),
+            done.view(torch.int8),
             counts,
             SHIFT=shift,
             **tile_options(self),
         )
         return counts
+
+    @override
+    def find_digit(
+        self,
+        counts: torch.Tensor,
+        bound: torch.Tensor,
+        rank: torch.Tensor,
+        done: torch.Tensor,
+        shift: int,
+        spare: int,
+    ) -> None:
+        find_digit_kernel[(1,)](
+            counts,
+            bound,
+            rank,
+            done.view(torch.int8),
+            spare,
+            SHIFT=shift,
+            DIGITS=N_DIGITS,
+            BLOCK=DIGITS_PER_BLOCK,
+        )
 
 
 # Positions are below 2^32, and arithmetic modulo that; keys are compared by their halves, which
@@ -163,6 +187,43 @@ def count_digits_kernel(
                 counted = counted & ((low >> 16) == (prefix_low >> 16))
         ones = tl.full((TOKENS, FEATURES), 1, dtype=tl.int64)
         tl.atomic_add(counts_ptr + digits, ones, mask=counted, sem="relaxed")
+
+
+@triton.jit
+def find_digit_kernel(
+    counts_ptr,
+    bound_ptr,
+    rank_ptr,
+    done_ptr,
+    spare,
+    SHIFT: tl.constexpr,
+    DIGITS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Goes down the counts from the largest digit on, to that of the key of the rank. One program."""
+    if tl.load(done_ptr) == 0:
+        rank = tl.load(rank_ptr)
+        places = tl.arange(0, BLOCK)
+        first = DIGITS - BLOCK
+        above = rank - rank  # keys of the digits above the block
+        counts = tl.load(counts_ptr + first + places)
+        in_block = tl.sum(counts, axis=0)
+        while (first > 0) & (above + in_block < rank):
+            above += in_block
+            first -= BLOCK
+            counts = tl.load(counts_ptr + first + places)
+            in_block = tl.sum(counts, axis=0)
+        at_least = above + in_block - tl.cumsum(counts, axis=0) + counts
+        n_enough = tl.sum((at_least >= rank).to(tl.int32), axis=0)
+        is_digit = places == tl.maximum(n_enough - 1, 0)
+        in_digit = tl.sum(tl.where(is_digit, counts, 0), axis=0)
+        reached = tl.sum(tl.where(is_digit, at_least, 0), axis=0)
+        rank -= reached - in_digit
+        digit = (first + tl.maximum(n_enough - 1, 0)).to(tl.int64)
+        tl.store(bound_ptr, tl.load(bound_ptr) | (digit << SHIFT))
+        tl.store(rank_ptr, rank)
+        is_good = (in_digit - rank <= spare) | (n_enough == 0)
+        tl.store(done_ptr, is_good.to(tl.int8))
 
 
 @triton.jit

@@ -10,6 +10,7 @@ PAIRS = 16
 WIDTH = 128
 # Columns of a transposed result that a program writes together: 128 bytes in float32.
 COLUMNS = 32
+WARPS = 4
 
 
 def sparse_times_dense(
@@ -56,6 +57,7 @@ def sparse_times_dense(
             ROWS=rows,
             PAIRS=PAIRS,
             WIDTH=WIDTH,
+            num_warps=WARPS,
         )
     return out
 
@@ -138,7 +140,7 @@ def sampled_products(
         sampled_products_kernel[(triton.cdiv(len(out), PAIRS),)](
             rows,
             columns,
-            None if real is None else real.to(torch.int8),
+            None if real is None else real.view(torch.int8),
             left,
             right,
             out,
@@ -150,6 +152,7 @@ def sampled_products(
             right.stride(1),
             PAIRS=PAIRS,
             WIDTH=WIDTH,
+            num_warps=WARPS,
         )
     return out
 

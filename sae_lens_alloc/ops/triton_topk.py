@@ -57,16 +57,12 @@ def topk_of_subset(
     found: list[torch.Tensor] = []
     for n_found in range(0, k, MAX_SLOTS):
         n_wanted = min(MAX_SLOTS, k - n_found)
-        keys = _largest_keys(
-            encoder,
-            features,
-            torch.where(n_in_subset > n_found, n_in_subset, 0),
-            below,
-            n_wanted,
-        )
+        if n_found > 0:
+            below = found[-1][:, -1:].contiguous()
+            n_in_subset = n_in_subset * (n_in_subset > n_found)
+        keys = _largest_keys(encoder, features, n_in_subset, below, n_wanted)
         found.append(keys.topk(n_wanted, dim=1).values)
-        below = found[-1][:, -1:].contiguous()
-    keys = torch.cat(found, dim=1)
+    keys = torch.cat(found, dim=1) if len(found) > 1 else found[0]
     chosen = n_features - 1 - (keys & 0xFFFFFFFF)
     tokens = torch.arange(n_tokens, device=keys.device)[:, None]
     return padded_pairs(

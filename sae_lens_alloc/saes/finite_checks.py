@@ -36,10 +36,8 @@ def require_finite(
     weights = [encoder.W_enc, encoder.b_enc, *others]
     if encoder.scale is not None:
         weights.append(encoder.scale)
-    # a sum would overflow in float16 where no weight is out of range
-    extremes = torch.stack([e for w in weights for e in torch.aminmax(w)])
     checks.require(
-        torch.isfinite(extremes).all(),
+        _are_finite(weights),
         "The weights contain NaN or Inf at training step {step}: they have diverged; "
         "lower the learning rate or add warm-up steps.",
         step,
@@ -48,13 +46,13 @@ def require_finite(
     outcome = "" if x.is_cuda else "; nothing was learned from this batch"
     activations = "The activations of training step {step}"
     checks.require(
-        torch.isfinite(sae_in).all(),
+        _are_finite([sae_in]),
         f"{activations} contain NaN or Inf: check the language model and its dtype{outcome}.",
         step,
     )
     if x.dtype != sae_in.dtype or is_normalized:
         checks.require(
-            torch.isfinite(x).all(),
+            _are_finite([x]),
             f"{activations} contain numbers beyond {x.dtype}, the dtype of the SAE: give "
             f"it another, such as float32 or bfloat16{outcome}.",
             step,
@@ -66,8 +64,15 @@ def require_finite_loss(
 ) -> None:
     """Requires the reconstruction loss, of shape (), to be finite; raises as above."""
     checks.require(
-        torch.isfinite(mse_loss),
+        mse_loss.abs() < torch.inf,
         "The reconstruction loss became NaN or Inf at training step {step}: the "
         "weights have diverged; lower the learning rate or add warm-up steps.",
         step,
     )
+
+
+def _are_finite(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Whether tensors that are not empty, of one dtype, hold finite numbers alone; of shape ()."""
+    # a sum would overflow in float16 where no number is out of range; NaN is an extreme, too
+    extremes = torch.stack([e for t in tensors for e in torch.aminmax(t)])
+    return (extremes.abs() < torch.inf).all()

@@ -44,14 +44,16 @@ def margin_term(
         unit_out: What a reconstruction of ones becomes, in the same shape.
         shard: The features of this rank, whose part of the margin `margin` is.
     """
+    known = pre_acts.detach()
     gradient = _margin_gradient(
-        margin, encoder, W_dec.detach(), residuals, unit_out, shard
+        known, margin, encoder, W_dec.detach(), residuals, unit_out, shard
     )
-    return gradient @ (pre_acts - pre_acts.detach())
+    return gradient @ (pre_acts - known)
 
 
 @torch.no_grad()
 def _margin_gradient(
+    pre_acts: torch.Tensor,
     margin: Margin,
     encoder: Encoder,
     W_dec: torch.Tensor,
@@ -74,7 +76,7 @@ def _margin_gradient(
         )
         n_levels += takes_part
     gained = gains(
-        encoder.pre_acts(pairs),
+        pre_acts,
         # the mean: a sum would draw the budget to features of many levels
         scales * products / n_levels,
         (scales * norms[features]).square(),

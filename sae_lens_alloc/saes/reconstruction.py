@@ -63,8 +63,10 @@ def reconstruct(
     encoded = [*sets, *not_decoded]
     if not encoded:
         return [], x.new_zeros(0)
-    rows = [pairs.places.token_indices + i * len(x) for i, pairs in enumerate(encoded)]
-    features = [pairs.places.feature_indices for pairs in encoded]
+    rows = torch.cat(
+        [pairs.places.token_indices + i * len(x) for i, pairs in enumerate(encoded)]
+    )
+    features = torch.cat([pairs.places.feature_indices for pairs in encoded])
     real = _real_pairs(encoded)
     subtracted = weights.subtracted
     if subtracted is not None:
@@ -73,9 +75,9 @@ def reconstruct(
         x,
         weights.W_enc,
         weights.b_enc,
-        torch.cat(rows),
-        torch.cat(features),
-        torch.cat([encoder.pre_acts(pairs) for pairs in encoded]),
+        rows,
+        features,
+        encoder.pre_acts(torch.cat([p.places.values for p in encoded]), features),
         n_sets=len(encoded),
         subtracted=subtracted,
         memory=weights.memory,
@@ -87,8 +89,8 @@ def reconstruct(
     recons = decode_pairs(
         pre_acts[:n_decoded],
         weights.W_dec,
-        torch.cat(rows[: len(sets)]),
-        torch.cat(features[: len(sets)]),
+        rows[:n_decoded],
+        features[:n_decoded],
         len(x),
         n_sets=len(sets),
         memory=weights.memory,

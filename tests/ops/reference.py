@@ -48,6 +48,25 @@ class ReferenceKeyEncoder(KeyEncoder):
         positions = (affinities > 0).nonzero().squeeze(1)
         return pair_keys(affinities[positions], positions)
 
+    @override
+    def find_digit(
+        self,
+        counts: torch.Tensor,
+        bound: torch.Tensor,
+        rank: torch.Tensor,
+        done: torch.Tensor,
+        shift: int,
+        spare: int,
+    ) -> None:
+        if done:
+            return
+        at_least = counts.flip(0).cumsum(0).flip(0)
+        enough = at_least >= rank
+        digit = max(int(enough.sum()) - 1, 0)
+        rank -= at_least[digit] - counts[digit]
+        bound |= digit << shift
+        done |= bool(counts[digit] - rank <= spare) or not enough[0]
+
 
 class ReferenceFeatureKeyEncoder(FeatureKeyEncoder):
     @override

@@ -90,9 +90,8 @@ def test_encoder_affinities_by_hand():
         [0, 1],
         [7, 5],
     )
-    pairs = SparseActivations(tokens, features, values, (2, 2))
-    assert encoder.pre_acts(pairs).tolist() == [3.5, 0.5]
-    assert unscaled.pre_acts(pairs).tolist() == [7, 5]
+    assert encoder.pre_acts(values, features).tolist() == [3.5, 0.5]
+    assert unscaled.pre_acts(values, features).tolist() == [7, 5]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -13,7 +13,6 @@ from sae_lens_alloc.ops.encode_select import encode_mutual_choice
 from sae_lens_alloc.ops.mutual_choice_keys import N_DIGITS, SHIFTS, KeyEncoder
 from sae_lens_alloc.ops.mutual_choice_selection import (
     key_encoder,
-    next_digit,
     select_by_keys,
 )
 from sae_lens_alloc.ops.pair_keys import (
@@ -155,22 +154,53 @@ def test_histograms_count_the_digits_below_a_prefix(make_key_encoder: MakeKeyEnc
 # -- The lower bound
 
 
-def test_next_digit_by_hand():
+def found_digit(
+    encoder: KeyEncoder,
+    counts: torch.Tensor,
+    bound: int,
+    rank: int,
+    done: bool,
+    shift: int,
+    spare: int,
+) -> tuple[int, int, bool]:
+    device = encoder.x.device
+    state = [torch.tensor(value, device=device) for value in (bound, rank, done)]
+    encoder.find_digit(counts.to(device), *state, shift, spare)
+    return (int(state[0]), int(state[1]), bool(state[2]))
+
+
+def test_digits_by_hand(make_key_encoder: MakeKeyEncoder):
+    encoder = make_key_encoder(*exact_tensors(2, 3))
     counts = torch.zeros(N_DIGITS, dtype=torch.int64)
     counts[[7, 5, 2]] = torch.tensor([3, 4, 10])
-    zero, never = torch.tensor(0), torch.tensor(False)
     # the 6th largest is the 3rd in bucket 5, where one more key than wanted is
     for spare, is_good in ((1, True), (0, False)):
-        bound, rank, done = next_digit(counts, zero, torch.tensor(6), never, 48, spare)
-        assert (bound.item(), rank.item(), done.item()) == (5 << 48, 3, is_good)
+        found = found_digit(encoder, counts, 0, 6, False, 48, spare)
+        assert found == (5 << 48, 3, is_good)
     # there is no 18th: everything is wanted
-    bound, _, done = next_digit(counts, zero, torch.tensor(18), never, 48, 0)
-    assert (bound.item(), done.item()) == (0, True)
+    bound, _, done = found_digit(encoder, counts, 0, 18, False, 48, 0)
+    assert (bound, done) == (0, True)
     # what is done stays
-    bound, rank, done = next_digit(
-        counts, torch.tensor(9 << 48), torch.tensor(2), ~never, 32, 0
-    )
-    assert (bound.item(), rank.item(), done.item()) == (9 << 48, 2, True)
+    found = found_digit(encoder, counts, 9 << 48, 2, True, 32, 0)
+    assert found == (9 << 48, 2, True)
+
+
+def test_digits_wherever_they_are(make_key_encoder: MakeKeyEncoder):
+    """Whatever the blocks of digits are that a kernel looks at together."""
+    torch.manual_seed(4)
+    encoder = make_key_encoder(*exact_tensors(2, 3))
+    for _ in range(20):
+        digits = torch.randint(N_DIGITS, (40,)).repeat_interleave(
+            torch.randint(1, 6, (40,))
+        )
+        digits = digits.sort(descending=True).values
+        counts = torch.bincount(digits, minlength=N_DIGITS)
+        rank = int(torch.randint(1, len(digits) + 1, ()))
+        digit = int(digits[rank - 1])
+        within = rank - int((digits > digit).sum())
+        bound, found, done = found_digit(encoder, counts, 5 << 48, rank, False, 32, 2)
+        assert (bound, found) == (5 << 48 | digit << 32, within)
+        assert done == (int(counts[digit]) - within <= 2)
 
 
 # -- The selection
@@ -249,7 +279,7 @@ def test_the_selection_follows_data_that_shift(make_key_encoder: MakeKeyEncoder)
         assert torch.equal(selection.places.token_indices, expected.token_indices)
         assert torch.equal(selection.places.feature_indices, expected.feature_indices)
         assert torch.allclose(selection.places.values, expected.values, rtol=1e-4)
-        guess = 0.9 * selection.smallest_value()
+        guess = 0.9 * selection.smallest_value
 
 
 def test_the_selection_is_the_same_bit_for_bit_twice_and_for_any_guess(
@@ -259,7 +289,7 @@ def test_the_selection_is_the_same_bit_for_bit_twice_and_for_any_guess(
     tensors = (torch.randn(140, 40), torch.randn(40, 300), torch.randn(300), None)
     first = select_by_keys(make_key_encoder(*tensors), 600, None)[0]
     for share in (0.0, 0.9, 1.0, 1.1):
-        guess = share * first.smallest_value()
+        guess = share * first.smallest_value
         again = select_by_keys(make_key_encoder(*tensors), 600, guess)[0]
         assert torch.equal(first.places.token_indices, again.places.token_indices)
         assert torch.equal(first.places.feature_indices, again.places.feature_indices)

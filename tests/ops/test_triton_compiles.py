@@ -20,7 +20,7 @@ from sae_lens_alloc.ops import triton_mutual_choice as mutual_choice
 from sae_lens_alloc.ops import triton_prefilter as prefilter
 from sae_lens_alloc.ops import triton_sparse as sparse
 
-TYPES = {"bound": "*i64", "prefix": "*i64", "done": "*i32", "count": "*i64",
+TYPES = {"bound": "*i64", "prefix": "*i64", "rank": "*i64", "done": "*i8", "count": "*i64",
          "starts": "*i64", "stops": "*i64", "real": "*i8", "rows": "*i64", "columns": "*i64", "values": "*fp32",
          "chosen": "*i8", "tiles": "*i64", "n_tiles": "*i64", "bounds": "*i64",
          "thresholds": "*fp32", "cut": "*fp32", "keys": "*i64", "counts": "*i64",
@@ -48,7 +48,7 @@ def compile(kernel, options, encoder=None, **constants):
         else:
             is_pointer = name.endswith("_ptr")
             signature[name] = TYPES[name[:-4]] if is_pointer else "i32"
-            if name not in ("token_bits", "k"):
+            if name not in ("token_bits", "k", "spare"):
                 attributes[i,] = ALIGNED
     source = ASTSource(
         fn=kernel, signature=signature, constexprs=constexprs, attrs=attributes
@@ -80,6 +80,10 @@ for weights, precision in (("fp32", "ieee"), ("fp32", "tf32"), ("bf16", "ieee"))
 compile_encoding(mutual_choice.collect_keys_kernel, scale="constexpr", **nothing)
 for shift in (48, 0):
     compile_encoding(mutual_choice.count_digits_kernel, SHIFT=shift)
+    compile(
+        mutual_choice.find_digit_kernel, {}, SHIFT=shift,
+        DIGITS=mutual_choice.N_DIGITS, BLOCK=mutual_choice.DIGITS_PER_BLOCK,
+    )
 for counts in ({}, nothing):
     compile_encoding(
         prefilter.candidates_kernel, LEAST_ERROR=prefilter.LEAST_ERROR,
