@@ -159,7 +159,9 @@ def outputs_and_parts(
     """
     # Applied to all at once; a part is what it adds to the first of them.
     base = recons[0].detach()
-    outputs = norm_out(torch.stack([*recons, *(base + part for part in parts)]))
+    stacked = torch.stack([*recons, *(base + part for part in parts)])
+    # slices would each have a gradient as large as all
+    outputs = norm_out(stacked).unbind()
     outs, with_parts = outputs[: len(recons)], outputs[len(recons) :]
     return list(outs), [out - outs[0].detach() for out in with_parts]
 

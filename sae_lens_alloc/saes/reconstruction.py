@@ -86,8 +86,9 @@ def reconstruct(
     if not sets:
         return [], pre_acts
     n_decoded = sum(len(pairs.places.values) for pairs in sets)
+    decoded, others = pre_acts.split((n_decoded, len(pre_acts) - n_decoded))
     recons = decode_pairs(
-        pre_acts[:n_decoded],
+        decoded,
         weights.W_dec,
         rows[:n_decoded],
         features[:n_decoded],
@@ -96,7 +97,7 @@ def reconstruct(
         memory=weights.memory,
         real=None if real is None else real[:n_decoded],
     )
-    return list(summed(recons, weights.ranks)), pre_acts[n_decoded:]
+    return list(summed(recons, weights.ranks)), others
 
 
 def _real_pairs(sets: Sequence[Pairs]) -> torch.Tensor | None:

@@ -164,9 +164,13 @@ def found_digit(
     spare: int,
 ) -> tuple[int, int, bool]:
     device = encoder.x.device
-    state = [torch.tensor(value, device=device) for value in (bound, rank, done)]
-    encoder.find_digit(counts.to(device), *state, shift, spare)
-    return (int(state[0]), int(state[1]), bool(state[2]))
+    where = torch.tensor(bound, device=device)
+    which, is_good = (
+        torch.tensor(rank, device=device),
+        torch.tensor(done, device=device),
+    )
+    encoder.find_digit(counts.to(device), where, which, is_good, shift, spare)
+    return int(where), int(which), bool(is_good)
 
 
 def test_digits_by_hand(make_key_encoder: MakeKeyEncoder):
