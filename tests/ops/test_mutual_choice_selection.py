@@ -19,6 +19,7 @@ from sae_lens_alloc.ops.pair_keys import (
     LEAST_KEY,
     MAX_POSITIONS,
     feature_groups,
+    padded_pairs,
     pair_keys,
     pairs_of_keys,
 )
@@ -149,6 +150,29 @@ def test_histograms_count_the_digits_below_a_prefix(make_key_encoder: MakeKeyEnc
         expected = torch.bincount((same >> shift) % N_DIGITS, minlength=N_DIGITS)
         assert torch.equal(counts, expected)
         prefix = prefix | (counts.argmax() << shift)
+
+
+@pytest.mark.parametrize("n_tokens", [10, 70_000])
+def test_padded_pairs_are_in_row_order_whatever_bits_positions_need(n_tokens: int):
+    """Of 32,768 features, 70,000 tokens have more positions than 31 bits hold."""
+    torch.manual_seed(5)
+    shape = (n_tokens, 32_768)
+    positions = torch.randint(shape[0] * shape[1], (50,)).unique()
+    positions[-1] = shape[0] * shape[1] - 1
+    positions = positions[torch.randperm(len(positions))]
+    values, real = torch.rand(len(positions)), torch.rand(len(positions)) < 0.7
+    pairs = padded_pairs(positions, values, real, shape)
+    n_real = int(real.sum())
+    assert pairs.real.tolist() == [True] * n_real + [False] * (len(real) - n_real)
+    order = positions[real].argsort()
+    places = pairs.places
+    assert places.token_indices.dtype == places.feature_indices.dtype == torch.int64
+    found = places.token_indices * shape[1] + places.feature_indices
+    assert torch.equal(found[:n_real], positions[real][order])
+    assert torch.equal(places.values[:n_real], values[real][order])
+    # padding repeats the last position
+    assert set(found[n_real:].tolist()) == {shape[0] * shape[1] - 1}
+    assert places.values[n_real:].count_nonzero() == 0
 
 
 # -- The lower bound

@@ -221,6 +221,22 @@ def test_row_extents_leave_out_padding_at_the_end_of_a_row():
     assert row_extents(nothing, 1, nothing.bool())[1].tolist() == [0]
 
 
+@pytest.mark.parametrize("share", [0.0, 0.3, 0.9, 1.0])
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
+def test_row_extents_with_padding_anywhere(share: float, dtype: torch.dtype):
+    """Within rows, at their ends, all of a row, all of all; and rows of nothing."""
+    torch.manual_seed(9)
+    for n_pairs in (0, 1, 60):
+        rows = torch.randint(2, 20, (n_pairs,)).sort().values
+        real = torch.rand(n_pairs) < share
+        starts, stops = row_extents(rows.to(dtype), 25, real)
+        assert starts.tolist() == [int((rows < row).sum()) for row in range(25)]
+        places = torch.arange(n_pairs)
+        for row, start in enumerate(starts.tolist()):
+            last = places[real & (rows == row)].tolist()[-1:]
+            assert stops[row] == (last[0] + 1 if last else start)
+
+
 @pytest.mark.usefixtures("backend")
 def test_padding_changes_no_product():
     torch.manual_seed(8)
