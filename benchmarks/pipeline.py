@@ -36,10 +36,12 @@ from benchmarks.results import (
 )
 from sae_lens_alloc.activations.store import ResumableActivationsStore
 from sae_lens_alloc.config.run_file import load_runner_config
+from sae_lens_alloc.saes.training_step import SparseStepTrainingSAE
 from sae_lens_alloc.training import after_training, run_trainer
 from sae_lens_alloc.training import train_step as train_step_module
 from sae_lens_alloc.training import trainer as trainer_module
 from sae_lens_alloc.training.runner import AllocSAETrainingRunner
+from sae_lens_alloc.training.step_graph import StepGraph
 from sae_lens_alloc.training.trainer import AllocSAETrainer
 
 ROOT = Path(__file__).parent.parent
@@ -129,6 +131,8 @@ def time_the_parts(clock: Clock) -> None:
         (PrefetchingIterator, "__next__", "activation store"),
         (SAETrainer, "_train_step", "trainer"),
         (trainer_module, "train_step", "trainer"),
+        (SparseStepTrainingSAE, "take_step", "SAE forward"),
+        (StepGraph, "_replay", "replayed step"),
         (torch.Tensor, "backward", "SAE backward"),
         (torch.nn.utils, "clip_grad_norm_", "optimizer"),
         (train_step_module, "clip_gradients", "optimizer"),
@@ -149,9 +153,10 @@ def time_the_parts(clock: Clock) -> None:
     def timed_fit(self: SAETrainer[Any, Any]) -> Any:
         # not before: SAELens compiles the forward of the instance
         sae: Any = self.sae
-        sae.training_forward_pass = clock.timed(
-            "SAE forward", sae.training_forward_pass
-        )
+        if not isinstance(sae, SparseStepTrainingSAE):
+            sae.training_forward_pass = clock.timed(
+                "SAE forward", sae.training_forward_pass
+            )
         self.optimizer.step = clock.timed("optimizer", self.optimizer.step)
         with clock.part("training"):
             return fit(self)

@@ -193,6 +193,7 @@ PIPELINE_LABELS = {
     "activation store": "activation store: tokens, mixing buffer",
     "SAE forward": "SAE forward",
     "SAE backward": "SAE backward",
+    "replayed step": "SAE forward and backward, replayed",
     "optimizer": "gradient clipping, optimizer",
     "trainer": "rest of the step: firing statistics, schedules",
     "metrics": "metrics",
