@@ -49,7 +49,7 @@ def split_at_budget(pairs: Pairs, budget: int, n_margin: int) -> tuple[Pairs, Ma
     width = values.new_zeros(())
     if len(values) > 0:
         # negative if the margin is all padding, which has no affinity
-        width = (values.max() - below.smallest_value).clamp(min=0)
+        width = (values.max() - below.smallest_value()).clamp(min=0)
     return selected, Margin(below, width)
 
 

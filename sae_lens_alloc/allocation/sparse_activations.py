@@ -49,9 +49,13 @@ class Pairs(ABC):
         ones = torch.ones_like(indices) if self.real is None else self.real.long()
         return indices.new_zeros(n).scatter_add_(0, indices, ones)
 
-    @cached_property
     def smallest_value(self) -> torch.Tensor:
         """Smallest affinity, a scalar tensor, infinite if no pair is real."""
+        return self._smallest_value
+
+    @cached_property
+    def _smallest_value(self) -> torch.Tensor:
+        # a step asks for it several times
         values = self.places.values
         if len(values) == 0:
             return values.new_full((), torch.inf)

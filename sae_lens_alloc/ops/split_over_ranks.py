@@ -68,7 +68,7 @@ def split_over_ranks(
     zero = values.new_zeros(1)
     largest = torch.cat([_real_values(below), zero]).max()
     # negative where no rank has a pair in the margin
-    width = ranks.largest(largest) - ranks.smallest(below.smallest_value)
+    width = ranks.largest(largest) - ranks.smallest(below.smallest_value())
     return selected, Margin(below, width.clamp(min=0))
 
 

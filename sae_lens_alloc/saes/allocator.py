@@ -209,7 +209,7 @@ class Allocator:
             return best, None
         pairs, margin = _split(best, budget, n_margin, shard)
         if margin is not None:
-            smallest = pairs.smallest_value.minimum(margin.pairs.smallest_value)
+            smallest = pairs.smallest_value().minimum(margin.pairs.smallest_value())
             guesses.margin_cut = kept_in_place(
                 guesses.margin_cut, shard.ranks.smallest(smallest.float())
             )

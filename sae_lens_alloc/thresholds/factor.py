@@ -139,7 +139,7 @@ def factor_of(
             f"{n_positive / n_tokens:.3g} affinities per token are positive, those of silenced "
             "features left out."
         )
-    last = ranks.smallest(pairs.smallest_value)
+    last = ranks.smallest(pairs.smallest_value())
     is_open = thresholds[pairs.feature_indices] == 0
     if ranks.any(bool((is_open & (pairs.values == last)).any())):
         raise ValueError(

@@ -126,7 +126,7 @@ def test_padding_does_not_count():
     pairs = padded_pairs()
     assert pairs.token_counts().tolist() == [1, 0, 1]
     assert pairs.feature_counts().tolist() == [1, 1]
-    assert pairs.smallest_value == 3
+    assert pairs.smallest_value() == 3
     assert pairs.to_dense().tolist() == [[0, 5], [0, 0], [3, 0]]
     assert pairs.to_coo((3,)).to_dense().tolist() == [[0, 5], [0, 0], [3, 0]]
     real = pairs.without_padding()
@@ -136,5 +136,5 @@ def test_padding_does_not_count():
 
 def test_smallest_value_of_padding_alone_is_infinite():
     alone = padded_pairs().at(torch.tensor([2, 3]))
-    assert alone.smallest_value == float("inf")
+    assert alone.smallest_value() == float("inf")
     assert alone.feature_counts().tolist() == [0, 0]

@@ -307,7 +307,7 @@ def test_the_selection_follows_data_that_shift(make_key_encoder: MakeKeyEncoder)
         assert torch.equal(selection.places.token_indices, expected.token_indices)
         assert torch.equal(selection.places.feature_indices, expected.feature_indices)
         assert torch.allclose(selection.places.values, expected.values, rtol=1e-4)
-        guess = 0.9 * selection.smallest_value
+        guess = 0.9 * selection.smallest_value()
 
 
 def test_the_selection_is_the_same_bit_for_bit_twice_and_for_any_guess(
@@ -317,7 +317,7 @@ def test_the_selection_is_the_same_bit_for_bit_twice_and_for_any_guess(
     tensors = (torch.randn(140, 40), torch.randn(40, 300), torch.randn(300), None)
     first = select_by_keys(make_key_encoder(*tensors), 600, None)[0]
     for share in (0.0, 0.9, 1.0, 1.1):
-        guess = share * first.smallest_value
+        guess = share * first.smallest_value()
         again = select_by_keys(make_key_encoder(*tensors), 600, guess)[0]
         assert torch.equal(first.places.token_indices, again.places.token_indices)
         assert torch.equal(first.places.feature_indices, again.places.feature_indices)

@@ -118,6 +118,7 @@ def why_not_recorded(trainer: AllocSAETrainer[Any, Any]) -> str | None:
             5,
         ),
         ({"normalize_activations": "layer_norm"}, 5),
+        ({"architecture": "refined_mutual_choice", "aux_loss": "aux_zipf"}, 5),
     ],
     ids=str,
 )
