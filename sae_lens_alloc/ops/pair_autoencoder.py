@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch.autograd.function import once_differentiable
 
-from sae_lens_alloc.ops.backend import uses_triton
+from sae_lens_alloc.ops.feature_order import FeatureOrder
 from sae_lens_alloc.ops.row_gradients import RowGradient, RowGradients, rows_of
 from sae_lens_alloc.ops.sparse import (
     row_offsets,
@@ -64,6 +64,7 @@ def pair_pre_acts(
     subtracted: torch.Tensor | None = None,
     memory: GradientMemory | None = None,
     real: torch.Tensor | None = None,
+    order: FeatureOrder | None = None,
 ) -> torch.Tensor:
     """
     The pre-activations of the given pairs, through which gradients reach x, W_enc and b_enc.
@@ -89,12 +90,16 @@ def pair_pre_acts(
         memory: Memory for the gradient of W_enc.
         real: Boolean mask of shape (N,), false at pairs with a pre-activation of 0 that are
             padding and get no gradient. None if all are real.
+        order: The order of these pairs by feature, which `decode_pairs` may share.
 
     Returns:
         `pre_acts` in float32 (float64 for float64 weights), shape (N,).
     """
+    if order is None:
+        order = FeatureOrder(features, real, W_enc.shape[1])
     return _PairPreActs.apply(
-        x, W_enc, b_enc, subtracted, rows, features, pre_acts, real, n_sets, memory
+        *(x, W_enc, b_enc, subtracted, rows, features, pre_acts, real),
+        *(n_sets, memory, order),
     )
 
 
@@ -107,6 +112,7 @@ def decode_pairs(
     n_sets: int = 1,
     memory: GradientMemory | None = None,
     real: torch.Tensor | None = None,
+    order: FeatureOrder | None = None,
 ) -> torch.Tensor:
     """
     Decodes pairs, with gradients for their values and W_dec.
@@ -123,13 +129,16 @@ def decode_pairs(
         n_sets: Number of sets of pairs.
         memory: Memory for the gradient of W_dec.
         real: As in `pair_pre_acts`; padding has a value of 0.
+        order: The order by feature of pairs of which these are the first.
 
     Returns:
         float32 (float64 for float64 weights) tensor of shape (n_sets, B, d_in), without
         b_dec.
     """
+    if order is None:
+        order = FeatureOrder(features, real, len(W_dec))
     return _DecodePairs.apply(
-        values, W_dec, rows, features, real, n_tokens, n_sets, memory
+        values, W_dec, rows, features, real, n_tokens, n_sets, memory, order
     )
 
 
@@ -147,9 +156,11 @@ class _PairPreActs(torch.autograd.Function):
         real: torch.Tensor | None,
         n_sets: int,
         memory: GradientMemory | None,
+        order: FeatureOrder,
     ) -> torch.Tensor:
         ctx.save_for_backward(x, W_enc, rows, features, real)
         ctx.n_sets = n_sets
+        ctx.order = order
         ctx.memory = memory
         ctx.b_enc_dtype = b_enc.dtype
         ctx.subtracted_dtype = None if subtracted is None else subtracted.dtype
@@ -166,7 +177,7 @@ class _PairPreActs(torch.autograd.Function):
         with torch.autocast(x.device.type, enabled=False):
             if real is not None:
                 grad_pre = torch.where(real, grad_pre, 0.0)
-            sorted_features, by_feature = _sort_by_feature(features, real, n_features)
+            sorted_features, by_feature = ctx.order.of_all
             grad_by_feature = grad_pre[by_feature]
             tokens = rows[by_feature] % len(x)
             grad_W_enc, grad_b_enc = None, None
@@ -204,14 +215,14 @@ class _PairPreActs(torch.autograd.Function):
                 grad_subtracted = -(W_enc.to(grad_pre.dtype) @ grad_b_enc)
                 grad_subtracted = grad_subtracted.to(ctx.subtracted_dtype)
         if grad_W_enc is None:
-            return grad_x, None, None, grad_subtracted, *[None] * 6
+            return grad_x, None, None, grad_subtracted, *[None] * 7
         assert grad_b_enc is not None
         return (
             grad_x,
             grad_W_enc.to(W_enc.dtype),
             grad_b_enc.to(ctx.b_enc_dtype),
             grad_subtracted,
-            *[None] * 6,
+            *[None] * 7,
         )
 
 
@@ -227,13 +238,14 @@ class _DecodePairs(torch.autograd.Function):
         n_tokens: int,
         n_sets: int,
         memory: GradientMemory | None,
+        order: FeatureOrder,
     ) -> torch.Tensor:
         with torch.autocast(values.device.type, enabled=False):
             out = sparse_times_dense(
                 rows, features, values, n_sets * n_tokens, W_dec, real=real
             )
         ctx.save_for_backward(values, W_dec, rows, features, real)
-        ctx.memory = memory
+        ctx.memory, ctx.order = memory, order
         return out.view(n_sets, n_tokens, -1)
 
     @staticmethod
@@ -245,7 +257,7 @@ class _DecodePairs(torch.autograd.Function):
             out = ctx.memory.take_W_dec()
         with torch.autocast(values.device.type, enabled=False):
             grad_rows = grad_out.to(values.dtype).flatten(0, 1)
-            sorted_features, by_feature = _sort_by_feature(features, real, len(W_dec))
+            sorted_features, by_feature = ctx.order.of_first(len(features))
             grad_values = sampled_products(
                 rows, features, grad_rows, W_dec, real, by_column=by_feature
             )
@@ -261,7 +273,7 @@ class _DecodePairs(torch.autograd.Function):
                     grad_rows,
                 )
                 row_gradients.put(W_dec=RowGradient(chosen, gradient))
-                return grad_values, *[None] * 7
+                return grad_values, *[None] * 8
             grad_W_dec = sparse_times_dense(
                 sorted_features,
                 rows[by_feature],
@@ -270,21 +282,7 @@ class _DecodePairs(torch.autograd.Function):
                 grad_rows,
                 out=out,
             )
-        return grad_values, grad_W_dec.to(W_dec.dtype), *[None] * 6
-
-
-def _sort_by_feature(
-    features: torch.Tensor, real: torch.Tensor | None, n_features: int
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """
-    Sorted features and the order of the pairs. Triton's kernels get padding behind all rows. A GPU
-    sorts numbers of 32 bits in half the passes.
-    """
-    if uses_triton(features.device):
-        if real is not None:
-            features = features.where(real, n_features)
-        features = features.int()
-    return features.sort(stable=True)
+        return grad_values, grad_W_dec.to(W_dec.dtype), *[None] * 7
 
 
 def _real_places(

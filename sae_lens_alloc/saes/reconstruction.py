@@ -8,6 +8,7 @@ import torch
 from sae_lens_alloc.allocation.sparse_activations import Pairs
 from sae_lens_alloc.distributed.ranks import ALONE, Ranks, summed, used_by_all
 from sae_lens_alloc.ops.block_encoder import Encoder
+from sae_lens_alloc.ops.feature_order import FeatureOrder
 from sae_lens_alloc.ops.pair_autoencoder import (
     GradientMemory,
     decode_pairs,
@@ -68,6 +69,7 @@ def reconstruct(
     )
     features = torch.cat([pairs.places.feature_indices for pairs in encoded])
     real = _real_pairs(encoded)
+    order = FeatureOrder(features, real, weights.W_enc.shape[1])
     subtracted = weights.subtracted
     if subtracted is not None:
         subtracted = used_by_all(subtracted, weights.ranks)
@@ -82,6 +84,7 @@ def reconstruct(
         subtracted=subtracted,
         memory=weights.memory,
         real=real,
+        order=order,
     )
     if not sets:
         return [], pre_acts
@@ -96,6 +99,7 @@ def reconstruct(
         n_sets=len(sets),
         memory=weights.memory,
         real=None if real is None else real[:n_decoded],
+        order=order,
     )
     return list(summed(recons, weights.ranks)), others
 
