@@ -30,6 +30,7 @@ from sae_lens_alloc.ops.feature_choice_keys import FeatureKeyEncoder
 from sae_lens_alloc.ops.pair_keys import (
     BOUND_SHARE,
     feature_groups,
+    joined,
     pair_keys,
     pairs_of_keys,
 )
@@ -115,9 +116,9 @@ def select_by_feature_keys(
             encoder.shape,
             min(max_pairs, n_positions),
         ),
-        torch.cat([part.demand for part in found]),
-        torch.cat([part.above for part in found]),
-        torch.cat([part.bounds for part in found]),
+        joined([part.demand for part in found]),
+        joined([part.above for part in found]),
+        joined([part.bounds for part in found]),
     )
 
 
@@ -146,7 +147,7 @@ def _select_group(
     n_places = min(max_pairs, n_positions)
     capacity = min(_capacity(n_places, encoder.shape[1]), n_positions)
     has_quota = quotas > 0
-    wanted = torch.where(has_quota, 2 * quotas + SPARE_CANDIDATES, 0)
+    wanted = (2 * quotas + SPARE_CANDIDATES) * has_quota
 
     keys = quotas.new_zeros(capacity)
     n_taken = quotas.new_zeros(())
@@ -155,11 +156,11 @@ def _select_group(
 
     fewest, most = quotas.minimum(positive), wanted.minimum(positive)
     again = reached < fewest
-    overflows = n_taken + most.where(again, 0).sum() > capacity
+    overflows = n_taken + (most * again).sum() > capacity
     again = again | (overflows & has_quota)
-    n_taken = n_taken.where(~overflows, 0)
+    n_taken = n_taken * ~overflows
     # where all their positive affinities do not fit
-    searched = again & (positive.where(again, 0).sum() > capacity - n_taken)
+    searched = again & ((positive * again).sum() > capacity - n_taken)
     bounds = encoder.find_bounds(searched, fewest, most)
     keys.masked_fill_(again[encoder.features_of(keys)], 0)
     reached_again, *_ = encoder.collect(bounds, keys, n_taken, again)
@@ -210,7 +211,7 @@ def _best_keys(
     chosen = keys[(places + skipped[features]).clamp(max=len(keys) - 1)]
     positions = encoder.tokens_of(chosen) * n_features + features
     by_position = pair_keys(encoder.affinities_of(chosen), positions)
-    return by_position.where(places < ends[-1], 0)
+    return by_position * (places < ends[-1])
 
 
 def _affinities_at(

@@ -80,7 +80,7 @@ def chosen_tiles(
     padded = features.new_zeros(n_tiles * FEATURES_PER_TILE)
     padded[: len(features)] = features
     is_chosen = padded.view(n_tiles, FEATURES_PER_TILE).any(1)
-    return features.to(torch.int8), *true_places(is_chosen)
+    return features.view(torch.int8), *true_places(is_chosen)
 
 
 @triton.jit

@@ -40,8 +40,13 @@ class CudaGraph:
     @contextmanager
     def recording(self) -> Iterator[None]:
         torch.cuda.synchronize()
-        # other threads of this process may ask the device for something meanwhile
-        with torch.cuda.graph(self._graph, capture_error_mode="thread_local"):
+        # torch's own stream for this may be another device's; other threads of this process may
+        # ask the device for something meanwhile
+        with torch.cuda.graph(
+            self._graph,
+            stream=torch.cuda.Stream(),
+            capture_error_mode="thread_local",
+        ):
             yield
 
     def replay(self) -> None:
@@ -202,7 +207,11 @@ class StepGraph:
         sae, recording = self._sae, self._make_recording()
         batch = sae_in.clone()
         try:
-            with sae.checks.recorded() as requirements, recording.recording():
+            with (
+                torch.cuda.device_of(batch),
+                sae.checks.recorded() as requirements,
+                recording.recording(),
+            ):
                 output = self._take(batch, plan)
         finally:
             gradients = [parameter.grad for parameter in sae.parameters()]

@@ -79,15 +79,14 @@ def reconstruct_pairs(
     pre_acts: torch.Tensor,
     n_sets: int = 1,
     memory: GradientMemory | None = None,
-    **others: torch.Tensor | None,
+    subtracted: torch.Tensor | None = None,
+    real: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Decodes the pre-activations of the pairs: both halves, one after the other."""
     values = pair_pre_acts(
-        x, W_enc, b_enc, rows, features, pre_acts, n_sets, memory=memory, **others
+        *(x, W_enc, b_enc, rows, features, pre_acts, n_sets, subtracted, memory, real)
     )
-    return decode_pairs(
-        values, W_dec, rows, features, len(x), n_sets, memory, others.get("real")
-    )
+    return decode_pairs(values, W_dec, rows, features, len(x), n_sets, memory, real)
 
 
 def reconstruct(
