@@ -1,7 +1,7 @@
 """A training step recorded once and then replayed as a whole: a CUDA graph."""
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
@@ -40,14 +40,19 @@ class CudaGraph:
     @contextmanager
     def recording(self) -> Iterator[None]:
         torch.cuda.synchronize()
-        # torch's own stream for this may be another device's; other threads of this process may
-        # ask the device for something meanwhile
-        with torch.cuda.graph(
-            self._graph,
-            stream=torch.cuda.Stream(),
-            capture_error_mode="thread_local",
-        ):
-            yield
+        current = torch.cuda.current_stream()
+        try:
+            # torch's own stream for this may be another device's; other threads of this process
+            # may ask the device for something meanwhile
+            with torch.cuda.graph(
+                self._graph,
+                stream=torch.cuda.Stream(),
+                capture_error_mode="thread_local",
+            ):
+                yield
+        finally:
+            # where torch cannot end a recording, it leaves the process on its stream
+            torch.cuda.set_stream(current)
 
     def replay(self) -> None:
         self._graph.replay()
@@ -190,7 +195,8 @@ class StepGraph:
             first_line = str(error).strip().partition("\n")[0]
             self._failure = f"the step cannot be recorded ({first_line})"
         # the error held the frames, and those the half of a recording
-        torch.cuda.empty_cache()
+        with suppress(RuntimeError):  # as of a recording that could not be ended
+            torch.cuda.empty_cache()
         return None
 
     def _take(self, sae_in: torch.Tensor, plan: StepPlan) -> TrainStepOutput:
