@@ -50,6 +50,12 @@ def refined(**overrides: Any) -> RefinedMutualChoiceTrainingSAE:
     return sae
 
 
+def load(folder: Path) -> RefinedJumpReLUSAE:
+    saved = SAE.load_from_disk(folder)
+    assert isinstance(saved, RefinedJumpReLUSAE)
+    return saved
+
+
 class TwoPasses:
     """Both passes by dense formulas in float64; the share that is added gets no gradient."""
 
@@ -81,7 +87,9 @@ class TwoPasses:
         self.sae_out = outs[0].detach()
         self.losses = [(out - flat).pow(2).sum(1).mean() for out in outs]
         names = list(weights)
-        grads = torch.autograd.grad(sum(self.losses), [weights[n] for n in names])
+        grads = torch.autograd.grad(
+            torch.stack(self.losses).sum(), [weights[n] for n in names]
+        )
         self.grads = dict(zip(names, grads, strict=True))
 
 
@@ -124,7 +132,7 @@ def test_gradients_with_decoder_norms_are_those_of_the_pre_activations():
 def test_hooks_on_the_activations_change_nothing():
     plain, hooked = (refined(dtype="float64", seed=3) for _ in range(2))
     x = tokens(20, 8, dtype=torch.float64)
-    hooked.hook_sae_acts_post.add_hook(lambda acts, hook: acts)  # noqa: ARG005
+    hooked.hook_sae_acts_post.add_hook(lambda tensor, hook: tensor)  # noqa: ARG005
     expected = gradients(plain, training_step(plain, x).loss)
     assert_grads_equal(gradients(hooked, training_step(hooked, x).loss), expected)
 
@@ -149,10 +157,12 @@ def test_triton_selects_and_learns_the_same(
     for backend in ("reference", "triton"):
         monkeypatch.setenv(BACKEND_VARIABLE, backend)
         sae = refined(**options).to(triton_device)
-        for step in range(3):
-            x = tokens(12, 8, seed=step).to(triton_device)
-            output = training_step(sae, x, step, torch.arange(32) % 5 == 0)
-            grads = gradients(sae, output.loss)
+        dead = torch.arange(32, device=triton_device) % 5 == 0
+        batches = [tokens(12, 8, seed=seed).to(triton_device) for seed in range(3)]
+        for step, x in enumerate(batches[:2]):
+            training_step(sae, x, step, dead)
+        output = training_step(sae, batches[2], 2, dead)
+        grads = gradients(sae, output.loss)
         found.append((active_mask(output), grads, sae.first_cut))
     (mask, grads, cut), (mask_2, grads_2, cut_2) = found
     assert torch.equal(mask, mask_2)
@@ -185,8 +195,8 @@ def test_feature_choice_has_one_pass():
         assert torch.equal(output.sae_out, expected.sae_out)
         assert "first_pass_loss" not in output.losses
     assert sae.first_cut == 0
-    sae.eval(), plain.eval()
-    assert torch.equal(sae.encode(x), plain.encode(x))
+    x = tokens(20, 8, seed=5)
+    assert torch.equal(sae.eval().encode(x), plain.eval().encode(x))
 
 
 def stepped(**overrides: Any) -> RefinedMutualChoiceTrainingSAE:
@@ -206,8 +216,7 @@ def test_the_saved_sae_is_the_sae_in_evaluation_mode(
         apply_b_dec_to_input=apply_b_dec_to_input,
     ).eval()
     sae.save_inference_model(tmp_path)
-    saved = SAE.load_from_disk(tmp_path)
-    assert isinstance(saved, RefinedJumpReLUSAE)
+    saved = load(tmp_path)
     x = tokens(30, 8, seed=9)
     acts = saved.encode(x)
     torch.testing.assert_close(acts, sae.encode(x), rtol=1e-4, atol=1e-5)
@@ -246,8 +255,7 @@ def test_encoding_by_hand():
 def test_the_stock_form_is_the_first_pass_and_needs_no_plugin(tmp_path: Path):
     sae = stepped(selection_margin=0.0).eval()
     sae.save_inference_model(tmp_path)
-    saved = SAE.load_from_disk(tmp_path)
-    assert isinstance(saved, RefinedJumpReLUSAE)
+    saved = load(tmp_path)
     stock = saved.stock_form()
     assert type(stock) is JumpReLUSAE
     x = tokens(30, 8, seed=9)
@@ -285,7 +293,7 @@ def test_without_a_first_pass_it_is_a_jumprelu_sae(tmp_path: Path):
             training_step(each, tokens(40, 8, seed=step), step)
     for name, each in (("refined", sae), ("plain", plain)):
         each.save_inference_model(tmp_path / name)
-    saved = SAE.load_from_disk(tmp_path / "refined")
+    saved = load(tmp_path / "refined")
     assert saved.first_threshold.isinf().all()
     assert torch.equal(
         saved.encode(x), SAE.load_from_disk(tmp_path / "plain").encode(x)
@@ -305,7 +313,7 @@ def test_folding_keeps_the_output(tmp_path: Path):
         torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
     sae = stepped().eval()
     sae.save_inference_model(tmp_path)
-    saved = SAE.load_from_disk(tmp_path)
+    saved = load(tmp_path)
     with torch.no_grad():  # so that there is something to fold
         norms = torch.linspace(0.5, 2, 32)
         saved.W_dec.mul_(norms[:, None])
@@ -349,7 +357,7 @@ def test_calibration_brings_both_passes_to_the_wanted_l0():
 def test_at_l0_moves_the_second_pass_alone(tmp_path: Path):
     sae = stepped()
     sae.save_inference_model(tmp_path)
-    saved = SAE.load_from_disk(tmp_path)
+    saved = load(tmp_path)
     first = saved.first_threshold.clone()
     x = tokens(200, 8, seed=11)
     moved = at_l0(saved, x, 2.0)
@@ -417,7 +425,7 @@ def test_what_cannot_be_is_refused(settings: dict[str, Any], sentence: str):
 @pytest.mark.parametrize("library", sorted(SAVE_FOR))
 def test_other_libraries_have_no_such_form(library: str, tmp_path: Path):
     stepped().save_inference_model(tmp_path / "sae")
-    saved = SAE.load_from_disk(tmp_path / "sae")
+    saved = load(tmp_path / "sae")
     with pytest.raises(ValueError, match="encodes twice .* stock_jumprelu"):
         SAVE_FOR[library](saved, tmp_path / "out")
 

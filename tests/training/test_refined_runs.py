@@ -61,7 +61,7 @@ def test_a_run_leaves_both_forms_and_their_figures(folder: Path):
     rows = activations()
     order = RowOrder(len(rows), 16, 1, config().seed)
     held_out = torch.cat([rows[start:stop] for start, stop in order.held_out])
-    metadata = saved.cfg.metadata
+    metadata: Any = saved.cfg.metadata
     assert metadata.stock_form["folder"] == STOCK_FOLDER
     for sae, figures in ((saved, metadata.held_out), (stock, metadata.stock_form)):
         usage = measure_usage(as_user(sae), held_out)
