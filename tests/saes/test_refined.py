@@ -44,7 +44,7 @@ ETA = 0.4
 
 
 def refined(**overrides: Any) -> RefinedMutualChoiceTrainingSAE:
-    settings = {"refinement": ETA, **overrides}
+    settings: dict[str, Any] = {"refinement": ETA, **overrides}
     sae = make_sae("refined_mutual_choice", **settings)
     assert isinstance(sae, RefinedMutualChoiceTrainingSAE)
     return sae
