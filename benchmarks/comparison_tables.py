@@ -98,8 +98,12 @@ def stock_rows(results: Results) -> dict[str, str]:
     return {
         row: sae["architecture"]
         for row, sae in results["settings"]["compare"]["rows"].items()
-        if sae_config_class(sae["architecture"]).__module__.startswith("sae_lens.")
-        or sae["architecture"] in REFERENCES
+        # a row in the stock form of another one is ours
+        if "architecture" in sae
+        and (
+            sae_config_class(sae["architecture"]).__module__.startswith("sae_lens.")
+            or sae["architecture"] in REFERENCES
+        )
     }
 
 

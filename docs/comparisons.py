@@ -87,6 +87,8 @@ TRANSCODERS = RESULTS / "compare_transcoders_demo.json"
 # the rows of ours whose lead is told
 LEADS = (
     ("compare_demo", "mutual_choice"),
+    ("compare_demo", "refined_mutual_choice"),
+    ("compare_demo", "refined_mutual_choice, stock form"),
     ("compare_synthetic_small", "mutual_choice"),
     ("compare_synthetic_2k", "mutual_choice"),
     ("compare_synthetic_2k", "matryoshka_mutual_choice"),
