@@ -7,7 +7,7 @@ import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
 from sae_lens_alloc.evaluation.plots import LEAST_SPAN, axis_range, faint, new_figure
-from sae_lens_alloc.evaluation.report_run import colour
+from sae_lens_alloc.evaluation.report_run import colour, line_dash
 
 # A point of results.json: one row at one k.
 Point = Mapping[str, Any]
@@ -64,7 +64,7 @@ def pareto_plot(
             name=row,
             legendgroup=row,
             mode="lines+markers",
-            line={"color": colour(i), "width": 2},
+            line={"color": colour(i), "width": 2, "dash": line_dash(i)},
             text=[f"k {point['k']:g}, {len(point['runs'])} seeds" for point in points],
             hovertemplate=f"{row}, %{{text}}<br>L0 %{{x:.2f}}: %{{y:{tick_format}}}"
             "<extra></extra>",

@@ -66,6 +66,11 @@ def colour(index: int) -> str:
     return COLOURS[index % len(COLOURS)]
 
 
+def line_dash(index: int) -> str:
+    """Kind of the line of the run at `index`: another one where colours come again."""
+    return ("solid", "dot", "dashdot")[index // len(COLOURS) % 3]
+
+
 def read_history(path: Path) -> list[dict[str, float]]:
     """The rows of a metrics.jsonl."""
     return [json.loads(line) for line in path.read_text().splitlines()]
