@@ -1,6 +1,6 @@
 """
 A stock TopK SAE of the demo's language model, trained further for a fifth of its tokens: as TopK, as
-Mutual Choice at once or by way of TopK, as Feature Choice. Over seeds, on the same text in the
+Mutual Choice at once, by way of TopK or with two passes, as Feature Choice. Over seeds, on the same text in the
 same order, and judged on held-out text. What has finished is kept; docs/fine-tuning.md has the
 table.
 
@@ -35,6 +35,7 @@ CONTINUATIONS = {
     "mutual_choice, lr 1e-3": ["lr=1e-3"],
     "mutual_choice, no margin": ["sae.selection_margin=0"],
     "mutual_choice, topk_steps 50%": ["sae.topk_steps=50%"],
+    "refined_mutual_choice": ["sae.architecture=refined_mutual_choice"],
     "feature_choice": ["sae={architecture: feature_choice, aux_loss: none}"],
 }
 

@@ -86,7 +86,8 @@ class RefinedJumpReLUSAE(JumpReLUSAE):
     def stock_form(self) -> JumpReLUSAE:
         """
         The first pass alone: the stock JumpReLU SAE of the same weights, a copy. Its thresholds are
-        those of the first pass, lower for the features that have a lower one in the second.
+        those of the first pass, lower for the features that have a lower one in the second. Its
+        metadata holds its own figures on held-out text, as far as this SAE's does.
         """
         settings: dict[str, Any] = self.cfg.to_dict()
         del settings["refinement"]
@@ -99,6 +100,13 @@ class RefinedJumpReLUSAE(JumpReLUSAE):
         lowered = self.threshold / highest if highest > 0 else 1.0
         weights["threshold"] = weights.pop("first_threshold") * lowered
         stock.load_state_dict(weights)
+        metadata = stock.cfg.metadata
+        figures: dict[str, Any] | None = metadata.stock_form
+        metadata.stock_form = metadata.calibration = metadata.held_out = None
+        metadata.l0 = None
+        if figures is not None:
+            metadata.held_out = {k: v for k, v in figures.items() if k != "folder"}
+            metadata.l0 = figures["l0"]
         if not self.hook_z_reshaping_mode:
             stock.turn_off_forward_pass_hook_z_reshaping()
         return stock

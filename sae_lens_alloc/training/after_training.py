@@ -142,6 +142,7 @@ class AfterTraining:
                     **held_out_metrics(
                         stock, self.held_out, self.cfg.train_batch_size_tokens
                     ),
+                    "n_tokens": len(self.held_out),
                     "folder": STOCK_FOLDER,
                 }
 

@@ -31,6 +31,12 @@ def describe_outcome(
             f"{found['dead_features']:,} of {sae.d_sae:,} features, active on none of "
             f"{found['n_tokens']:,} held-out tokens"
         )
+    stock: dict[str, Any] | None = sae.metadata.stock_form
+    if stock is not None:
+        lines["stock form"] = (
+            f"in {stock['folder']}/ there: {stock['explained_variance']:.4f} of the variance by "
+            f"{stock['l0']:.2f} features per token, loads without sae_lens_alloc"
+        )
     if report is not None:
         lines["report"] = report
     text = "\n".join(f"{name:<12}{value}" for name, value in lines.items())

@@ -48,6 +48,20 @@ def test_train_ends_with_its_figures(tmp_path: Path):
     assert not (output / "held_out.json").exists()
 
 
+def test_a_refined_sae_is_told_with_its_stock_form(tmp_path: Path):
+    output = tmp_path / "sae"
+    settings = ("sae.architecture=refined_mutual_choice", "sae.feature_choice_steps=0")
+    result = train(output, "--no-report", *settings)
+    assert result.exit_code == 0, result.stderr
+    metadata = json.loads((output / "cfg.json").read_text())["metadata"]
+    stock = metadata["stock_form"]
+    line = (
+        f"stock form  in stock_jumprelu/ there: {stock['explained_variance']:.4f} of the "
+        f"variance by {stock['l0']:.2f} features per token, loads without sae_lens_alloc"
+    )
+    assert line in result.stdout.splitlines()
+
+
 def test_a_report_that_cannot_be_written_does_not_cost_the_sae(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ):

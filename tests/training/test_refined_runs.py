@@ -70,6 +70,12 @@ def test_a_run_leaves_both_forms_and_their_figures(folder: Path):
         assert ev == pytest.approx(usage.explained_variance, rel=1e-4)
         assert figures["dead_features"] == usage.dead_features
     assert metadata.held_out["explained_variance"] > 0.1
+    # of the stock form its own, and nothing of the other
+    own: Any = stock.cfg.metadata
+    figures = {k: v for k, v in metadata.stock_form.items() if k != "folder"}
+    assert own.held_out == figures and figures["n_tokens"] == len(held_out)
+    assert own.l0 == figures["l0"]
+    assert own.calibration is None and own.stock_form is None
     assert metadata.calibration["l0"] == pytest.approx(3, rel=0.01)
 
 
