@@ -20,11 +20,11 @@ from sae_lens_alloc.comparison.plots import pareto_plot, points_by_row
 
 COLOURS = (
     *("#0b62c4", "#4dabf7", "#16a34a", "#d9480f", "#f08c00"),
-    *("#9c36b5", "#868e96", "#5f3dc4"),
+    *("#9c36b5", "#868e96", "#e64980", "#5f3dc4"),
 )
 SYMBOLS = (
     *("circle", "circle-open", "square", "diamond", "cross"),
-    *("x", "triangle-up", "star"),
+    *("x", "triangle-up", "hexagram", "star"),
 )
 # Of ours without and with a CUDA graph, in both phases, and of others.
 GPU_COLOURS = ("#0b62c4", "#3b93e0", "#15803d", "#4aa564", "#d9480f", "#9c36b5")
