@@ -1,6 +1,7 @@
 """The active token-feature pairs of a batch: what all parts of a step exchange."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -107,15 +108,8 @@ class Pairs(ABC):
             torch.cat([mine.values, others.values]),
             (n_tokens + n_others, n_features),
         )
-        if self.real is None and other.real is None:
-            return both
-        real = [
-            torch.ones_like(pairs.places.values, dtype=torch.bool)
-            if pairs.real is None
-            else pairs.real
-            for pairs in (self, other)
-        ]
-        return PaddedActivations(both, torch.cat(real))
+        real = real_places((self, other))
+        return both if real is None else PaddedActivations(both, real)
 
     def of_first_features(self, width: int) -> "Pairs":
         """The pairs of the features below `width`, as `only` gives them."""
@@ -232,3 +226,17 @@ class PaddedActivations(Pairs):
     def without_padding(self) -> SparseActivations:
         found = self.padded.at(self.is_real.nonzero().squeeze(1))
         return found.without_padding()
+
+
+def real_places(sets: Sequence[Pairs]) -> torch.Tensor | None:
+    """Which places of all the sets are no padding, None if there is none."""
+    if all(pairs.real is None for pairs in sets):
+        return None
+    return torch.cat(
+        [
+            torch.ones_like(pairs.places.values, dtype=torch.bool)
+            if pairs.real is None
+            else pairs.real
+            for pairs in sets
+        ]
+    )

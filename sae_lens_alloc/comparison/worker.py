@@ -109,23 +109,32 @@ def _save_at_each_l0(
             as_user(_load(trained, device)), encoded, target=reconstructed
         )
         for target in target_l0s:
-            try:
-                calibrated = at_l0(_load(trained, device), encoded, target)
-            except ValueError as error:
-                points[f"{target:g}"] = {"unreachable": str(error)}
-                continue
-            usage = measure_usage(as_user(calibrated), encoded, target=reconstructed)
-            if not math.isfinite(usage.explained_variance):
-                raise ValueError(
-                    f"at {target:g} features per token, the explained variance on the "
-                    f"validation split is {usage.explained_variance}."
-                )
-            points[f"{target:g}"] = {
-                "l0": usage.l0,
-                "explained_variance": usage.explained_variance,
-            }
-            calibrated.save_model(sae_folder(folder, target))
+            points[f"{target:g}"] = _save_at_l0(
+                _load(trained, device), target, encoded, reconstructed, folder
+            )
     return natural.l0, points
+
+
+def _save_at_l0(
+    sae: SAE[Any],
+    target: float,
+    encoded: torch.Tensor,
+    reconstructed: torch.Tensor,
+    folder: Path,
+) -> dict[str, Any]:
+    """Saves an SAE at a wanted L0: its figures on the validation split, or why it cannot be there."""
+    try:
+        calibrated = at_l0(sae, encoded, target)
+    except ValueError as error:
+        return {"unreachable": str(error)}
+    usage = measure_usage(as_user(calibrated), encoded, target=reconstructed)
+    if not math.isfinite(usage.explained_variance):
+        raise ValueError(
+            f"at {target:g} features per token, the explained variance on the "
+            f"validation split is {usage.explained_variance}."
+        )
+    calibrated.save_model(sae_folder(folder, target))
+    return {"l0": usage.l0, "explained_variance": usage.explained_variance}
 
 
 def _load(folder: str | Path, device: str) -> SAE[Any]:
@@ -151,14 +160,10 @@ def measure_stock_form(cell: Cell, stream: Stream, folder: Path) -> dict[str, An
         assert isinstance(sae, RefinedJumpReLUSAE)
         stock = sae.stock_form().eval()
         before = measure_usage(as_user(stock), validation)
-        calibrated = at_l0(stock, validation, target)
-        usage = measure_usage(as_user(calibrated), validation)
-        points[f"{target:g}"] = {
-            "l0": usage.l0,
-            "explained_variance": usage.explained_variance,
-        }
-        calibrated.save_model(sae_folder(folder, target))
         result["l0_before_calibration"] = before.l0
+        points[f"{target:g}"] = _save_at_l0(
+            stock, target, validation, validation, folder
+        )
     result = {**result, "row": cell.row, "validation": points}
     write_json(folder / RESULT_FILENAME, result)
     return result

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import torch
 
-from sae_lens_alloc.allocation.sparse_activations import Pairs
+from sae_lens_alloc.allocation.sparse_activations import Pairs, real_places
 from sae_lens_alloc.distributed.ranks import ALONE, Ranks, summed, used_by_all
 from sae_lens_alloc.ops.block_encoder import Encoder
 from sae_lens_alloc.ops.feature_order import FeatureOrder
@@ -68,7 +68,7 @@ def reconstruct(
         [pairs.places.token_indices + i * len(x) for i, pairs in enumerate(encoded)]
     )
     features = torch.cat([pairs.places.feature_indices for pairs in encoded])
-    real = _real_pairs(encoded)
+    real = real_places(encoded)
     order = FeatureOrder(features, real, weights.W_enc.shape[1])
     subtracted = weights.subtracted
     if subtracted is not None:
@@ -102,17 +102,3 @@ def reconstruct(
         order=order,
     )
     return list(summed(recons, weights.ranks)), others
-
-
-def _real_pairs(sets: Sequence[Pairs]) -> torch.Tensor | None:
-    """Which pairs of all the sets are no padding, None if there is none."""
-    if all(pairs.real is None for pairs in sets):
-        return None
-    return torch.cat(
-        [
-            torch.ones_like(pairs.places.values, dtype=torch.bool)
-            if pairs.real is None
-            else pairs.real
-            for pairs in sets
-        ]
-    )

@@ -4,6 +4,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from sae_lens import SAE
+from sae_lens.saes.jumprelu_sae import JumpReLUSAE
 from sae_lens.saes.sae import SAEConfig
 from typing_extensions import override
 
@@ -18,6 +20,7 @@ from sae_lens_alloc.saes.mutual_choice_sae import (
 )
 from sae_lens_alloc.saes.reconstruction import Weights, reconstruct
 from sae_lens_alloc.saes.refined_jumprelu_sae import (
+    RefinedJumpReLUSAE,
     RefinedJumpReLUSAEConfig,
 )
 from sae_lens_alloc.saes.refinement import (
@@ -168,3 +171,13 @@ class RefinedMutualChoiceTrainingSAE(MutualChoiceTrainingSAE):
         cut = self.first_cut
         first = torch.where(cut > 0, cut, torch.inf).expand(self.cfg.d_sae)
         state_dict["first_threshold"] = first.clone()
+
+    @torch.no_grad()
+    def stock_form(self) -> JumpReLUSAE:
+        """The stock JumpReLU SAE that it is saved with, a copy."""
+        saved = SAE.from_dict(self.cfg.get_inference_sae_cfg_dict())
+        assert isinstance(saved, RefinedJumpReLUSAE)
+        state = self.state_dict()
+        self.process_state_dict_for_saving_inference(state)
+        saved.load_state_dict(state)
+        return saved.stock_form()

@@ -20,7 +20,6 @@ from sae_lens_alloc.saes.refined_mutual_choice_sae import (
 from sae_lens_alloc.thresholds.calibration import calibrate_thresholds
 from sae_lens_alloc.training.final_sae import (
     how_to_calibrate,
-    stock_form,
     write_sae,
     write_sae_somewhere,
 )
@@ -136,7 +135,7 @@ class AfterTraining:
                 "n_tokens": len(self.held_out),
             }
             if isinstance(sae, RefinedMutualChoiceTrainingSAE):
-                stock = stock_form(sae)
+                stock = sae.stock_form()
                 stock.turn_off_forward_pass_hook_z_reshaping()
                 sae.cfg.metadata.stock_form = {
                     **held_out_metrics(

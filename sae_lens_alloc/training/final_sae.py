@@ -18,8 +18,7 @@ from sae_lens.constants import (
     SAE_WEIGHTS_FILENAME,
     SPARSITY_FILENAME,
 )
-from sae_lens.saes.jumprelu_sae import JumpReLUSAE
-from sae_lens.saes.sae import SAE, TrainingSAE
+from sae_lens.saes.sae import TrainingSAE
 from safetensors.torch import save_file
 
 from sae_lens_alloc.distributed.ranks import ALONE, Ranks
@@ -27,10 +26,7 @@ from sae_lens_alloc.distributed.together import together
 from sae_lens_alloc.evaluation.figures import HELD_OUT_FILENAME
 from sae_lens_alloc.progress import announced
 from sae_lens_alloc.saes.allocation_sae import AllocationTrainingSAE
-from sae_lens_alloc.saes.refined_jumprelu_sae import (
-    STOCK_FOLDER,
-    RefinedJumpReLUSAE,
-)
+from sae_lens_alloc.saes.refined_jumprelu_sae import STOCK_FOLDER
 from sae_lens_alloc.saes.refined_mutual_choice_sae import (
     RefinedMutualChoiceTrainingSAE,
 )
@@ -75,7 +71,7 @@ def write_sae(
         if log_feature_sparsity is not None:
             save_file({"sparsity": log_feature_sparsity}, folder / SPARSITY_FILENAME)
         if isinstance(sae, RefinedMutualChoiceTrainingSAE):
-            stock_form(sae).save_model(folder / STOCK_FOLDER)
+            sae.stock_form().save_model(folder / STOCK_FOLDER)
         (folder / RUNNER_CFG_FILENAME).write_text(json.dumps(cfg.to_dict()))
         if new_metrics.exists():
             shutil.copyfile(new_metrics, folder / METRICS_FILENAME)
@@ -122,15 +118,6 @@ def write_sae_somewhere(
             f"{str(error).rstrip('.')}; it is saved in {str(elsewhere)!r} instead, with the "
             "thresholds of training.",
         ) from error
-
-
-def stock_form(sae: RefinedMutualChoiceTrainingSAE) -> JumpReLUSAE:
-    """The stock JumpReLU SAE that a refined one is saved with."""
-    with tempfile.TemporaryDirectory() as folder:
-        sae.save_inference_model(folder)
-        saved = SAE.load_from_disk(folder, device=str(sae.device))
-    assert isinstance(saved, RefinedJumpReLUSAE)
-    return saved.stock_form()
 
 
 def how_to_calibrate(sae: TrainingSAE[Any], output: Path) -> str:
