@@ -4,8 +4,9 @@ started again with the same file, it goes on where it stopped.
 
     python -m benchmarks docs/results/performance_cpu.json
 
-`python -m benchmarks gpu OUT` is the campaign on a GPU, see benchmarks/gpu/command.py, `python -m benchmarks ranks OUT.json` compares two processes with one, see benchmarks/ranks.py, and
-`python -m benchmarks minilm OUT` collects activations to compare on, see benchmarks/minilm.py.
+`python -m benchmarks gpu OUT` is the campaign on a GPU, see benchmarks/gpu/command.py, `python -m benchmarks ranks OUT.json` compares two processes with one, see benchmarks/ranks.py,
+`python -m benchmarks minilm OUT` collects activations to compare on, see benchmarks/minilm.py, and
+`python -m benchmarks probes OUT.json` probes the features of a comparison's SAEs, see benchmarks/probes.py.
 
 First every subject at one shape, the centre; then the sweeps of one axis at a time; then the
 memory of ours as d_sae grows. Subjects that are not installed are left out (see
@@ -27,6 +28,7 @@ from benchmarks.gpu.command import main as gpu_campaign
 from benchmarks.measure import peak_memory, time_step
 from benchmarks.minilm import main as collect_minilm
 from benchmarks.own_process import ProcessFailed, in_own_process
+from benchmarks.probes import main as probe_saes
 from benchmarks.ranks import main as two_ranks
 from benchmarks.results import (
     describe_machine,
@@ -201,6 +203,9 @@ def main() -> None:
         return
     if sys.argv[1:2] == ["minilm"]:
         collect_minilm(sys.argv[2:])
+        return
+    if sys.argv[1:2] == ["probes"]:
+        probe_saes(sys.argv[2:])
         return
     args = parse_args()
     machine = Machine(args.device, args.autocast)

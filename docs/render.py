@@ -43,6 +43,7 @@ from docs.measured import (
     timed_switch_table,
 )
 from docs.models import models_table, ready_configs, with_memory
+from docs.probed import probes_table
 from docs.rank_costs import (
     costs_table,
     measured_beside_computed,
@@ -90,6 +91,7 @@ def main() -> None:
         DOCS / "results.md": {
             **comparison_parts(),
             "shift": shift_table(),
+            "probes minilm": probes_table("minilm"),
             "synthetic": gpu.synthetic_lead(on_gpu),
         },
         DOCS / "transcoders.md": transcoder_parts(),
