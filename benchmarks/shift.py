@@ -1,9 +1,9 @@
 """
-SAEs on text that is unlike the text that they were trained and their thresholds were set on, with
-the thresholds as saved. docs/results.md has the table.
+The SAEs of a comparison on text that is unlike the text that they were trained and their
+thresholds were set on, with the thresholds as saved. docs/results.md has the table.
 
-    make demo    # trains the SAEs
-    python -m benchmarks.shift docs/results/shift.json demo-output/mutual_choice demo-output/batchtopk
+    sae-lens-alloc compare configs/compare_demo.yaml --output output/compare_demo
+    python -m benchmarks.shift docs/results/shift.json output/compare_demo
 """
 
 import argparse
@@ -13,11 +13,15 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+from sae_lens import SAE
 
+from benchmarks.probes import find_saes
 from benchmarks.results import main_versions, write_results
 from sae_lens_alloc.activations.on_text import text_of_sae
+from sae_lens_alloc.activations.recorded_source import record_language_model
+from sae_lens_alloc.comparison.config import load_comparison
 from sae_lens_alloc.comparison.given_figures import measure_given_saes
-from sae_lens_alloc.comparison.given_saes import load_given_saes
+from sae_lens_alloc.saes.saved_sae import load_sae
 
 ROOT = Path(__file__).parent.parent
 # The demo's model and its text are Python. Each with the tokens that are measured.
@@ -43,30 +47,45 @@ def as_parquet(files: str, folder: Path) -> Path:
     return written
 
 
-def measure(names: list[str], files: str, n_tokens: int) -> dict[str, Any]:
-    """Figures of each SAE on a text, by name."""
-    saes = load_given_saes(names, "cpu")
+def load_saes(comparison: Path, l0: int) -> dict[tuple[str, int], SAE[Any]]:
+    """The SAEs of a comparison at an L0, by row and seed. Each knows its language model."""
+    run = load_comparison(comparison / "comparison.yaml")[0].stream_run()
+    found = find_saes(comparison, l0, run.sae.d_in)
+    saes = {key: load_sae(path, "cpu").eval() for key, path in found.items()}
+    for sae in saes.values():
+        record_language_model(sae.cfg.metadata, run)
+    return saes
+
+
+def measure(
+    saes: dict[tuple[str, int], SAE[Any]], files: str, n_tokens: int
+) -> dict[str, list[dict[str, Any]]]:
+    """Figures on a text: of each row, those of its seeds."""
+    named = {f"{row}, {seed}": sae for (row, seed), sae in saes.items()}
     with TemporaryDirectory() as folder:
         text = as_parquet(files, Path(folder))
-        cfg = text_of_sae(next(iter(saes.values())), None, str(text), "cpu")
-        found = measure_given_saes(saes, cfg, n_tokens)
-    of_saes = {run.name: run.evaluation.to_dict() for run in found.as_saved}
-    return {
-        name: {key: figures[key] for key in FIGURES}
-        for name, figures in of_saes.items()
-    }
+        cfg = text_of_sae(next(iter(named.values())), None, str(text), "cpu")
+        runs = measure_given_saes(named, cfg, n_tokens).as_saved
+    figures: dict[str, list[dict[str, Any]]] = {}
+    for (row, _), run in zip(saes, runs, strict=True):
+        found = run.evaluation.to_dict()
+        figures.setdefault(row, []).append({key: found[key] for key in FIGURES})
+    return figures
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("results", type=Path)
-    parser.add_argument("saes", nargs="+")
+    parser.add_argument("comparison", type=Path)
+    parser.add_argument("--l0", type=int, default=16)
     args = parser.parse_args()
+    saes = load_saes(args.comparison, args.l0)
     report: dict[str, Any] = {
         "versions": main_versions(),
-        "command": f"python -m benchmarks.shift docs/results/shift.json {' '.join(args.saes)}",
+        "command": f"python -m benchmarks.shift docs/results/shift.json {args.comparison}",
+        "l0": args.l0,
         "texts": {
-            name: measure(args.saes, files, n_tokens)
+            name: measure(saes, files, n_tokens)
             for name, (files, n_tokens) in TEXTS.items()
         },
     }

@@ -81,7 +81,10 @@ EXPERIMENT_ROWS = {
 }
 COMPARISONS = {
     name: RESULTS / f"{name}.json"
-    for name in ("compare_demo", "compare_synthetic_small", "compare_synthetic_2k")
+    for name in (
+        *("compare_demo", "compare_minilm"),
+        *("compare_synthetic_small", "compare_synthetic_2k"),
+    )
 }
 TRANSCODERS = RESULTS / "compare_transcoders_demo.json"
 # the rows of ours whose lead is told
@@ -89,6 +92,9 @@ LEADS = (
     ("compare_demo", "mutual_choice"),
     ("compare_demo", "refined_mutual_choice"),
     ("compare_demo", "refined_mutual_choice, stock form"),
+    ("compare_minilm", "mutual_choice"),
+    ("compare_minilm", "refined_mutual_choice"),
+    ("compare_minilm", "refined_mutual_choice, stock form"),
     ("compare_synthetic_small", "mutual_choice"),
     ("compare_synthetic_2k", "mutual_choice"),
     ("compare_synthetic_2k", "matryoshka_mutual_choice"),

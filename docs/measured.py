@@ -7,6 +7,7 @@ from typing import Any
 RESULTS = Path(__file__).parent / "results"
 DEMO = RESULTS / "demo.json"
 FINE_TUNING = RESULTS / "fine_tuning.json"
+FINE_TUNING_MINILM = RESULTS / "fine_tuning_minilm.json"
 TIMED_SWITCH = RESULTS / "timed_switch.json"
 FAULTS = RESULTS / "faults.json"
 SHIFT = RESULTS / "shift.json"
@@ -36,9 +37,9 @@ def demo_table() -> str:
     return "\n".join(rows)
 
 
-def fine_tuning_table() -> str:
+def fine_tuning_table(path: Path) -> str:
     """The continuations of a TopK SAE, from what benchmarks/fine_tuning.py measured."""
-    report = json.loads(FINE_TUNING.read_text())
+    report = json.loads(path.read_text())
     versions, seeds = report["versions"], list(report["seeds"].values())
     columns = {
         "variance explained": ("explained_variance", ".4f"),
@@ -47,6 +48,11 @@ def fine_tuning_table() -> str:
         "features per token": ("l0", ".2f"),
         "dead": ("dead_features", ".0f"),
         "rare (< 1e-4)": ("rare_features", ".0f"),
+    }
+    # there is no cross-entropy without a language model
+    measured = seeds[0]["start"]
+    columns = {
+        name: column for name, column in columns.items() if column[0] in measured
     }
     rows = [
         f"{_number_of(seeds)}, {seeds[0]['start']['n_tokens']:,} "
@@ -69,20 +75,27 @@ def shift_table() -> str:
     """SAEs on unlike text, from what benchmarks/shift.py measured."""
     report = json.loads(SHIFT.read_text())
     versions = report["versions"]
+    columns = {
+        "features per token": ("l0", ".2f"),
+        "variance explained": ("explained_variance", ".4f"),
+        "CE recovered (mean ablation)": ("ce_recovered_mean", ".4f"),
+        "KL": ("kl_divergence", ".3f"),
+        "dead": ("dead_features", ".0f"),
+    }
     rows = [
-        f"One seed; torch {versions['torch']}, sae-lens {versions['sae_lens']} "
-        f"(`{report['command']}`).\n",
-        "| text | SAE | tokens | features per token | variance explained "
-        "| CE recovered (mean ablation) | KL | dead |",
-        "|---" * 8 + "|",
+        f"Mean over the seeds (lowest to highest); torch {versions['torch']}, sae-lens "
+        f"{versions['sae_lens']} (`{report['command']}`).\n",
+        f"| text | SAE | seeds | {' | '.join(columns)} |",
+        "|---" * (len(columns) + 3) + "|",
     ]
     for text, saes in report["texts"].items():
-        for name, found in saes.items():
-            rows.append(
-                f"| {text} | `{name}` | {found['n_tokens']:,} | {found['l0']:.2f} "
-                f"| {found['explained_variance']:.4f} | {found['ce_recovered_mean']:.4f} "
-                f"| {found['kl_divergence']:.3f} | {found['dead_features']:,} |"
-            )
+        for name, seeds in saes.items():
+            cells = [
+                _mean_and_range([seed[key] for seed in seeds], style)
+                for key, style in columns.values()
+            ]
+            where = f"{text}, {seeds[0]['n_tokens']:,} tokens"
+            rows.append(f"| {where} | {name} | {len(seeds)} | {' | '.join(cells)} |")
     return "\n".join(rows)
 
 

@@ -36,6 +36,7 @@ from docs.comparisons import (
 )
 from docs.measured import (
     FINE_TUNING,
+    FINE_TUNING_MINILM,
     demo_table,
     faults_table,
     fine_tuning_table,
@@ -83,7 +84,10 @@ def main() -> None:
             "demo": demo_table(),
         },
         DOCS / "performance.md": performance_parts(),
-        DOCS / "fine-tuning.md": {"fine-tuning": fine_tuning_table()},
+        DOCS / "fine-tuning.md": {
+            "fine-tuning": fine_tuning_table(FINE_TUNING),
+            "fine-tuning minilm": fine_tuning_table(FINE_TUNING_MINILM),
+        },
         DOCS / "experiments.md": {
             **experiment_parts(),
             "timed switch": timed_switch_table(),

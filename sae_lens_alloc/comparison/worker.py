@@ -14,8 +14,14 @@ from typing import Any
 
 import torch
 from sae_lens import SAE
+from sae_lens.config import LanguageModelSAERunnerConfig
 from sae_lens.saes.sae import TrainingSAE
 
+from sae_lens_alloc.activations.own_activations import activations_of
+from sae_lens_alloc.activations.recorded_source import (
+    record_language_model,
+    record_own_activations,
+)
 from sae_lens_alloc.comparison.cell import (
     FAILURE_FILENAME,
     RESULT_FILENAME,
@@ -25,6 +31,7 @@ from sae_lens_alloc.comparison.cell import (
 from sae_lens_alloc.comparison.config import load_comparison
 from sae_lens_alloc.comparison.own_stream import open_stream
 from sae_lens_alloc.comparison.stream import Stream
+from sae_lens_alloc.distributed.ranks import ALONE
 from sae_lens_alloc.errors import as_reason
 from sae_lens_alloc.evaluation.usage import as_user, measure_usage
 from sae_lens_alloc.json_files import write_json
@@ -32,6 +39,7 @@ from sae_lens_alloc.saes.refined_jumprelu_sae import RefinedJumpReLUSAE
 from sae_lens_alloc.saes.rows import encoded_and_target
 from sae_lens_alloc.saes.saved_sae import load_sae, read_json_mapping
 from sae_lens_alloc.thresholds.operating_point import at_l0
+from sae_lens_alloc.training.run_trainer import begin_metadata
 from sae_lens_alloc.training.trainer import AllocSAETrainer
 
 
@@ -54,6 +62,7 @@ def train_cell(cell: Cell, stream: Stream, folder: Path) -> dict[str, Any]:
     torch.manual_seed(cell.seed)
     before = _peak_memory(cfg.device)
     sae = TrainingSAE.from_dict(cfg.get_training_sae_cfg_dict()).to(cfg.device)
+    _record_run(sae, cell, cfg)
     trainer = AllocSAETrainer(
         cfg.to_sae_trainer_config(),
         sae,
@@ -91,6 +100,17 @@ def train_cell(cell: Cell, stream: Stream, folder: Path) -> dict[str, Any]:
     }
     write_json(folder / RESULT_FILENAME, result)
     return result
+
+
+def _record_run(
+    sae: TrainingSAE[Any], cell: Cell, cfg: LanguageModelSAERunnerConfig[Any]
+) -> None:
+    """Records, as a runner does, what an SAE was trained on, so that it can be used by itself."""
+    if activations_of(cfg) is not None:
+        record_own_activations(sae.cfg.metadata, cfg)
+    elif "dataset_path" in cell.settings:  # synthetic activations have none
+        record_language_model(sae.cfg.metadata, cfg)
+    begin_metadata(sae, cfg, ALONE)
 
 
 def _save_at_each_l0(
@@ -133,6 +153,7 @@ def _save_at_l0(
             f"at {target:g} features per token, the explained variance on the "
             f"validation split is {usage.explained_variance}."
         )
+    calibrated.cfg.metadata.l0 = usage.l0
     calibrated.save_model(sae_folder(folder, target))
     return {"l0": usage.l0, "explained_variance": usage.explained_variance}
 

@@ -19,6 +19,7 @@ from sae_lens_alloc.activations.own_activations import (
     activations_column_of,
     activations_of,
 )
+from sae_lens_alloc.activations.recorded_source import record_own_activations
 from sae_lens_alloc.activations.row_source import BatchSource, RowSource, open_rows
 from sae_lens_alloc.compat import MetadataRunner
 from sae_lens_alloc.distributed.agreement import failing_together
@@ -127,13 +128,11 @@ class SourcedRunner(MetadataRunner):
 
     @override
     def set_metadata(self) -> None:
-        source = activations_of(self.cfg)
-        if source is None:
+        if activations_of(self.cfg) is None:
             super().set_metadata()
         else:
-            # what SAELens records is of a language model, and whoever knows it has set it
-            self.sae.cfg.metadata.activations = source
-            self.sae.cfg.metadata.activations_column = activations_column_of(self.cfg)
+            # what SAELens records is of a language model
+            record_own_activations(self.sae.cfg.metadata, self.cfg)
 
 
 def with_rows(

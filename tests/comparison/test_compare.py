@@ -82,9 +82,17 @@ def test_saved_saes_have_the_wanted_l0_on_the_validation_split(output: Path):
     for path in saved:
         sae = SAE.load_from_disk(path)
         assert sae.cfg.architecture() == "jumprelu"
-        assert measure_usage(as_user(sae), validation).l0 == pytest.approx(
-            2.0, rel=0.01
-        )
+        l0 = measure_usage(as_user(sae), validation).l0
+        assert l0 == pytest.approx(2.0, rel=0.01)
+        assert sae.cfg.metadata.l0 == pytest.approx(l0)  # not that of training
+
+
+def test_saved_saes_of_samples_name_no_language_model(output: Path):
+    for path in output.glob("cells/*/l0-2"):
+        metadata = SAE.load_from_disk(path).cfg.metadata
+        assert metadata.model_name is None
+        assert metadata.activations is None
+        assert metadata.provenance["seed"] in (0, 1)
 
 
 def test_test_figures_are_those_of_the_saved_sae(output: Path):

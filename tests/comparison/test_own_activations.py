@@ -75,6 +75,15 @@ def test_figures_are_those_of_the_saved_sae_on_the_test_split(output: Path):
     assert "variance explained" in (output / "report.html").read_text()
 
 
+def test_saved_saes_say_which_activations_they_are_of(output: Path):
+    saved = list(output.glob("cells/*/l0-2"))
+    assert saved
+    for path in saved:
+        metadata = SAE.load_from_disk(path).cfg.metadata
+        assert Path(metadata.activations).parts[-2:] == ("acts", "train")
+        assert metadata.model_name is None
+
+
 def test_activations_are_not_copied(output: Path):
     (folder,) = output.glob("activations-*")
     assert [path.name for path in folder.iterdir()] == ["stream.json"]
