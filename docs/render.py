@@ -96,6 +96,7 @@ def main() -> None:
             **comparison_parts(),
             "shift": shift_table(),
             "probes minilm": probes_table("minilm"),
+            "probes demo": probes_table("demo"),
             "synthetic": gpu.synthetic_lead(on_gpu),
         },
         DOCS / "transcoders.md": transcoder_parts(),
