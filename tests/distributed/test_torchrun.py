@@ -78,7 +78,8 @@ def test_a_user_sees_one_sentence(tmp_path: Path):
 
 def test_a_signal_to_the_launcher_saves_one_checkpoint(tmp_path: Path):
     folder = tmp_path / "stopped"
-    launcher = start(folder, 2, n_checkpoints=0)
+    # so long that it cannot end before the signal
+    launcher = start(folder, 2, n_checkpoints=0, training_tokens=100 * BATCH * N_STEPS)
     assert wait_for(lambda: n_rows(folder) >= 3, launcher)
     launcher.send_signal(signal.SIGTERM)
     assert launcher.wait(SECONDS_TO_END) != 0
