@@ -18,12 +18,11 @@ from sae_lens import SAE
 from benchmarks.probes import find_saes
 from benchmarks.results import main_versions, write_results
 from sae_lens_alloc.activations.on_text import text_of_sae
-from sae_lens_alloc.activations.recorded_source import record_language_model
-from sae_lens_alloc.comparison.config import load_comparison
 from sae_lens_alloc.comparison.given_figures import measure_given_saes
 from sae_lens_alloc.saes.saved_sae import load_sae
 
 ROOT = Path(__file__).parent.parent
+D_IN = 192  # of the demo's model
 # The demo's model and its text are Python. Each with the tokens that are measured.
 TEXTS = {
     "Python, other files": ("sae_lens_alloc/demo/corpus/heldout.parquet", 60_000),
@@ -48,13 +47,9 @@ def as_parquet(files: str, folder: Path) -> Path:
 
 
 def load_saes(comparison: Path, l0: int) -> dict[tuple[str, int], SAE[Any]]:
-    """The SAEs of a comparison at an L0, by row and seed. Each knows its language model."""
-    run = load_comparison(comparison / "comparison.yaml")[0].stream_run()
-    found = find_saes(comparison, l0, run.sae.d_in)
-    saes = {key: load_sae(path, "cpu").eval() for key, path in found.items()}
-    for sae in saes.values():
-        record_language_model(sae.cfg.metadata, run)
-    return saes
+    """The SAEs of a comparison at an L0, by row and seed. Their metadata names the language model."""
+    found = find_saes(comparison, l0, D_IN)
+    return {key: load_sae(path, "cpu").eval() for key, path in found.items()}
 
 
 def measure(

@@ -62,10 +62,7 @@ def fine_tuning_table(path: Path) -> str:
         "|---" * (len(columns) + 1) + "|",
     ]
     for name in seeds[0]:
-        cells = [
-            _mean_and_range([seed[name][key] for seed in seeds], style)
-            for key, style in columns.values()
-        ]
+        cells = _over_seeds(columns, [seed[name] for seed in seeds])
         label = "not at all" if name == "start" else name
         rows.append(f"| {label} | {' | '.join(cells)} |")
     return "\n".join(rows)
@@ -90,10 +87,7 @@ def shift_table() -> str:
     ]
     for text, saes in report["texts"].items():
         for name, seeds in saes.items():
-            cells = [
-                _mean_and_range([seed[key] for seed in seeds], style)
-                for key, style in columns.values()
-            ]
+            cells = _over_seeds(columns, seeds)
             where = f"{text}, {seeds[0]['n_tokens']:,} tokens"
             rows.append(f"| {where} | {name} | {len(seeds)} | {' | '.join(cells)} |")
     return "\n".join(rows)
@@ -150,7 +144,18 @@ def _number_of(seeds: list[Any]) -> str:
     return f"Mean of {len(seeds)} seeds (lowest to highest)"
 
 
-def _mean_and_range(values: list[float], style: str) -> str:
+def _over_seeds(
+    columns: dict[str, tuple[str, str]], seeds: list[dict[str, float]]
+) -> list[str]:
+    """A cell for each column, which names a figure of every seed and its style."""
+    return [
+        mean_and_range([seed[key] for seed in seeds], style)
+        for key, style in columns.values()
+    ]
+
+
+def mean_and_range(values: list[float], style: str) -> str:
+    """The mean, and lowest to highest where there are several."""
     mean = sum(values) / len(values)
     if len(values) == 1:
         return f"{mean:{style}}"

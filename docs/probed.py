@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from docs.measured import mean_and_range
+
 PROBES = Path(__file__).parent / "results" / "probes.json"
 FIGURES = {"auc": "AUC", "f1": "F1"}
 # The rows in this order, and the one that the others are told against.
@@ -58,7 +60,9 @@ def rows_table(report: dict[str, Any], model: str) -> str:
     theirs = _seeds(found, BESIDE, sizes[-1], "auc")
     for row in ROWS:
         cells = [
-            _mean_and_range(_seeds(found, row, n, name))
+            mean_and_range(
+                [statistics.mean(seed) for seed in _seeds(found, row, n, name)], ".3f"
+            )
             for name in FIGURES
             for n in sizes
         ]
@@ -87,10 +91,3 @@ def beside(ours: Seeds, theirs: Seeds) -> list[str]:
 
 def _seeds(found: dict[str, Any], row: str, n: str, name: str) -> Seeds:
     return [sae["probes"][n][name] for sae in found["saes"] if sae["row"] == row]
-
-
-def _mean_and_range(seeds: Seeds) -> str:
-    means = [statistics.mean(seed) for seed in seeds]
-    if len(means) == 1:
-        return f"{means[0]:.3f}"
-    return f"{statistics.mean(means):.3f} ({min(means):.3f}–{max(means):.3f})"
