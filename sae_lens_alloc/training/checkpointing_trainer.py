@@ -82,8 +82,12 @@ class CheckpointingTrainer(StepwiseTrainer[T_TRAINING_SAE, T_TRAINING_SAE_CONFIG
         except OSError as error:
             self.checkpoint_thresholds.pop(0)  # the next one may be luckier
             logger.warning(f"{error} Training goes on without this checkpoint.")
-        if self.interrupted:
+        if self.must_stop():
             self._stop()
+
+    def must_stop(self) -> bool:
+        """Whether the training ends behind this step, since it was interrupted."""
+        return self.interrupted
 
     def _stop(self) -> None:
         if self.cfg.checkpoint_path is None:

@@ -72,10 +72,10 @@ class ShardedSAETrainer(AllocSAETrainer[AllocationTrainingSAE[Any], Any]):
         del sae  # what ranks send to each other cannot be recorded
 
     @override
-    def between_steps(self) -> None:
-        # a signal reaches them at different times, and all must stop behind the same step
-        self.interrupted = self.shard.ranks.any(self.interrupted)
-        super().between_steps()
+    def must_stop(self) -> bool:
+        # A signal reaches them at different times, and all must stop behind the same step. One that
+        # comes while they agree stays for the next step.
+        return self.shard.ranks.any(self.interrupted)
 
     @property
     def shard(self) -> FeatureShard:
