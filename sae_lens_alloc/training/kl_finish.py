@@ -162,7 +162,7 @@ class KLFinish:
         """Raises ValueError if what is put into the language model gets no gradient from it."""
         tokens = self._text.get_batch_tokens(1)
         self._text.begin_epoch()
-        reason = "they change no prediction"
+        reason = "none comes back"
         try:
             logits = self.predict(tokens, lambda _, x: x.detach().requires_grad_())
             if logits.requires_grad:
@@ -170,11 +170,10 @@ class KLFinish:
             if logits.requires_grad or len(logits) == 0:
                 return
         except Exception as error:  # each kind of model has errors of its own
-            reason = in_one_sentence(error).rstrip(".")
+            reason = f"that fails ({in_one_sentence(error).rstrip('.')})"
         raise ValueError(
-            f"kl_finish needs a gradient of the language model with respect to the activations at "
-            f"{self.site.replaced!r}, but there is none ({reason}): give kl_finish=0, or another "
-            "hook or model."
+            "kl_finish needs a gradient of the language model with respect to the activations at "
+            f"{self.site.replaced!r}, but {reason}: give kl_finish=0, or another hook or model."
         )
 
 
