@@ -171,14 +171,17 @@ def main() -> None:
     args = parser.parse_args()
     grid = Grid(args.tokens, args.finish, args.weight, args.split)
     about = {
-        "command": f"python -m benchmarks.kl_finish docs/results/{args.results.name} "
-        f"--tokens {grid.tokens} --split {grid.split}",
         "versions": main_versions(),
         "machine": describe_machine("cpu"),
         "tokens": grid.tokens,
         "split": grid.split,
     }
     report = load_results(args.results, about) or {**about, "rows": {}}
+    report["command"] = (
+        f"python -m benchmarks.kl_finish docs/results/{args.results.name} --tokens {grid.tokens} "
+        f"--seeds {' '.join(map(str, args.seeds))} --finish {' '.join(grid.finishes)} "
+        f"--weight {' '.join(f'{w:g}' for w in grid.weights)} --split {grid.split}"
+    )
     held_out = None
     for seed in args.seeds:
         for name, settings in grid.rows().items():
