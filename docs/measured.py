@@ -154,7 +154,9 @@ def kl_finish_table(path: Path) -> str:
 
 def _mean_figures(seeds: Mapping[str, Mapping[str, Any]]) -> dict[str, float]:
     """The mean over seeds of each figure that is a number."""
-    numbers = [n for n, v in next(iter(seeds.values())).items() if not isinstance(v, dict)]
+    numbers = [
+        n for n, v in next(iter(seeds.values())).items() if not isinstance(v, dict)
+    ]
     return {name: mean(run[name] for run in seeds.values()) for name in numbers}
 
 

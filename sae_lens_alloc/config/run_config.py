@@ -75,7 +75,7 @@ class AllocSAERunnerConfig(
     activations: str | None = None
     activations_column: str | None = None
     kl_finish: Steps = cast(Any, 0)
-    kl_weight: float = 0.05
+    kl_weight: float = 0.03
 
     @override
     def __post_init__(self) -> None:

@@ -100,8 +100,9 @@ def lm_config(
 def alloc_config(sae: TrainingSAEConfig, **overrides: Any) -> AllocSAERunnerConfig[Any]:
     """The same run, with the settings that SAELens' runner has not."""
     stock = lm_config(sae)
-    settings = {field.name: getattr(stock, field.name) for field in fields(stock)}
-    return AllocSAERunnerConfig(**{**settings, "lr_end": None, **overrides})
+    settings: dict[str, Any] = {f.name: getattr(stock, f.name) for f in fields(stock)}
+    settings["lr_end"] = None
+    return AllocSAERunnerConfig(**{**settings, **overrides})
 
 
 def make_trainer(
