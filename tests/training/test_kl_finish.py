@@ -146,11 +146,11 @@ def test_gradient_is_that_of_the_dense_formula_in_float64(
     cfg, model = config(sae, kl_weight=0.7, **hooks), language_model(hooks)
     runner, output, gradients = first_kl_step(cfg, demo_text, model)
 
-    # the first context that is not held out
+    # the first contexts that are not held out: as many as fit in half of the batch
     store: Any = runner.activations_store
     text = ResumableActivationsStore.from_config(model, cfg, demo_text)
     assert store.n_held_out_contexts > 0
-    tokens = text.get_batch_tokens(store.n_held_out_contexts + 1)[-1:]
+    tokens = text.get_batch_tokens(store.n_held_out_contexts + 2)[-2:]
     n_rows = int((tokens != BOS).sum())
     exact = language_model(hooks).double()
     _, cache = exact.run_with_cache(tokens, names_filter=list(hooks.values()))
@@ -158,7 +158,7 @@ def test_gradient_is_that_of_the_dense_formula_in_float64(
     of_input, of_output = 1.0, 1.0
     if normalize != "none":
         of_input, of_output = (0.4, 1.7) if is_transcoder else (0.4, 0.4)
-    # its rows are the last ones of the batch
+    # their rows are the last ones of the batch
     target = output.sae_in.double()
     torch.testing.assert_close(target[-n_rows:], y * of_output, rtol=1e-4, atol=1e-4)
     encoded = target
@@ -274,7 +274,7 @@ def test_what_is_put_in_is_the_reconstruction(sae: Any, demo_text: Dataset):
     runner, output, _ = first_kl_step(cfg, demo_text, model)
     store: Any = runner.activations_store
     text = ResumableActivationsStore.from_config(model, cfg, demo_text)
-    tokens = text.get_batch_tokens(store.n_held_out_contexts + 2)[-2:]
+    tokens = text.get_batch_tokens(store.n_held_out_contexts + 4)[-4:]
     recons = output.sae_out[-int((tokens != BOS).sum()) :].detach()
     if sae.normalize_activations == "covariance_whitening":
         recons = recons / 2 + 3
@@ -289,7 +289,7 @@ def test_the_positions_that_are_trained_on_are_replaced(demo_text: Dataset):
     store: Any = runner.activations_store
     text = ResumableActivationsStore.from_config(model, cfg, demo_text)
     n = runner.kl_finish.n_contexts  # pyright: ignore
-    assert n == round(256 / 4 / 24)
+    assert n == round(256 / 2 / 24)
     tokens = text.get_batch_tokens(store.n_held_out_contexts + n)[-n:]
     is_replaced = torch.zeros_like(tokens, dtype=torch.bool)
     is_replaced[:, 8:32] = tokens[:, 8:32] != BOS
@@ -309,9 +309,8 @@ def test_a_step_whose_contexts_have_no_prediction_is_one_as_any_other(
     assert runner.kl_finish is not None
     step, batch = cfg.total_training_steps - 1, next(runner.activations_store)
     kl_step = runner.kl_finish.begin(step, batch, runner.activations_store)
-    assert (
-        kl_step is not None and len(kl_step.untouched) == 62
-    )  # from 2, of 3 and so on
+    # of two contexts, from token 2 of token 3 and so on
+    assert kl_step is not None and len(kl_step.untouched) == 2 * 62
     assert runner.kl_finish.begin(5, batch, runner.activations_store) is None
     special = config(
         is_dataset_tokenized=True, exclude_special_tokens=ids.tolist()[::2]

@@ -173,7 +173,7 @@ def test_the_language_model_changes_less(
     rows = read_history(tmp_path / "50%" / "sae" / "metrics.jsonl")
     divergences = [r["losses/kl_loss"] for r in rows if "losses/kl_loss" in r]
     assert len(divergences) == 30
-    # a step has one context, so the last eight steps have the contexts of the first eight
+    # a step has two contexts, so the last eight steps have the contexts of the first eight
     assert sum(divergences[-8:]) < 0.5 * sum(divergences[:8])
 
 
