@@ -1,7 +1,9 @@
-"""The tables of single measurements: the demo, fine-tuning, the timed switch, and faults."""
+"""The tables of single measurements: the demo, fine-tuning, timed switch, finish, and faults."""
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 RESULTS = Path(__file__).parent / "results"
@@ -9,6 +11,8 @@ DEMO = RESULTS / "demo.json"
 FINE_TUNING = RESULTS / "fine_tuning.json"
 FINE_TUNING_MINILM = RESULTS / "fine_tuning_minilm.json"
 TIMED_SWITCH = RESULTS / "timed_switch.json"
+KL_FINISH = RESULTS / "kl_finish.json"
+KL_FINISH_VALIDATION = RESULTS / "kl_finish_validation.json"
 FAULTS = RESULTS / "faults.json"
 SHIFT = RESULTS / "shift.json"
 
@@ -115,6 +119,59 @@ def timed_switch_table() -> str:
             f"| {name} | {ours['steps']:,} | {' | '.join(cells)} | {more:+.1%} |"
         )
     return "\n".join(rows)
+
+
+def kl_finish_table(path: Path) -> str:
+    """A finish by the KL divergence, from what benchmarks/kl_finish.py measured."""
+    if not path.exists():
+        return "Not measured yet."
+    report = json.loads(path.read_text())
+    versions, runs = report["versions"], report["rows"]
+    n_seeds = len(runs["none"])
+    rows = [
+        f"Shipped language model, {report['tokens']:,} training tokens, {report['split']} split, "
+        f"{n_seeds} {'seed' if n_seeds == 1 else 'seeds'}; {report['machine']}, torch "
+        f"{versions['torch']}, sae-lens {versions['sae_lens']} (`{report['command']}`).\n",
+        "| kl_finish, kl_weight | variance explained | CE recovered (mean ablation) | KL | dead "
+        "| not explained | CE gap | KL | time of a step | with its activations |",
+        "|---" * 10 + "|",
+    ]
+    for name, seeds in runs.items():
+        found, first = (_mean_figures(run) for run in (seeds, runs["none"]))
+        cells = [
+            f"{found['explained_variance']:.4f}",
+            f"{found['ce_recovered_mean']:.4f}",
+            f"{found['kl_divergence']:.4f}",
+            f"{found['dead_features']:.0f}",
+            f"{(1 - found['explained_variance']) / (1 - first['explained_variance']) - 1:+.1%}",
+            f"{(1 - found['ce_recovered_mean']) / (1 - first['ce_recovered_mean']) - 1:+.1%}",
+            f"{found['kl_divergence'] / first['kl_divergence'] - 1:+.1%}",
+            *_times(seeds),
+        ]
+        rows.append(f"| {name} | {' | '.join(cells)} |")
+    return "\n".join(rows)
+
+
+def _mean_figures(seeds: Mapping[str, Mapping[str, Any]]) -> dict[str, float]:
+    """The mean over seeds of each figure that is a number."""
+    numbers = [
+        n for n, v in next(iter(seeds.values())).items() if not isinstance(v, dict)
+    ]
+    return {name: mean(run[name] for run in seeds.values()) for name in numbers}
+
+
+def _times(seeds: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """How much longer a step with the divergence takes, by itself and with its activations."""
+    measured = [run["step_seconds"] for run in seeds.values() if "step_seconds" in run]
+    if not measured:
+        return ["", ""]
+    pairs = [
+        (run["step_with_kl"] / run["step"], run["activations"] / run["step"])
+        for run in measured
+    ]
+    alone = mean(ratio for ratio, _ in pairs)
+    together = mean((ratio + other) / (1 + other) for ratio, other in pairs)
+    return [f"{alone:.1f} ×", f"{together:.1f} ×"]
 
 
 def faults_table() -> str:

@@ -37,9 +37,12 @@ from docs.comparisons import (
 from docs.measured import (
     FINE_TUNING,
     FINE_TUNING_MINILM,
+    KL_FINISH,
+    KL_FINISH_VALIDATION,
     demo_table,
     faults_table,
     fine_tuning_table,
+    kl_finish_table,
     shift_table,
     timed_switch_table,
 )
@@ -91,6 +94,8 @@ def main() -> None:
         DOCS / "experiments.md": {
             **experiment_parts(),
             "timed switch": timed_switch_table(),
+            "kl finish": kl_finish_table(KL_FINISH_VALIDATION),
+            "kl finish over seeds": kl_finish_table(KL_FINISH),
         },
         DOCS / "results.md": {
             **comparison_parts(),

@@ -12,6 +12,7 @@ SHARE_KEYS = (
     "lr_warm_up_steps",
     "lr_decay_steps",
     "dead_feature_window",
+    "kl_finish",
     "sae.l1_warm_up_steps",
     "sae.l0_warm_up_steps",
     "sae.feature_choice_steps",

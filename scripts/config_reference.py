@@ -81,7 +81,10 @@ def config_reference() -> str:
         "And of `AllocSAERunnerConfig` alone:\n",
         _field_table(
             AllocSAERunnerConfig,
-            {"hook_name_out", "activations", "activations_column"},
+            {
+                *("hook_name_out", "activations", "activations_column"),
+                *("kl_finish", "kl_weight"),
+            },
         ),
     ]
     return "\n".join(sections)

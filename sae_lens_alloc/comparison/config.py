@@ -39,6 +39,7 @@ UNUSED_KEYS = (
     *("output_path", "checkpoint_path", "n_checkpoints", "save_final_checkpoint"),
     *("resume_from_checkpoint", "from_pretrained_path", "logger", "verbose"),
 )
+KL_KEYS = ("kl_finish", "kl_weight")
 
 
 @dataclass(frozen=True)
@@ -209,6 +210,11 @@ def _build(settings: dict[str, Any]) -> ComparisonConfig:
     for key in shared:
         if key in UNUSED_KEYS:
             raise ValueError(f"{key} has no effect in a comparison: remove it.")
+        if key in KL_KEYS:
+            raise ValueError(
+                f"{key} runs the language model, but a comparison trains on stored activations: "
+                "remove it."
+            )
     for name in ("d_in", "d_sae"):
         if name not in sae:
             raise ValueError(f"sae.{name} is missing.")

@@ -25,7 +25,7 @@ TEXT_KEYS = (
     *("context_size", "seqpos_slice", "disable_concat_sequences", "prepend_bos"),
     *("sequence_separator_token", "exclude_special_tokens", "store_batch_size_prompts"),
     *("prefetch_llm_batches", "compile_llm", "llm_compilation_mode", "autocast_lm"),
-    *("model_kwargs",),
+    *("model_kwargs", "kl_finish"),
 )
 
 

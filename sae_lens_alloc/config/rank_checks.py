@@ -7,6 +7,7 @@ from sae_lens.config import LanguageModelSAERunnerConfig
 from sae_lens.saes.sae import TrainingSAE
 
 from sae_lens_alloc.compat import has_hooks
+from sae_lens_alloc.config.run_config import kl_finish_of
 from sae_lens_alloc.distributed.feature_shard import FeatureShard
 from sae_lens_alloc.distributed.ranks import Ranks
 from sae_lens_alloc.saes.allocation_sae_config import AllocationTrainingSAEConfig
@@ -37,6 +38,11 @@ def check_for_ranks(cfg: LanguageModelSAERunnerConfig[Any], ranks: Ranks) -> Non
             raise ValueError(
                 f"{key} is for one process, not for {n}: give {key}=false."
             )
+    if kl_finish_of(cfg):
+        raise ValueError(
+            f"kl_finish is for one process, not for {n}: give kl_finish=0, or start it without "
+            "torchrun."
+        )
     if sae.normalize_activations == "covariance_whitening":
         raise ValueError(
             f"sae.normalize_activations 'covariance_whitening' is for one process, not for {n}: "

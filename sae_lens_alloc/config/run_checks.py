@@ -17,6 +17,7 @@ from sae_lens_alloc.allocation.mutual_choice import budget_for
 from sae_lens_alloc.allocation.schedule import budget_per_token
 from sae_lens_alloc.compat import compile_modes
 from sae_lens_alloc.config.hook_checks import check_hooks
+from sae_lens_alloc.config.kl_checks import check_kl_finish
 from sae_lens_alloc.config.own_checks import check_own_activations
 from sae_lens_alloc.config.run_config import OPTIMIZERS, optimizer_of
 from sae_lens_alloc.saes.allocation_sae_config import AllocationTrainingSAEConfig
@@ -50,6 +51,7 @@ AT_LEAST_ONE = (
 )
 AT_LEAST_ZERO = (
     "dead_feature_window",
+    "kl_finish",
     "lr_decay_steps",
     "lr_warm_up_steps",
     "n_checkpoints",
@@ -84,7 +86,7 @@ def check_value(key: str, value: Any) -> None:
         raise ValueError(f"{key} must be at least 1, got {value}.")
     if key in AT_LEAST_ZERO and value < 0:
         raise ValueError(f"{key} must be at least 0, got {value}.")
-    if key in ("lr", "sae.decoder_init_norm") and value <= 0:
+    if key in ("lr", "kl_weight", "sae.decoder_init_norm") and value <= 0:
         raise ValueError(f"{key} must be greater than 0, got {value}.")
     if key in ("adam_beta1", "adam_beta2") and not 0 <= value < 1:
         raise ValueError(f"{key} must be in [0, 1), got {value}.")
@@ -121,6 +123,7 @@ def check_run(cfg: LanguageModelSAERunnerConfig[Any]) -> None:
     _check_sae(cfg.sae, cfg.train_batch_size_tokens, cfg.total_training_steps)
     check_optimizer(cfg, cfg.sae)
     check_own_activations(cfg)
+    check_kl_finish(cfg)
     _check_mixing(cfg)
     if activations_of(cfg) is None:
         check_hooks(cfg)

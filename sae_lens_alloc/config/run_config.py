@@ -45,8 +45,8 @@ class AllocSAERunnerConfig(
 ):
     """
     SAELens' `LanguageModelSAERunnerConfig` with the settings of `AllocSAETrainerConfig`, for
-    `AllocSAETrainingRunner` and YAML files. `lr_warm_up_steps`, `lr_decay_steps` and
-    `dead_feature_window` may be shares of the training, as in YAML.
+    `AllocSAETrainingRunner` and YAML files. `lr_warm_up_steps`, `lr_decay_steps`,
+    `dead_feature_window` and `kl_finish` may be shares of the training, as in YAML.
 
     Args:
         optimizer (str): As for `AllocSAETrainerConfig`.
@@ -57,6 +57,11 @@ class AllocSAERunnerConfig(
             language model and its text (docs/own-activations.md).
         activations_column (str | None): Column of a dataset, or tensor of safetensors files, that
             holds them. None if there is one only.
+        kl_finish (int): Number of last training steps whose loss also has the KL divergence of the
+            language model that runs on the reconstructions, in units of the reconstruction loss
+            (docs/method.md). May be a share of the training steps, as in YAML.
+        kl_weight (float): Weight of the divergence in these steps. With 1 it counts as much as the
+            reconstruction loss.
     """
 
     if TYPE_CHECKING:  # at run time they are SAELens' own
@@ -69,6 +74,8 @@ class AllocSAERunnerConfig(
     hook_name_out: str | None = None
     activations: str | None = None
     activations_column: str | None = None
+    kl_finish: Steps = cast(Any, 0)
+    kl_weight: float = 0.03
 
     @override
     def __post_init__(self) -> None:
@@ -96,3 +103,8 @@ def optimizer_of(cfg: SAETrainerConfig | LanguageModelSAERunnerConfig[Any]) -> s
 def cuda_graph_of(cfg: SAETrainerConfig) -> bool | None:
     """Whether a config asks for a CUDA graph. SAELens' own configs leave it open."""
     return getattr(cfg, "cuda_graph", None)
+
+
+def kl_finish_of(cfg: LanguageModelSAERunnerConfig[Any]) -> int:
+    """The last steps that a run takes with the KL divergence. SAELens' own configs have none."""
+    return getattr(cfg, "kl_finish", 0)

@@ -64,7 +64,8 @@ def spliced_loss(
     """
     total, count = 0.0, 0
     for batch in shown(tokens.split(contexts_per_batch), "running the model"):
-        logits, targets = _predictions(model, batch, special_token_ids, site, replace)
+        ordinary = is_ordinary(batch, special_token_ids)
+        logits, targets = predictions(model, batch, ordinary, site, replace)
         losses = cross_entropy(logits, targets, reduction="none")
         total += losses.double().sum().item()
         count += len(targets)
@@ -87,21 +88,26 @@ def loss_and_divergence(
     """
     loss, divergence, count = 0.0, 0.0, 0
     for batch in shown(tokens.split(contexts_per_batch), "running the model"):
-        spliced, targets = _predictions(model, batch, special_token_ids, site, replace)
-        untouched, _ = _predictions(
-            model, batch, special_token_ids, site, lambda _, activations: activations
+        ordinary = is_ordinary(batch, special_token_ids)
+        spliced, targets = predictions(model, batch, ordinary, site, replace)
+        untouched, _ = predictions(
+            model, batch, ordinary, site, lambda _, activations: activations
         )
         losses = cross_entropy(spliced, targets, reduction="none")
         loss += losses.double().sum().item()
-        divergences = kl_div(
-            spliced.log_softmax(-1),
-            untouched.log_softmax(-1),
-            reduction="none",
-            log_target=True,
-        ).sum(-1)
-        divergence += divergences.double().sum().item()
+        divergence += divergences(spliced, untouched).double().sum().item()
         count += len(targets)
     return loss / _some(count), divergence / count
+
+
+def divergences(spliced: torch.Tensor, untouched: torch.Tensor) -> torch.Tensor:
+    """KL(untouched || spliced) in nats of each of n predictions, given logits of shape (n, vocabulary)."""
+    return kl_div(
+        spliced.log_softmax(-1),
+        untouched.log_softmax(-1),
+        reduction="none",
+        log_target=True,
+    ).sum(-1)
 
 
 def _some(count: int) -> int:
@@ -113,32 +119,44 @@ def _some(count: int) -> int:
     return count
 
 
-def _predictions(
+def predictions(
     model: HookedRootModule,
     tokens: torch.Tensor,
-    special_token_ids: Sequence[int],
+    ordinary: torch.Tensor,
     site: Site,
     replace: Replace,
+    positions: slice = slice(None),
+    **model_kwargs: Any,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """
     The predictions that count, with the activations at a hook replaced: their logits, shape
-    (n, vocabulary), and the tokens to predict, shape (n,).
-    """
-    ordinary = is_ordinary(tokens, special_token_ids)
+    (n, vocabulary), and the tokens to predict, shape (n,). Gradients reach the replacement.
 
+    Args:
+        model: The language model.
+        tokens: Token ids, shape (contexts, length).
+        ordinary: Which of them are ordinary, bool of the same shape.
+        site: Where activations are read and replaced.
+        replace: Called once, with the activations of the ordinary tokens in order.
+        positions: Positions of a context that are replaced. A prediction from another does not
+            count.
+        model_kwargs: What else the model is given.
+    """
+    replaced = torch.zeros_like(ordinary)
+    replaced[:, positions] = ordinary[:, positions]
     read: list[torch.Tensor] = []
 
-    def at_ordinary(activations: torch.Tensor) -> torch.Tensor:
+    def at_replaced(activations: torch.Tensor) -> torch.Tensor:
         # the heads of a token are one vector, as SAEs are trained on them
-        return activations[ordinary.to(activations.device)].flatten(1)
+        return activations[replaced.to(activations.device)].flatten(1)
 
     def keep(activations: torch.Tensor, hook: Any) -> None:  # noqa: ARG001
-        read.append(at_ordinary(activations))
+        read.append(at_replaced(activations))
 
     def splice(activations: torch.Tensor, hook: Any) -> torch.Tensor:  # noqa: ARG001
         spliced = activations.clone()
-        replacement = replace(read[-1], at_ordinary(activations)).to(activations)
-        spliced[ordinary.to(activations.device)] = replacement.unflatten(
+        replacement = replace(read[-1], at_replaced(activations)).to(activations)
+        spliced[replaced.to(activations.device)] = replacement.unflatten(
             1, activations.shape[2:]
         )
         return spliced
@@ -147,7 +165,8 @@ def _predictions(
         tokens,
         return_type="logits",
         fwd_hooks=[(site.read, keep), (site.replaced, splice)],
+        **model_kwargs,
     )
-    predicted = (ordinary[:, :-1] & ordinary[:, 1:]).to(logits.device)
+    predicted = (replaced[:, :-1] & ordinary[:, 1:]).to(logits.device)
     targets = tokens.to(logits.device)[:, 1:][predicted]
     return logits[:, :-1][predicted].float(), targets

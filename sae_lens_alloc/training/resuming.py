@@ -22,7 +22,7 @@ FREE_KEYS = (
     "training_tokens",
     *("lr", "lr_end", "lr_scheduler_name", "lr_warm_up_steps", "lr_decay_steps"),
     "n_restart_cycles",
-    "dead_feature_window",  # may be a share of the training
+    *("dead_feature_window", "kl_finish"),  # may be shares of the training
     *("n_checkpoints", "checkpoint_path", "save_final_checkpoint", "output_path"),
     "resume_from_checkpoint",
     *("device", "llm_device", "act_store_device", "prefetch_llm_batches"),

@@ -25,6 +25,7 @@ from sae_lens_alloc.training.after_training import AfterTraining
 from sae_lens_alloc.training.before_run import pretrained_sae, settled_run
 from sae_lens_alloc.training.final_sae import require_artifact_names
 from sae_lens_alloc.training.interruption import interruptible, noting
+from sae_lens_alloc.training.kl_finish import finish_of_run
 from sae_lens_alloc.training.metrics_file import save_fingerprint
 from sae_lens_alloc.training.rng_state import (
     restore_rng_state,
@@ -126,6 +127,7 @@ class AllocSAETrainingRunner(SourcedRunner):
             rows,
             n_evaluation_contexts,
         )
+        self.kl_finish = finish_of_run(cfg, self.activations_store)
         self._after = AfterTraining(cfg, self.held_out, self.ranks)
 
     @property
@@ -172,7 +174,7 @@ class AllocSAETrainingRunner(SourcedRunner):
         if self.cfg.logger.log_to_wandb:
             require_artifact_names(trainer.sae)
         begin_metadata(trainer.sae, self.cfg, self.ranks)
-        trainer.held_out = self.held_out
+        trainer.held_out, trainer.kl_finish = self.held_out, self.kl_finish
         self._metrics_path = open_metrics(trainer, self.cfg, self.ranks)
         self._batches = trainer.data_provider
         if self.cfg.resume_from_checkpoint is not None:

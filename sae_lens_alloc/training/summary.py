@@ -15,6 +15,7 @@ from sae_lens_alloc.activations.own_activations import (
     activations_of,
     buffer_rows_of,
 )
+from sae_lens_alloc.config.run_config import kl_finish_of
 from sae_lens_alloc.distributed.cost import Step, bytes_per_step
 from sae_lens_alloc.ops.block_encoder import block_width
 from sae_lens_alloc.saes.allocation_sae_config import AllocationTrainingSAEConfig
@@ -49,7 +50,7 @@ def describe_run(cfg: LanguageModelSAERunnerConfig[Any], n_ranks: int = 1) -> st
         "schedule": _schedule(sae, steps),
         **_source(cfg),
         "training": f"{cfg.training_tokens:,} tokens = {steps:,} steps of "
-        f"{cfg.train_batch_size_tokens:,}; {_learning_rate(cfg)}",
+        f"{cfg.train_batch_size_tokens:,}; {_learning_rate(cfg)}{_kl_finish(cfg)}",
         "memory": f"about {in_bytes(sum(memory.values()))} ({parts})"
         f"{'' if n_ranks == 1 else ' in each process'}"
         f"{'' if activations_of(cfg) else ' beside the language model'}",
@@ -241,6 +242,12 @@ def _learning_rate(cfg: LanguageModelSAERunnerConfig[Any]) -> str:
     if cfg.lr_decay_steps:
         text += f", falling to 0 over the last {cfg.lr_decay_steps:,}"
     return text
+
+
+def _kl_finish(cfg: LanguageModelSAERunnerConfig[Any]) -> str:
+    """The steps whose loss has the KL divergence, an empty string if there are none."""
+    steps = kl_finish_of(cfg)
+    return f"; with the KL divergence in the last {steps:,}" if steps else ""
 
 
 def _checkpoints(cfg: LanguageModelSAERunnerConfig[Any]) -> str:

@@ -10,12 +10,16 @@ from torch.nn.utils import clip_grads_with_norm_
 from sae_lens_alloc.compat import stored_entries
 from sae_lens_alloc.saes.allocation_sae import AllocationTrainingSAE
 from sae_lens_alloc.training.gradient_norm import norm_over_ranks
+from sae_lens_alloc.training.kl_finish import KLStep
 from sae_lens_alloc.training.row_sparse_adam import RowSparseAdam
 from sae_lens_alloc.training.step_graph import StepGraph
 
 
 def train_step(
-    trainer: SAETrainer[Any, Any], sae_in: torch.Tensor, graph: StepGraph | None = None
+    trainer: SAETrainer[Any, Any],
+    sae_in: torch.Tensor,
+    graph: StepGraph | None = None,
+    kl_step: KLStep | None = None,
 ) -> TrainStepOutput:
     """
     What `SAETrainer._train_step` does, with the same result. SAELens counts who fired by
@@ -25,6 +29,7 @@ def train_step(
         trainer: The trainer, of one of our SAEs.
         sae_in: Activations of shape (B, d_in).
         graph: Takes the forward and backward passes, if there is one.
+        kl_step: Adds the KL divergence of the language model to the loss, without a graph.
     """
     trainer.sae.train()
     step_input = TrainStepInput(
@@ -37,6 +42,8 @@ def train_step(
     if graph is None:
         with trainer.autocast_if_enabled:
             output = trainer.sae.training_forward_pass(step_input)
+        if kl_step is not None:
+            output = kl_step.add_divergence(trainer, output)
         output.loss.backward()
         clip_gradients(trainer)
     else:

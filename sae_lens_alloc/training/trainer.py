@@ -25,6 +25,7 @@ from sae_lens_alloc.saes.rows import output_width, row_width
 from sae_lens_alloc.shares import steps_of
 from sae_lens_alloc.training.checkpointing_trainer import CheckpointingTrainer
 from sae_lens_alloc.training.held_out import held_out_metrics
+from sae_lens_alloc.training.kl_finish import KLFinish
 from sae_lens_alloc.training.metrics_file import append_row
 from sae_lens_alloc.training.optimizer import make_optimizer, make_schedule
 from sae_lens_alloc.training.row_scaler import RowScaler
@@ -45,13 +46,15 @@ class AllocSAETrainer(CheckpointingTrainer[T_TRAINING_SAE, T_TRAINING_SAE_CONFIG
     Its checkpoints are written to a temporary folder and renamed, and count the steps that
     they hold. Where `metrics_path` is set, the metrics that SAELens logs to W&B are appended
     to that file; where `held_out` is set, activations of shape (n_tokens, d_in), metrics on
-    them are logged as often as SAELens evaluates. Where `interrupted` becomes True, training
+    them are logged as often as SAELens evaluates. Where `kl_finish` is set, the last steps of one
+    of our SAEs have the KL divergence of the language model in their loss. Where `interrupted` becomes True, training
     stops after the running step with a checkpoint. A row of metrics or a checkpoint on the way
     that cannot be written is a warning, and training goes on.
     """
 
     metrics_path: Path | None = None
     held_out: torch.Tensor | None = None
+    kl_finish: KLFinish | None = None
 
     _has_begun = False
     _graph: StepGraph | None = None
@@ -150,7 +153,15 @@ class AllocSAETrainer(CheckpointingTrainer[T_TRAINING_SAE, T_TRAINING_SAE_CONFIG
             # what SAELens does around its own training step, which asks the device who fired
             batch = batch.to(sae.device)
             self.n_training_samples += len(batch)
-            output = train_step(self, self.activation_scaler(batch), self._graph)
+            kl_step = None
+            if self.kl_finish is not None:
+                kl_step = self.kl_finish.begin(
+                    self.n_training_steps, batch, self.data_provider
+                )
+            if kl_step is not None:
+                batch, self._graph = kl_step.batch, None
+            sae_in = self.activation_scaler(batch)
+            output = train_step(self, sae_in, self._graph, kl_step)
         else:
             output = super().step(batch)
         every = self.cfg.logger.wandb_log_frequency

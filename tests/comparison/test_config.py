@@ -81,6 +81,13 @@ def test_other_activations_give_other_cells(tmp_path: Path, settings: dict[str, 
 @pytest.mark.parametrize(
     ("section", "key", "value", "sentence"),
     [
+        (
+            (),
+            "kl_finish",
+            "5%",
+            "kl_finish runs the language model, but a comparison trains on stored activations: "
+            "remove it.",
+        ),
         ((), "lr", 1e-3, "lr must not be set for all rows: give compare.lr."),
         (("sae",), "k", 4, "sae.k must not be set for all rows: give compare.k."),
         (

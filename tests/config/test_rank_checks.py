@@ -56,6 +56,11 @@ def test_what_works_with_three():
             "'mutual_choice', or start it without torchrun.",
         ),
         (
+            config(kl_finish="50%", training_tokens=960),
+            "kl_finish is for one process, not for 3: give kl_finish=0, or start it without "
+            "torchrun.",
+        ),
+        (
             config(compile_sae=True),
             "compile_sae is for one process, not for 3: give compile_sae=false.",
         ),

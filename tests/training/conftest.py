@@ -2,6 +2,7 @@
 
 import signal
 from collections.abc import Iterable, Iterator
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from sae_lens.training.sae_trainer import SAETrainer
 from transformer_lens.HookedTransformer import HookedRootModule
 
 import sae_lens_alloc
+from sae_lens_alloc import AllocSAERunnerConfig
 from sae_lens_alloc.training import runner as runner_module
 from tests.helpers import one_thread
 
@@ -93,6 +95,14 @@ def lm_config(
         "verbose": False,
     }
     return LanguageModelSAERunnerConfig(sae=sae, **{**settings, **overrides})
+
+
+def alloc_config(sae: TrainingSAEConfig, **overrides: Any) -> AllocSAERunnerConfig[Any]:
+    """The same run, with the settings that SAELens' runner has not."""
+    stock = lm_config(sae)
+    settings: dict[str, Any] = {f.name: getattr(stock, f.name) for f in fields(stock)}
+    settings["lr_end"] = None
+    return AllocSAERunnerConfig(**{**settings, **overrides})
 
 
 def make_trainer(

@@ -16,7 +16,7 @@ from sae_lens_alloc.training import runner as runner_module
 from sae_lens_alloc.training.checkpoint import find_checkpoint
 from tests.training.conftest import (
     D_MODEL,
-    lm_config,
+    alloc_config,
     load_demo_model,
     short_documents,
 )
@@ -35,7 +35,7 @@ def train(folder: Path, ready: Event) -> None:
         checkpoint = str(find_checkpoint(folder / "checkpoints" / "run"))
     except ValueError:
         checkpoint = None
-    cfg = lm_config(
+    cfg = alloc_config(
         MutualChoiceTrainingSAEConfig(
             d_in=D_MODEL,
             d_sae=128,
@@ -46,6 +46,7 @@ def train(folder: Path, ready: Event) -> None:
         training_tokens=N_STEPS * 256,
         lr_warm_up_steps=5,
         lr_decay_steps=5,
+        kl_finish=8,
         feature_sampling_window=10,
         n_checkpoints=11,
         save_final_checkpoint=True,
