@@ -46,10 +46,11 @@ class AllocSAETrainer(CheckpointingTrainer[T_TRAINING_SAE, T_TRAINING_SAE_CONFIG
     Its checkpoints are written to a temporary folder and renamed, and count the steps that
     they hold. Where `metrics_path` is set, the metrics that SAELens logs to W&B are appended
     to that file; where `held_out` is set, activations of shape (n_tokens, d_in), metrics on
-    them are logged as often as SAELens evaluates. Where `kl_finish` is set, the last steps of one
-    of our SAEs have the KL divergence of the language model in their loss. Where `interrupted` becomes True, training
-    stops after the running step with a checkpoint. A row of metrics or a checkpoint on the way
-    that cannot be written is a warning, and training goes on.
+    them are logged as often as SAELens evaluates. Where `kl_finish` is set, the last steps of
+    one of our SAEs have the KL divergence of the language model in their loss. Where
+    `interrupted` becomes True, training stops after the running step with a checkpoint. A row
+    of metrics or a checkpoint on the way that cannot be written is a warning, and training
+    goes on.
     """
 
     metrics_path: Path | None = None
