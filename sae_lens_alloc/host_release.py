@@ -1,6 +1,6 @@
 """Which releases of SAELens this package works with, and what to say of another."""
 
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 
 # As in pyproject.toml.
 SUPPORTED = "sae-lens>=6.54,<6.55"
@@ -14,8 +14,11 @@ def explained(error: ImportError) -> ImportError:
     module = error.name or ""
     if module != "sae_lens" and not module.startswith("sae_lens."):
         return error
+    try:
+        found = f"not with the installed sae-lens {version('sae-lens')} ({error})"
+    except PackageNotFoundError:
+        found = "which is not installed"
     return ImportError(
-        f"sae-lens-alloc works with {SUPPORTED}, not with the installed sae-lens "
-        f"{version('sae-lens')} ({error}): run `pip install '{SUPPORTED}'`.",
+        f"sae-lens-alloc works with {SUPPORTED}, {found}: run `pip install '{SUPPORTED}'`.",
         name=error.name,
     )

@@ -432,6 +432,21 @@ def test_another_sae_lens_is_one_sentence(tmp_path: Path):
     assert last.endswith(f"run `pip install '{SUPPORTED}'`.")
 
 
+def test_no_sae_lens_is_one_sentence():
+    """Without site-packages, as in an environment that has nothing installed."""
+    found = subprocess.run(
+        [sys.executable, "-S", "-c", "import sae_lens_alloc"],
+        env={"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+    )
+    assert found.returncode == 1
+    assert found.stderr.strip().splitlines()[-1] == (
+        f"ImportError: sae-lens-alloc works with {SUPPORTED}, which is not installed: run "
+        f"`pip install '{SUPPORTED}'`."
+    )
+
+
 def test_metadata_of_a_distributed_checkpoint_are_read_without_executing_anything(
     tmp_path: Path,
 ):
