@@ -83,7 +83,7 @@ COMPARISONS = {
     name: RESULTS / f"{name}.json"
     for name in (
         *("compare_demo", "compare_minilm"),
-        *("compare_synthetic_small", "compare_synthetic_2k"),
+        *("compare_synthetic_small", "compare_synthetic_2k", "compare_synthetic_4k"),
     )
 }
 TRANSCODERS = RESULTS / "compare_transcoders_demo.json"
@@ -98,6 +98,8 @@ LEADS = (
     ("compare_synthetic_small", "mutual_choice"),
     ("compare_synthetic_2k", "mutual_choice"),
     ("compare_synthetic_2k", "matryoshka_mutual_choice"),
+    ("compare_synthetic_4k", "mutual_choice"),
+    ("compare_synthetic_4k", "matryoshka_mutual_choice"),
 )
 
 
