@@ -12,7 +12,6 @@ import io
 import pickle
 import pkgutil
 import subprocess
-import sys
 from collections.abc import Iterator
 from itertools import count, islice
 from pathlib import Path
@@ -49,7 +48,6 @@ from sae_lens_alloc.compat import (
     without_progress_bars,
 )
 from sae_lens_alloc.distributed.ranks import Ranks
-from sae_lens_alloc.host_release import SUPPORTED, explained
 from sae_lens_alloc.training import trainer as trainer_module
 from tests.distributed.processes import on_ranks
 from tests.saes.conftest import changed, state_of
@@ -119,7 +117,7 @@ def test_our_step_does_what_the_step_of_sae_lens_does(
             monkeypatch.setattr(
                 trainer_module,
                 "train_step",
-                lambda trainer, x, _: SAETrainer._train_step(trainer, trainer.sae, x),
+                lambda trainer, x, *_: SAETrainer._train_step(trainer, trainer.sae, x),
             )
         sae = fresh_sae(**options)
         trainer = make_trainer(
@@ -402,49 +400,6 @@ def test_a_method_that_the_host_lacks_is_reported_when_we_are_imported():
     require_methods(SAETrainer, ["fit"])
     with pytest.raises(ImportError, match="SAETrainer has no nonsense"):
         require_methods(SAETrainer, ["fit", "nonsense"])
-
-
-def test_the_supported_release_is_that_of_pyproject():
-    assert f'    "{SUPPORTED}",' in (ROOT / "pyproject.toml").read_text()
-
-
-def test_only_errors_of_importing_sae_lens_are_explained():
-    other = ImportError("No module named 'typer'", name="typer")
-    assert explained(other) is other
-    ours = ImportError("cannot import name 'x'", name="sae_lens_alloc.compat")
-    assert explained(ours) is ours
-
-
-def test_another_sae_lens_is_one_sentence(tmp_path: Path):
-    """With a SAELens in front that has nothing of what we import."""
-    (tmp_path / "sae_lens").mkdir()
-    (tmp_path / "sae_lens" / "__init__.py").write_text("")
-    found = subprocess.run(
-        [sys.executable, "-c", "import sae_lens_alloc"],
-        env={"PYTHONPATH": f"{tmp_path}:{ROOT}"},
-        capture_output=True,
-        text=True,
-    )
-    assert found.returncode == 1
-    last = found.stderr.strip().splitlines()[-1]
-    assert last.startswith(f"ImportError: sae-lens-alloc works with {SUPPORTED}, not")
-    assert "cannot import name" in last
-    assert last.endswith(f"run `pip install '{SUPPORTED}'`.")
-
-
-def test_no_sae_lens_is_one_sentence():
-    """Without site-packages, as in an environment that has nothing installed."""
-    found = subprocess.run(
-        [sys.executable, "-S", "-c", "import sae_lens_alloc"],
-        env={"PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-    )
-    assert found.returncode == 1
-    assert found.stderr.strip().splitlines()[-1] == (
-        f"ImportError: sae-lens-alloc works with {SUPPORTED}, which is not installed: run "
-        f"`pip install '{SUPPORTED}'`."
-    )
 
 
 def test_metadata_of_a_distributed_checkpoint_are_read_without_executing_anything(
