@@ -41,10 +41,22 @@ class HeldOutStore(ContextsStore):
         cfg: Any,
         override_dataset: HfDataset | None = None,
     ) -> Self:
-        """As in SAELens. Messages name `cfg.dataset_path`."""
-        store = cast(Self, super().from_config(model, cfg, override_dataset))
+        """
+        As in SAELens. Messages name `cfg.dataset_path`.
+
+        Raises:
+            ValueError: if the first row of a given dataset, which SAELens looks at, cannot be read.
+        """
+        name = cls.dataset_name
         if cfg.dataset_path:
-            store.dataset_name = f"dataset_path {cfg.dataset_path!r}"
+            name = f"dataset_path {cfg.dataset_path!r}"
+        try:
+            store = cast(Self, super().from_config(model, cfg, override_dataset))
+        except OSError as error:
+            if override_dataset is None:
+                raise
+            raise _unreadable(name, 0, error) from error
+        store.dataset_name = name
         if hook_name_out_of(cfg) is not None:
             widths = (cfg.sae.d_in, row_width(cfg.sae) - cfg.sae.d_in)
             store.read_hooks(dict(zip(hook_names_of(cfg), widths, strict=True)))
@@ -198,12 +210,7 @@ class HeldOutStore(ContextsStore):
                         f"{self.tokens_column!r}; such rows are skipped"
                     )
         except Exception as error:  # datasets and file formats have many of their own
-            while error.__cause__ is not None:
-                error = cast(Exception, error.__cause__)
-            raise ValueError(
-                f"{self.dataset_name} cannot be read after row {n_rows}: "
-                f"{in_one_sentence(error)}"
-            ) from error
+            raise _unreadable(self.dataset_name, n_rows, error) from error
 
     @override
     def contexts_of(self, epoch: Iterator[torch.Tensor]) -> Iterator[torch.Tensor]:
@@ -232,3 +239,12 @@ def require_ordinary_tokens(store: ActivationsStore) -> None:
             "context_size is 1, which leaves no room for a token of the text after the BOS "
             "token: raise it, or give prepend_bos=false."
         )
+
+
+def _unreadable(name: str, n_rows: int, error: BaseException) -> ValueError:
+    """What to say of a dataset of which only `n_rows` can be read: the root cause."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return ValueError(
+        f"{name} cannot be read after row {n_rows}: {in_one_sentence(error)}"
+    )

@@ -89,20 +89,21 @@ def test_rows_of_null_and_empty_ones_are_passed_over(
     assert "row 1 of" in caplog.text
 
 
+@pytest.mark.parametrize("where", [0.02, 0.5])
 def test_damage_on_the_way_is_one_sentence(
-    demo_model: HookedRootModule, demo_text: Dataset, tmp_path: Path
+    demo_model: HookedRootModule, demo_text: Dataset, tmp_path: Path, where: float
 ):
     file = write(tmp_path / "data", list(demo_text["text"][:20]))
     content = bytearray(file.read_bytes())
-    middle = len(content) // 2
-    content[middle : middle + 200] = bytes(200)
+    begin = int(where * len(content))
+    content[begin : begin + 200] = bytes(200)
     file.write_bytes(content)
     text: Any = load_dataset(str(tmp_path / "data"), split="train", streaming=True)
-    ours = made(demo_model, text, dataset_path="data")
+    # by how far the file is read ahead, SAELens meets the damage at the first row, or we later
     with pytest.raises(
         ValueError, match=r"^dataset_path 'data' cannot be read after row \d+: Corrupt"
     ):
-        contexts(ours, 10_000)
+        contexts(made(demo_model, text, dataset_path="data"), 10_000)
 
 
 def test_a_tokenized_row_that_is_too_short_is_named(demo_model: HookedRootModule):
