@@ -164,7 +164,7 @@ def main() -> None:
     parser.add_argument("results", type=Path, help="continued if it exists")
     parser.add_argument("--tokens", type=int, default=2_000_000)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--finish", nargs="+", default=["5%", "20%"])
+    parser.add_argument("--finish", nargs="+", default=["20%"])
     parser.add_argument("--weight", type=float, nargs="+", default=[0.03])
     parser.add_argument("--split", choices=["validation", "test"], default="test")
     parser.add_argument("--work", type=Path, default=Path("output/kl_finish"))

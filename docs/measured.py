@@ -1,9 +1,7 @@
 """The tables of single measurements: the demo, fine-tuning, timed switch, finish, and faults."""
 
 import json
-from collections.abc import Mapping
 from pathlib import Path
-from statistics import mean
 from typing import Any
 
 RESULTS = Path(__file__).parent / "results"
@@ -123,55 +121,55 @@ def timed_switch_table() -> str:
 
 def kl_finish_table(path: Path) -> str:
     """A finish by the KL divergence, from what benchmarks/kl_finish.py measured."""
-    if not path.exists():
-        return "Not measured yet."
     report = json.loads(path.read_text())
     versions, runs = report["versions"], report["rows"]
-    n_seeds = len(runs["none"])
+    columns = {
+        "variance explained": ("explained_variance", ".4f"),
+        "CE recovered (mean ablation)": ("ce_recovered_mean", ".4f"),
+        "KL": ("kl_divergence", ".4f"),
+        "dead": ("dead_features", ".0f"),
+    }
+    # beside the training of the same seed without a finish
+    beside = {
+        "not explained, change": ("not explained", "+.1%"),
+        "CE gap, change": ("CE gap", "+.1%"),
+        "KL, change": ("KL", "+.1%"),
+        "time of a step, ratio": ("step", ".1f"),
+        "with its activations, ratio": ("step and activations", ".1f"),
+    }
     rows = [
-        f"Shipped language model, {report['tokens']:,} training tokens, {report['split']} split, "
-        f"{n_seeds} {'seed' if n_seeds == 1 else 'seeds'}; {report['machine']}, torch "
-        f"{versions['torch']}, sae-lens {versions['sae_lens']} (`{report['command']}`).\n",
-        "| kl_finish, kl_weight | variance explained | CE recovered (mean ablation) | KL | dead "
-        "| not explained | CE gap | KL | time of a step | with its activations |",
-        "|---" * 10 + "|",
+        f"{_number_of(list(runs['none']))}, shipped language model, {report['tokens']:,} training "
+        f"tokens, {report['split']} split; {report['machine']}, torch {versions['torch']}, "
+        f"sae-lens {versions['sae_lens']} (`{report['command']}`):\n",
+        f"| kl_finish, kl_weight | {' | '.join([*columns, *beside])} |",
+        "|---" * (len(columns) + len(beside) + 1) + "|",
     ]
     for name, seeds in runs.items():
-        found, first = (_mean_figures(run) for run in (seeds, runs["none"]))
-        cells = [
-            f"{found['explained_variance']:.4f}",
-            f"{found['ce_recovered_mean']:.4f}",
-            f"{found['kl_divergence']:.4f}",
-            f"{found['dead_features']:.0f}",
-            f"{(1 - found['explained_variance']) / (1 - first['explained_variance']) - 1:+.1%}",
-            f"{(1 - found['ce_recovered_mean']) / (1 - first['ce_recovered_mean']) - 1:+.1%}",
-            f"{found['kl_divergence'] / first['kl_divergence'] - 1:+.1%}",
-            *_times(seeds),
-        ]
+        cells = _over_seeds(columns, list(seeds.values()))
+        if name == "none":
+            cells += [""] * len(beside)
+        else:
+            changes = [_changes(run, runs["none"][seed]) for seed, run in seeds.items()]
+            cells += _over_seeds(beside, changes)
         rows.append(f"| {name} | {' | '.join(cells)} |")
     return "\n".join(rows)
 
 
-def _mean_figures(seeds: Mapping[str, Mapping[str, Any]]) -> dict[str, float]:
-    """The mean over seeds of each figure that is a number."""
-    numbers = [
-        n for n, v in next(iter(seeds.values())).items() if not isinstance(v, dict)
-    ]
-    return {name: mean(run[name] for run in seeds.values()) for name in numbers}
-
-
-def _times(seeds: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    """How much longer a step with the divergence takes, by itself and with its activations."""
-    measured = [run["step_seconds"] for run in seeds.values() if "step_seconds" in run]
-    if not measured:
-        return ["", ""]
-    pairs = [
-        (run["step_with_kl"] / run["step"], run["activations"] / run["step"])
-        for run in measured
-    ]
-    alone = mean(ratio for ratio, _ in pairs)
-    together = mean((ratio + other) / (1 + other) for ratio, other in pairs)
-    return [f"{alone:.1f} ×", f"{together:.1f} ×"]
+def _changes(run: dict[str, Any], without: dict[str, Any]) -> dict[str, float]:
+    """What a finish changes of a training, and how many times as long its steps take."""
+    seconds = run["step_seconds"]
+    step, activations = seconds["step"], seconds["activations"]
+    return {
+        "not explained": (1 - run["explained_variance"])
+        / (1 - without["explained_variance"])
+        - 1,
+        "CE gap": (1 - run["ce_recovered_mean"]) / (1 - without["ce_recovered_mean"])
+        - 1,
+        "KL": run["kl_divergence"] / without["kl_divergence"] - 1,
+        "step": seconds["step_with_kl"] / step,
+        "step and activations": (seconds["step_with_kl"] + activations)
+        / (step + activations),
+    }
 
 
 def faults_table() -> str:
