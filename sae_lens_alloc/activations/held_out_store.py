@@ -1,7 +1,8 @@
 """SAELens' activations store, with a first part of the dataset that is held out of all epochs."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
+from contextlib import contextmanager
 from itertools import islice
 from typing import Any, cast
 
@@ -47,15 +48,10 @@ class HeldOutStore(ContextsStore):
         Raises:
             ValueError: if the first row of a given dataset, which SAELens looks at, cannot be read.
         """
-        name = cls.dataset_name
-        if cfg.dataset_path:
-            name = f"dataset_path {cfg.dataset_path!r}"
-        try:
+        path = cfg.dataset_path
+        name = f"dataset_path {path!r}" if path else cls.dataset_name
+        with _reading_first_row(name, override_dataset):
             store = cast(Self, super().from_config(model, cfg, override_dataset))
-        except OSError as error:
-            if override_dataset is None:
-                raise
-            raise _unreadable(name, 0, error) from error
         store.dataset_name = name
         if hook_name_out_of(cfg) is not None:
             widths = (cfg.sae.d_in, row_width(cfg.sae) - cfg.sae.d_in)
@@ -239,6 +235,19 @@ def require_ordinary_tokens(store: ActivationsStore) -> None:
             "context_size is 1, which leaves no room for a token of the text after the BOS "
             "token: raise it, or give prepend_bos=false."
         )
+
+
+@contextmanager
+def _reading_first_row(
+    name: str, given: HfDataset | None
+) -> Generator[None, None, None]:
+    """Within it, SAELens reads the first row of a given dataset, or finds one of its own."""
+    try:
+        yield
+    except OSError as error:
+        if given is None:
+            raise
+        raise _unreadable(name, 0, error) from error
 
 
 def _unreadable(name: str, n_rows: int, error: BaseException) -> ValueError:
