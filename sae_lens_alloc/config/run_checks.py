@@ -198,7 +198,7 @@ def check_optimizer(
     check_choice("optimizer", name, OPTIMIZERS)
     if name == "adam":
         return
-    if not isinstance(sae, AllocationTrainingSAEConfig):
+    if name == "row_sparse_adam" and not isinstance(sae, AllocationTrainingSAEConfig):
         raise ValueError(
             f"optimizer {name!r} needs an SAE with an allocation, such as mutual_choice, got "
             f"{sae.architecture()!r}: leave it out."

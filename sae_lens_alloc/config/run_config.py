@@ -9,7 +9,7 @@ from typing_extensions import override
 
 from sae_lens_alloc.shares import Steps, settle_shares, steps_of
 
-OPTIMIZERS = ("adam", "row_sparse_adam")
+OPTIMIZERS = ("adam", "muon", "row_sparse_adam")
 
 
 @dataclass
@@ -19,8 +19,9 @@ class AllocSAETrainerConfig(SAETrainerConfig):
     `lr_decay_steps` and `dead_feature_window` may be shares of the training, as in YAML.
 
     Args:
-        optimizer (str): "adam", or "row_sparse_adam", which does not update the features that a
-            step did not select. It is for SAEs so wide that a step selects few of their features.
+        optimizer (str): "adam"; "muon", which learns all directions of the activations equally
+            fast (docs/method.md); or "row_sparse_adam", which does not update the features that a
+            step did not select. That is for SAEs so wide that a step selects few of their features.
         cuda_graph (bool | None): Whether a step is recorded once and then replayed as a whole,
             which saves the time of launching its kernels one by one. None means on CUDA, where
             a step can be recorded. True warns where it cannot.

@@ -12,12 +12,13 @@ from torch.optim.lr_scheduler import LRScheduler
 from sae_lens_alloc.config.run_checks import check_optimizer
 from sae_lens_alloc.config.run_config import optimizer_of
 from sae_lens_alloc.saes.allocation_sae import AllocationTrainingSAE
+from sae_lens_alloc.training.muon import Muon
 from sae_lens_alloc.training.row_sparse_adam import RowSparseAdam
 
 
 def make_optimizer(cfg: SAETrainerConfig, sae: TrainingSAE[Any]) -> Optimizer:
     """
-    The optimizer that a training names: SAELens' Adam, fused if the device can, or
+    The optimizer that a training names: SAELens' Adam, fused if the device can, Muon, or
     RowSparseAdam.
 
     Args:
@@ -29,17 +30,21 @@ def make_optimizer(cfg: SAETrainerConfig, sae: TrainingSAE[Any]) -> Optimizer:
     """
     check_optimizer(cfg, sae.cfg)
     betas = (cfg.adam_beta1, cfg.adam_beta2)
-    if optimizer_of(cfg) != "adam":
+    name = optimizer_of(cfg)
+    if name == "row_sparse_adam":
         assert isinstance(sae, AllocationTrainingSAE)
         return RowSparseAdam(sae, cfg.lr, betas)
-    fused = torch.device(cfg.device).type in ("cpu", "cuda")
-    adam = Adam(sae.parameters(), lr=cfg.lr, betas=betas, fused=fused)
-    adam.register_load_state_dict_pre_hook(_stay_fused)
+    if name == "muon":
+        optimizer = Muon(sae, cfg.lr, betas)
+    else:
+        fused = torch.device(cfg.device).type in ("cpu", "cuda")
+        optimizer = Adam(sae.parameters(), lr=cfg.lr, betas=betas, fused=fused)
+        optimizer.register_load_state_dict_pre_hook(_stay_fused)
     if isinstance(sae, AllocationTrainingSAE):
-        adam.register_step_post_hook(
+        optimizer.register_step_post_hook(
             lambda *_: sae.gradient_memory.keep(sae.W_enc, sae.W_dec)
         )
-    return adam
+    return optimizer
 
 
 def make_schedule(cfg: SAETrainerConfig, optimizer: Optimizer) -> LRScheduler:

@@ -43,7 +43,7 @@ RUNS = [
     Run("recipe"),
     Run("timed", optimizer="row_sparse_adam"),
     Run("nested"),
-    Run("scaled"),
+    Run("scaled", optimizer="muon"),
     Run("transcoder"),
 ]
 N_ESTIMATED = 5  # batches that the scaling factor is estimated from

@@ -197,6 +197,8 @@ class Run:
 RUNS = [
     *(Run(name) for name in SETTINGS if not name.startswith("triton")),
     Run("recipe", optimizer="row_sparse_adam"),
+    Run("recipe", optimizer="muon"),
+    Run("transcoder", optimizer="muon"),
     Run("transcoder", optimizer="row_sparse_adam"),
     Run("recipe", asks_once=True),
     Run("nested", asks_once=True),

@@ -391,8 +391,8 @@ def test_parts_of_a_step_move_the_cut_as_the_step_would():
     assert float(sae.first_cut) == pytest.approx(mean, rel=1e-5)
 
 
-@pytest.mark.parametrize("optimizer", ["adam", "row_sparse_adam"])
-def test_it_trains_with_both_optimizers(optimizer: str):
+@pytest.mark.parametrize("optimizer", ["adam", "muon", "row_sparse_adam"])
+def test_it_trains_with_every_optimizer(optimizer: str):
     sae = refined(d_sae=40, selection_margin=0.5)
     cfg = AllocSAETrainerConfig(
         total_training_samples=12 * 40,

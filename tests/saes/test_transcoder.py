@@ -73,7 +73,7 @@ def train(
     AllocSAETrainer(AllocSAETrainerConfig(**settings), sae, batches).fit()
 
 
-@pytest.mark.parametrize("optimizer", ["adam", "row_sparse_adam"])
+@pytest.mark.parametrize("optimizer", ["adam", "muon", "row_sparse_adam"])
 @pytest.mark.parametrize("normalize", ["none", "expected_average_only_in"])
 @pytest.mark.parametrize("architecture", ["mutual_choice", "feature_choice"])
 def test_a_transcoder_from_activations_to_themselves_is_the_sae_bit_for_bit(
@@ -162,7 +162,7 @@ def test_step_equals_the_dense_formulas(normalize: str, skip: bool, rescale: boo
     )
 
 
-@pytest.mark.parametrize("optimizer", ["adam", "row_sparse_adam"])
+@pytest.mark.parametrize("optimizer", ["adam", "muon", "row_sparse_adam"])
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_skip_connection_learns_what_is_linear(architecture: str, optimizer: str):
     sae = make_transcoder(architecture, skip_connection=True)
@@ -266,7 +266,7 @@ def test_scaler_has_a_factor_for_the_input_and_one_for_the_output(tmp_path: Any)
     assert torch.equal(loaded(rows), scaled)
 
 
-@pytest.mark.parametrize("optimizer", ["adam", "row_sparse_adam"])
+@pytest.mark.parametrize("optimizer", ["adam", "muon", "row_sparse_adam"])
 def test_training_in_units_of_its_own_is_folded_away(optimizer: str):
     # the same training in two units of input and output
     outputs = []

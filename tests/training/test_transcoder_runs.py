@@ -119,7 +119,7 @@ def test_run_saves_what_sae_lens_loads_with_the_metrics_of_the_output(
     )
 
 
-@pytest.mark.parametrize("optimizer", ["adam", "row_sparse_adam"])
+@pytest.mark.parametrize("optimizer", ["adam", "muon", "row_sparse_adam"])
 def test_resumed_run_is_the_run_that_was_not_interrupted(
     optimizer: str, model: HookedRootModule, demo_text: Dataset, tmp_path: Path
 ):
