@@ -92,6 +92,10 @@ def mutual_choice(shape: Shape, machine: Machine, optimizer: str = "adam") -> Su
     return _with_our_trainer(sae, shape, machine, optimizer)
 
 
+def mutual_choice_muon(shape: Shape, machine: Machine) -> Subject:
+    return mutual_choice(shape, machine, "muon")
+
+
 def mutual_choice_row_sparse(shape: Shape, machine: Machine) -> Subject:
     subject = mutual_choice(shape, machine, "row_sparse_adam")
     return replace(subject, keeps_gradients=False)
@@ -215,6 +219,7 @@ SUBJECTS = {
     "mutual_choice, first quarter": SubjectKind(
         mutual_choice_first_phase, swept=True, config=first_phase_config
     ),
+    "mutual_choice, Muon": SubjectKind(mutual_choice_muon, config=mutual_choice_config),
     "mutual_choice, row-sparse Adam": SubjectKind(
         mutual_choice_row_sparse, config=mutual_choice_config
     ),

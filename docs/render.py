@@ -62,6 +62,7 @@ README = DOCS.parent / "README.md"
 RESULTS = DOCS / "results"
 PERFORMANCE = RESULTS / "performance_cpu.json"
 WIDE = RESULTS / "performance_cpu_wide.json"
+MUON = RESULTS / "performance_cpu_muon.json"
 SWEEPS = RESULTS / "performance_cpu_sweeps.json"
 PIPELINE = RESULTS / "pipeline_cpu.json"
 GPU = RESULTS / "performance_gpu.json"
@@ -177,6 +178,7 @@ def performance_parts() -> dict[str, str]:
         "limits": tables.limits(report),
         "centre": step_table(),
         "wide": step_table(WIDE),
+        "muon": step_table(MUON),
         "memory line": tables.memory_line_table(report),
         "pipeline": tables.pipeline_table(json.loads(PIPELINE.read_text())),
         "gpu": section(on_gpu),

@@ -29,6 +29,7 @@ FIRST_ROWS: tuple[StepRow, ...] = (
 LATER_ROWS: tuple[StepRow, ...] = (
     ("mutual_choice", None, False),  # as ours starts a training
     ("mutual_choice", "triton_prefilter", True),
+    ("mutual_choice, Muon", "triton", False),
     ("mutual_choice, row-sparse Adam", "triton", False),
     ("mutual_choice, first quarter", "triton", True),
     ("mutual_choice, first quarter", "triton_prefilter", False),
@@ -168,6 +169,7 @@ REHEARSAL = Scale(
     later_rows=(
         ("mutual_choice", None, False),
         ("mutual_choice", "triton", True),
+        ("mutual_choice, Muon", "triton", False),
         ("mutual_choice, row-sparse Adam", "triton", False),
         ("sparsify topk", None, False),
     ),

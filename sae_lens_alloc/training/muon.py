@@ -32,8 +32,8 @@ class Muon(Optimizer):
     running mean of its squares, as Adam does for each weight. A feature that every step moves
     thus changes by about `lr` in each of its weights.
 
-    It keeps one matrix for each weight, where Adam keeps two. The features may be shared by
-    ranks, which then add up MᵀM, d_in × d_in numbers.
+    It keeps one matrix for each weight, where Adam keeps two, and makes another one in a step.
+    The features may be shared by ranks, which then add up MᵀM, d_in × d_in numbers.
     """
 
     def __init__(
@@ -87,7 +87,8 @@ class Muon(Optimizer):
         mean = state["exp_avg"].lerp_(weight.grad, 1 - MOMENTUM)
         update = orthogonal(_by_feature(name, mean), self._ranks)
         squares, beta = state["exp_avg_sq"], group["betas"][1]
-        squares.lerp_(update.square().mean(1), 1 - beta)
+        norms = torch.linalg.vector_norm(update, dim=1)
+        squares.lerp_(norms.square() / update.shape[1], 1 - beta)
         scale = (1 - beta ** state["step"]).sqrt() / (squares.sqrt() + EPS)
         _by_feature(name, weight).addcmul_(
             update, scale[:, None], value=-float(group["lr"])

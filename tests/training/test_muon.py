@@ -75,6 +75,17 @@ def test_no_gradient_is_no_step():
     assert not orthogonal(torch.zeros(5, 3)).any()
 
 
+def test_the_precision_of_products_that_a_user_set_stays():
+    matrix, expected = tokens(300, 16), orthogonal(tokens(300, 16))
+    before = torch.get_float32_matmul_precision()
+    try:
+        torch.set_float32_matmul_precision("medium")
+        torch.testing.assert_close(orthogonal(matrix), expected, rtol=0.05, atol=0.05)
+        assert torch.get_float32_matmul_precision() == "medium"
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
 def test_its_scale_does_not_matter():
     matrix = tokens(20, 6)
     torch.testing.assert_close(orthogonal(1e-6 * matrix), orthogonal(matrix))
@@ -82,7 +93,7 @@ def test_its_scale_does_not_matter():
 
 @pytest.mark.parametrize("rescale", [True, False])
 def test_a_training_is_its_formulas_step_by_step(rescale: bool):
-    options = {**OPTIONS, "rescale_acts_by_decoder_norm": rescale}
+    options: dict[str, Any] = {**OPTIONS, "rescale_acts_by_decoder_norm": rescale}
     sae, reference = make_sae(**options), make_sae(**options)
     trainer_of(sae, N_STEPS).fit()
 
