@@ -9,7 +9,8 @@ from typing_extensions import override
 
 from sae_lens_alloc.shares import Steps, settle_shares, steps_of
 
-OPTIMIZERS = ("adam", "muon", "row_sparse_adam")
+# How many matrices as large as a weight each optimizer keeps of it.
+OPTIMIZERS = {"adam": 2, "muon": 1, "row_sparse_adam": 2}
 
 
 @dataclass

@@ -1,7 +1,6 @@
 """Muon, for the encoder and the decoder of an SAE."""
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -14,6 +13,7 @@ from sae_lens_alloc.saes.allocation_sae import AllocationTrainingSAE
 
 # Decay of the mean of the gradients of the encoder and the decoder (docs/experiments.md).
 MOMENTUM = 0.5
+OF_FEATURES = ("W_enc", "W_dec")
 # Steps of Newton and Schulz, and their coefficients a, b and c (Jordan 2024): those of
 # torch.optim.Muon.
 STEPS = 5
@@ -30,7 +30,7 @@ class Muon(Optimizer):
     with orthonormal columns, M (MᵀM)^(-1/2). So all directions of the activations are learned
     equally fast, also those with little variance. Each row is then divided by the root of a
     running mean of its squares, as Adam does for each weight. A feature that every step moves
-    thus changes by about `lr` in each of its weights.
+    thus changes by about `lr` in each of its weights, however small its gradients are.
 
     It keeps one matrix for each weight, where Adam keeps two, and makes another one in a step.
     The features may be shared by ranks, which then add up MᵀM, d_in × d_in numbers.
@@ -41,7 +41,8 @@ class Muon(Optimizer):
     ) -> None:
         """
         Args:
-            sae: The SAE to train, of any architecture with W_enc and W_dec.
+            sae: The SAE to train, of any architecture. What is called W_enc and W_dec belongs to
+                its features.
             lr: Learning rate.
             betas: Decay of Adam's moments. The second is also that of the squares of the rows.
         """
@@ -51,10 +52,11 @@ class Muon(Optimizer):
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         super().load_state_dict(state_dict)
-        for name in ("W_enc", "W_dec"):
-            state = self.state[self._sae.get_parameter(name)]
-            if state and state["exp_avg_sq"].ndim == 2:  # a state of torch.optim.Adam
-                state.update(_no_squares(name, state["exp_avg_sq"]))
+        for name, weight in self._sae.named_parameters():
+            state = self.state[weight]
+            is_of_adam = state and state["exp_avg_sq"].shape == weight.shape
+            if name in OF_FEATURES and is_of_adam:
+                state.update(_no_squares(name, weight))
 
     @override
     @torch.no_grad()
@@ -66,7 +68,7 @@ class Muon(Optimizer):
             if weight.grad is None:
                 continue
             state = self.state[weight]
-            if name in ("W_enc", "W_dec"):
+            if name in OF_FEATURES:
                 self._turn(name, weight, state, group)
             else:
                 _adam_(weight, weight.grad, state, group)
@@ -110,28 +112,41 @@ def orthogonal(rows: torch.Tensor, ranks: Ranks = ALONE) -> torch.Tensor:
         ranks: The ranks.
     """
     square = ranks.sum(rows.T @ rows)
-    norm = torch.linalg.matrix_norm(square).clamp_min(torch.finfo(rows.dtype).tiny)
-    # of M P / sqrt(norm), which each step takes nearer, `square` stays the product with itself
-    square = square / norm
-    product = identity = torch.eye(len(square), dtype=rows.dtype, device=rows.device)
+    # first by the largest entry, since the norm of numbers so small can be zero
+    scale = square.diagonal().amax().clamp_min(torch.finfo(rows.dtype).tiny)
+    square = square / scale
+    norm = torch.linalg.matrix_norm(square).clamp_min(1)
+    root = _inverse_root(square / norm)
+    return rows @ (root / norm.sqrt()) / scale.sqrt()
+
+
+def _inverse_root(square: torch.Tensor) -> torch.Tensor:
+    """
+    P that is about S^(-1/2) for the matrix S of shape (d, d) with eigenvalues from 0 to 1, by
+    steps of Newton and Schulz: each multiplies P by a polynomial of what P S P has become.
+    """
+    dtype = square.dtype
+    # rounded products make eigenvalues negative, and those grow at each step
+    square = square.double() if rounds_products(square.device) else square
     a, b, c = COEFFICIENTS
-    with _whole_float32():
-        for _ in range(STEPS):
-            factor = a * identity + b * square + c * (square @ square)
-            product = product @ factor
+    root = None
+    for step in range(STEPS):
+        factor = b * square + c * (square @ square)
+        factor.diagonal().add_(a)
+        root = factor if root is None else root @ factor
+        if step + 1 < STEPS:
             square = factor @ square @ factor
-    return rows @ (product / norm.sqrt())
+    assert root is not None
+    return root.to(dtype)
 
 
-@contextmanager
-def _whole_float32() -> Iterator[None]:
-    """Products without TF32: its rounding makes eigenvalues negative, and these grow at each step."""
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(before)
+def rounds_products(device: torch.device) -> bool:
+    """Whether float32 products on a device may be rounded, to TF32 or bfloat16."""
+    backend = torch.backends.cuda if device.type == "cuda" else torch.backends.mkldnn
+    precision = getattr(getattr(backend, "matmul", None), "fp32_precision", None)
+    if precision is None:  # torch below 2.9
+        return torch.get_float32_matmul_precision() != "highest"
+    return precision in ("tf32", "bf16")
 
 
 def _by_feature(name: str, matrix: torch.Tensor) -> torch.Tensor:

@@ -64,6 +64,11 @@ def make_schedule(cfg: SAETrainerConfig, optimizer: Optimizer) -> LRScheduler:
 
 def _stay_fused(adam: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
     """The state with `fused` as in this optimizer. Checkpoints of SAELens are of an unfused Adam."""
+    if any("weight_decay" not in group for group in state_dict["param_groups"]):
+        raise ValueError(
+            "The checkpoint is of another optimizer than Adam: give the optimizer that the "
+            "training began with."
+        )
     fused = adam.defaults["fused"]
     groups = [{**group, "fused": fused} for group in state_dict["param_groups"]]
     return {**state_dict, "param_groups": groups}

@@ -48,6 +48,11 @@ class RowSparseAdam(Optimizer):
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        if any("eps" not in group for group in state_dict["param_groups"]):
+            raise ValueError(
+                "The checkpoint is of muon, and row_sparse_adam cannot go on from it: give the "
+                "optimizer that the training began with."
+            )
         super().load_state_dict(state_dict)
         for name, weight in self._sae.named_parameters():
             state = self.state[weight]

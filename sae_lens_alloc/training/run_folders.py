@@ -269,7 +269,7 @@ def estimate_disk(
 
     - Output: rows of metrics, and the SAE twice, since the calibrated SAE replaces the one
       that was saved before calibration.
-    - Checkpoints: for each, the SAE, Adam's two moments and the buffers of activations.
+    - Checkpoints: for each, the SAE, the optimizer's state and the buffers of activations.
     """
     memory = estimate_memory(cfg)
     sizes: dict[Path, int] = {}
@@ -283,6 +283,6 @@ def estimate_disk(
         n = min(cfg.n_checkpoints, cfg.total_training_steps)
         n = max(n - saved, 0) + cfg.save_final_checkpoint
         buffers = n_ranks * memory["activation buffer"] // 2
-        each = memory["parameters"] + memory["Adam"] + buffers
+        each = memory["parameters"] + memory["optimizer"] + buffers
         sizes[folder] = sizes.get(folder, 0) + n * each
     return sizes

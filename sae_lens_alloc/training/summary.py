@@ -15,7 +15,11 @@ from sae_lens_alloc.activations.own_activations import (
     activations_of,
     buffer_rows_of,
 )
-from sae_lens_alloc.config.run_config import kl_finish_of
+from sae_lens_alloc.config.run_config import (
+    OPTIMIZERS,
+    kl_finish_of,
+    optimizer_of,
+)
 from sae_lens_alloc.distributed.cost import Step, bytes_per_step
 from sae_lens_alloc.ops.block_encoder import block_width
 from sae_lens_alloc.saes.allocation_sae_config import AllocationTrainingSAEConfig
@@ -119,7 +123,8 @@ def estimate_memory(
     transcoder, d_in + d_out takes the place of 2 * d_in and of each other d_in, b_dec has d_out
     numbers, and W_skip d_in * d_out):
 
-    - parameters, gradients: P * s each; Adam: 2 * P * s;
+    - parameters, gradients: P * s each; optimizer: 2 * P * s, or P * s of muon, which makes the
+      half of it anew in a step;
     - activation buffer: 2 * (buffered tokens + one batch of contexts) * d_in * 4 bytes, twice
       because shuffling copies it, and the prefetched batches. Of one's own activations, the
       buffered batches, twice;
@@ -136,7 +141,7 @@ def estimate_memory(
     Returns:
         Bytes by name of the part.
     """
-    n_tokens = cfg.train_batch_size_tokens
+    n_tokens, optimizer = cfg.train_batch_size_tokens, optimizer_of(cfg)
     sae = cfg.sae
     d_sae, d_out = features_of_rank(sae.d_sae, n_ranks), output_width(sae) or sae.d_in
     parameters = (sae.d_in + d_out) * d_sae + d_sae + d_out
@@ -153,9 +158,10 @@ def estimate_memory(
     return {
         "parameters": parameters,
         "gradients": parameters,
-        "Adam": 2 * parameters,
+        "optimizer": OPTIMIZERS[optimizer] * parameters,
         "activation buffer": buffer,
-        "step": _step_bytes(sae, n_tokens, torch.device(cfg.device), n_ranks),
+        "step": _step_bytes(sae, n_tokens, torch.device(cfg.device), n_ranks)
+        + parameters // 2 * (optimizer == "muon"),
     }
 
 

@@ -68,7 +68,7 @@ def test_train_says_what_it_will_do(tmp_path: Path):
         f"model       {DEMO / 'model'} at transformer.h.0, contexts of 256 tokens, on cpu",
         f"dataset     {DEMO / 'corpus'}",
         "training    1,024 tokens = 4 steps of 256; lr 0.004 constant",
-        "memory      about 7.2 MB (parameters 0.1 MB, gradients 0.1 MB, Adam 0.2 MB, "
+        "memory      about 7.2 MB (parameters 0.1 MB, gradients 0.1 MB, optimizer 0.2 MB, "
         "activation buffer 3.1 MB, step 3.7 MB) beside the language model",
         f"output      {tmp_path / 'output'}",
         "checkpoints none",

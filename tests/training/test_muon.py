@@ -1,5 +1,7 @@
 """Muon in our trainer: its steps, what it trains, and what it refuses."""
 
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -8,12 +10,20 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from sae_lens import SAE, BatchTopKTrainingSAEConfig
-from sae_lens.saes.sae import TrainingSAE
+from sae_lens import (
+    SAE,
+    BatchTopKTrainingSAEConfig,
+    GatedTrainingSAEConfig,
+    JumpReLUTrainingSAEConfig,
+    MatchingPursuitTrainingSAEConfig,
+    StandardTrainingSAEConfig,
+)
+from sae_lens.saes.sae import TrainingSAE, TrainingSAEConfig
 from torch.nn.utils import clip_grad_norm_
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from sae_lens_alloc import AllocSAETrainer, AllocSAETrainerConfig
-from sae_lens_alloc.training.muon import Muon, orthogonal
+from sae_lens_alloc.training.muon import Muon, orthogonal, rounds_products
 from tests.saes.conftest import make_sae, tokens, training_step
 
 N_STEPS = 6
@@ -75,20 +85,66 @@ def test_no_gradient_is_no_step():
     assert not orthogonal(torch.zeros(5, 3)).any()
 
 
-def test_the_precision_of_products_that_a_user_set_stays():
+@pytest.mark.parametrize("exponent", [-18, -15, -12, -6, 6, 12, 18])
+def test_its_scale_does_not_matter(exponent: int):
+    matrix = tokens(20, 6)
+    torch.testing.assert_close(
+        orthogonal(10.0**exponent * matrix), orthogonal(matrix), rtol=1e-4, atol=1e-5
+    )
+
+
+def test_gradients_that_vanish_leave_weights_finite():
+    weights = torch.nn.ParameterDict({"W_dec": torch.zeros(40, 6)})
+    muon = Muon(weights, 1e-2, (0.9, 0.999))  # type: ignore[arg-type]
+    for step in range(400):
+        weights["W_dec"].grad = tokens(40, 6, seed=step) * (step < 5)
+        muon.step()
+    assert weights["W_dec"].isfinite().all()
+
+
+class Dtypes(TorchDispatchMode):
+    """Notes the dtypes of the products of square matrices."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: set[torch.dtype] = set()
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        del types
+        if func is torch.ops.aten.mm.default and args[0].shape == args[1].shape:
+            self.found.add(args[0].dtype)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("precision", ["highest", "high", "medium"])
+def test_the_root_is_in_float64_where_products_are_rounded(precision: str):
     matrix, expected = tokens(300, 16), orthogonal(tokens(300, 16))
     before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(precision)
     try:
-        torch.set_float32_matmul_precision("medium")
-        torch.testing.assert_close(orthogonal(matrix), expected, rtol=0.05, atol=0.05)
-        assert torch.get_float32_matmul_precision() == "medium"
+        assert rounds_products(matrix.device) == (precision != "highest")
+        with Dtypes() as dtypes:
+            found = orthogonal(matrix)
+        assert torch.get_float32_matmul_precision() == precision
     finally:
         torch.set_float32_matmul_precision(before)
+    whole = torch.float32 if precision == "highest" else torch.float64
+    assert dtypes.found == {whole}
+    torch.testing.assert_close(found, expected, rtol=0.05, atol=0.05)
 
 
-def test_its_scale_does_not_matter():
-    matrix = tokens(20, 6)
-    torch.testing.assert_close(orthogonal(1e-6 * matrix), orthogonal(matrix))
+def test_torch_s_newer_way_to_round_products_is_known():
+    script = """
+import torch
+from sae_lens_alloc.training.muon import orthogonal, rounds_products
+torch.backends.fp32_precision = "tf32"
+assert rounds_products(torch.device("cpu"))
+assert rounds_products(torch.device("cuda"))
+assert orthogonal(torch.randn(30, 4)).isfinite().all()
+"""
+    subprocess.run([sys.executable, "-c", script], check=True)
 
 
 @pytest.mark.parametrize("rescale", [True, False])
@@ -142,14 +198,24 @@ def test_the_unit_of_the_activations_of_a_feature_does_not_matter():
     assert not moved[3:].any()
 
 
-@pytest.mark.parametrize("architecture", ["ours", "batchtopk"])
-def test_resuming_is_bit_for_bit(architecture: str, tmp_path: Path):
+STOCK: list[TrainingSAEConfig] = [
+    BatchTopKTrainingSAEConfig(d_in=8, d_sae=64, k=3),
+    GatedTrainingSAEConfig(d_in=8, d_sae=64),
+    JumpReLUTrainingSAEConfig(d_in=8, d_sae=64),
+    MatchingPursuitTrainingSAEConfig(d_in=8, d_sae=64),
+    StandardTrainingSAEConfig(d_in=8, d_sae=64),
+]
+
+
+@pytest.mark.parametrize(
+    "stock", [None, *STOCK], ids=lambda cfg: cfg.architecture() if cfg else "ours"
+)
+def test_resuming_is_bit_for_bit(stock: TrainingSAEConfig | None, tmp_path: Path):
     def new(seed: int) -> TrainingSAE[Any]:
-        if architecture == "ours":
+        if stock is None:
             return make_sae(seed=seed, **OPTIONS)
         torch.manual_seed(seed)
-        cfg = BatchTopKTrainingSAEConfig(d_in=8, d_sae=64, k=3)
-        return TrainingSAE.from_dict(cfg.to_dict())
+        return TrainingSAE.from_dict(stock.to_dict())
 
     whole = new(0)
     trainer_of(whole, 12).fit()
@@ -182,10 +248,36 @@ def test_a_run_goes_on_from_a_checkpoint_of_adam(tmp_path: Path):
     state = resumed.optimizer.state[second.W_enc]
     assert any(torch.equal(state["exp_avg"], s["exp_avg"]) for s in of_adam.values())
     assert torch.equal(state["exp_avg_sq"], torch.zeros(64))
+    assert state["step"] == 0
     before = second.W_enc.detach().clone()
-    resumed.fit()
-    change = (second.W_enc - before).abs()
-    assert 0 < change.max() < 5 * 7 * 1e-2
+    rate = resumed.optimizer.param_groups[0]["lr"]
+    resumed.step(next(resumed.data_provider))
+    change = (second.W_enc - before).square().mean(0).sqrt()
+    # the first step of every feature that has a gradient
+    torch.testing.assert_close(
+        change[change > 0], torch.full_like(change[change > 0], rate), rtol=0.05, atol=0
+    )
+    assert (change > 0).sum() > 32
+
+
+@pytest.mark.parametrize(
+    ("first", "then"),
+    [("muon", "adam"), ("muon", "row_sparse_adam"), ("row_sparse_adam", "adam")],
+)
+def test_a_checkpoint_of_another_optimizer_is_refused(
+    first: str, then: str, tmp_path: Path
+):
+    trainer_of(
+        make_sae(**OPTIONS),
+        4,
+        optimizer=first,
+        checkpoint_path=str(tmp_path),
+        n_checkpoints=1,
+    ).fit()
+    (checkpoint,) = tmp_path.iterdir()
+    other = trainer_of(make_sae(**OPTIONS), 4, optimizer=then)
+    with pytest.raises(ValueError, match="that the training began with"):
+        other.load_trainer_state(checkpoint)
 
 
 def test_what_is_saved_is_what_sae_lens_loads(tmp_path: Path):

@@ -178,6 +178,16 @@ def test_prefetched_batches_take_memory():
     assert after - before == 3 * 256 * D_MODEL * 4
 
 
+def test_muon_keeps_one_matrix_and_makes_a_half_in_a_step():
+    cfg = config()
+    adam = estimate_memory(cfg)
+    cfg.optimizer = "muon"  # type: ignore[attr-defined]
+    muon = estimate_memory(cfg)
+    assert adam["optimizer"] == 2 * adam["parameters"]
+    assert muon["optimizer"] == adam["parameters"]
+    assert muon["step"] - adam["step"] == adam["parameters"] // 2
+
+
 def test_each_of_several_processes_has_a_share_of_the_memory(
     monkeypatch: pytest.MonkeyPatch,
 ):
@@ -185,7 +195,7 @@ def test_each_of_several_processes_has_a_share_of_the_memory(
     alone, one_of_3 = estimate_memory(cfg), estimate_memory(cfg, 3)
     # 22 of 64 features at most
     assert one_of_3["parameters"] == (2 * D_MODEL * 22 + 22 + D_MODEL) * 4
-    assert one_of_3["Adam"] == 2 * one_of_3["parameters"]
+    assert one_of_3["optimizer"] == 2 * one_of_3["parameters"]
     # its own buffer, and a third of each batch
     waiting = 3 * 256 * D_MODEL * 4
     less = alone["activation buffer"] - one_of_3["activation buffer"]
