@@ -219,7 +219,7 @@ SUBJECTS = {
     "mutual_choice, first quarter": SubjectKind(
         mutual_choice_first_phase, swept=True, config=first_phase_config
     ),
-    "mutual_choice, Muon": SubjectKind(mutual_choice_muon, config=mutual_choice_config),
+    "mutual_choice, Muon": SubjectKind(mutual_choice_muon),
     "mutual_choice, row-sparse Adam": SubjectKind(
         mutual_choice_row_sparse, config=mutual_choice_config
     ),
