@@ -10,6 +10,7 @@ from typing_extensions import override
 
 from sae_lens_alloc.distributed.ranks import ALONE, Ranks
 from sae_lens_alloc.saes.allocation_sae import AllocationTrainingSAE
+from sae_lens_alloc.saes.checkpoint_weights import feature_rows
 
 # Decay of the mean of the gradients of the encoder and the decoder (docs/experiments.md).
 MOMENTUM = 0.5
@@ -87,12 +88,12 @@ class Muon(Optimizer):
             state.update(_no_squares(name, weight))
         state["step"] += 1
         mean = state["exp_avg"].lerp_(weight.grad, 1 - MOMENTUM)
-        update = orthogonal(_by_feature(name, mean), self._ranks)
+        update = orthogonal(feature_rows(name, mean), self._ranks)
         squares, beta = state["exp_avg_sq"], group["betas"][1]
         norms = torch.linalg.vector_norm(update, dim=1)
         squares.lerp_(norms.square() / update.shape[1], 1 - beta)
         scale = (1 - beta ** state["step"]).sqrt() / (squares.sqrt() + EPS)
-        _by_feature(name, weight).addcmul_(
+        feature_rows(name, weight).addcmul_(
             update, scale[:, None], value=-float(group["lr"])
         )
 
@@ -149,14 +150,9 @@ def rounds_products(device: torch.device) -> bool:
     return precision in ("tf32", "bf16")
 
 
-def _by_feature(name: str, matrix: torch.Tensor) -> torch.Tensor:
-    """A matrix with one row for each feature."""
-    return matrix.T if name == "W_enc" else matrix
-
-
 def _no_squares(name: str, weight: torch.Tensor) -> dict[str, torch.Tensor]:
     """The mean squares of the rows before the first step."""
-    n_features = len(_by_feature(name, weight))
+    n_features = len(feature_rows(name, weight))
     return {"step": torch.zeros(()), "exp_avg_sq": weight.new_zeros(n_features)}
 
 
